@@ -1,0 +1,22 @@
+"""Column names that files and tables of every room share."""
+
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+TIMESTAMP = "timestamp"
+
+# item manifest
+URI = "uri"
+TITLE = "title"
+COVER_URI = "cover_uri"
+TEXT = "text"
+
+# feature set
+PART = "part"
+ROW = "row"
+STAGE = "stage"
+ERROR = "error"
+MESSAGE = "message"
+
+# ranks
+ITEM_RANK = "item_rank"
+COLD = "cold"
