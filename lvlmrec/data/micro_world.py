@@ -86,8 +86,10 @@ def make(directory: Path, config: MicroWorldConfig) -> None:
         factors.csv          what is true of each item, hidden from every model
         micro_world.json     configuration and digest of all files; written last, so a half-made world is made anew
 
-    Raises `InputError` if the directory holds videos or interactions that are no micro-world's.
+    Raises `InputError` if the directory is a file, or holds videos or interactions that are no micro-world's.
     """
+    if directory.is_file():
+        raise InputError(f"{directory}: a file; expected a folder for the micro-world")
     if config.frame_side % 2:
         raise InputError(f"frame_side: {config.frame_side} is odd; H.264 wants an even number")
     wanted: dict[str, object] = {"format": FORMAT, "config": asdict(config)}
@@ -104,7 +106,7 @@ def make(directory: Path, config: MicroWorldConfig) -> None:
     phases = np.random.default_rng([config.seed, 2]).random(len(world.item_ids))
     num_frames = max(1, round(config.clip_seconds * config.fps))
     for item_id, values, phase in zip(world.item_ids, world.factors.tolist(), phases, strict=True):
-        scene = Scene(*values, phase=float(phase))
+        scene = Scene(*values, float(phase))
         micro_videos.write(directory / "videos" / f"{item_id}.mp4", scene, config.frame_side, config.fps, num_frames)
     _write_marker(directory, wanted | {"digest": _digest(directory)})
 
@@ -147,7 +149,7 @@ def _live(rng: np.random.Generator, world: World, num_users: int) -> list[list[i
     for step in range(lengths.max()):
         users = np.flatnonzero(lengths > step)
         from_cold = ends_cold[users] & (lengths[users] == step + 1)
-        logits = score(world, tastes[users], visible_only=from_cold)
+        logits = _score(world, tastes[users], visible_only=from_cold)
         closed = np.where(from_cold[:, None], ~world.cold, world.cold) | met[users]
         # the largest logit plus Gumbel noise is a draw from the softmax
         items = np.where(closed, -np.inf, logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
@@ -158,7 +160,7 @@ def _live(rng: np.random.Generator, world: World, num_users: int) -> list[list[i
     return histories
 
 
-def score(world: World, tastes: NDArray[np.int64], visible_only: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _score(world: World, tastes: NDArray[np.int64], visible_only: NDArray[np.bool_]) -> NDArray[np.float64]:
     """What each user would choose: logits [U, I] for `tastes` [U, 7], a value per factor and a community.
 
     Where `visible_only` [U] the community does not count.
