@@ -1,10 +1,10 @@
 """Published checkpoints: what evaluation, export and serving read.
 
-    <uri>/model.safetensors  weights of the best epoch
-          config.json        the resolved configuration
-          item_ids.json      item_index i + 1 belongs to item_ids[i]
-          scaling.safetensors mean and std of the features [L, D], when they are scaled
-          result.json        validation metrics, epochs; written last: without it there is no checkpoint
+<uri>/model.safetensors  weights of the best epoch
+      config.json        the resolved configuration
+      item_ids.json      item_index i + 1 belongs to item_ids[i]
+      scaling.safetensors mean and std of the features [L, D], when they are scaled
+      result.json        validation metrics, epochs; written last: without it there is no checkpoint
 """
 
 from __future__ import annotations
@@ -99,4 +99,3 @@ def _features(uri: str, config: TrainConfig, item_ids: list[str]) -> FeatureArra
         return features
     scaling = load(storage.read_bytes(storage.join(uri, "scaling.safetensors")))
     return replace(features, mean=scaling["mean"], std=scaling["std"])
-

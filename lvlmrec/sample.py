@@ -1,7 +1,7 @@
 """The embedded sample, made on the user's machine when a job's configuration points into `<workspace>/sample`.
 
-    sample/interactions/, sample/videos/   the micro-world (data/micro_world.py)
-    sample/models/<family>/                a tiny, randomly initialised LVLM (lvlms/tiny.py): it is untrained
+sample/interactions/, sample/videos/   the micro-world (data/micro_world.py)
+sample/models/<family>/                a tiny, randomly initialised LVLM (lvlms/tiny.py): it is untrained
 """
 
 from __future__ import annotations

@@ -102,7 +102,9 @@ def space(search: SearchConfig, experiment: Experiment) -> dict[str, Any]:
     for tap_set in tap_sets:
         if one and (tap_set == ALL_TAPS or "+" in tap_set):
             name = experiment.config.model.item_encoder.name
-            raise InputError(f"search.taps: {tap_set!r}: item encoder {name!r} reads one tap; choices: {', '.join(each)}")
+            raise InputError(
+                f"search.taps: {tap_set!r}: item encoder {name!r} reads one tap; choices: {', '.join(each)}"
+            )
         columns_of(tap_set, experiment.features.names)
     return chosen | {"taps": tune.choice(tap_sets)}
 
@@ -114,7 +116,9 @@ def columns_of(tap_set: str, names: Sequence[str]) -> list[str]:
     taps = set(tap_set.split("+"))
     known = {str(parse_feature(name).tap) for name in names}
     if not taps <= known:
-        raise InputError(f"search.taps: {tap_set!r}: not among the features' taps {', '.join(sorted(known))} or {ALL_TAPS}")
+        raise InputError(
+            f"search.taps: {tap_set!r}: not among the features' taps {', '.join(sorted(known))} or {ALL_TAPS}"
+        )
     return [name for name in names if str(parse_feature(name).tap) in taps]
 
 

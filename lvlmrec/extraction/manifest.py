@@ -14,7 +14,21 @@ from lvlmrec.errors import InputError
 
 OPTIONAL = (TITLE, COVER_URI, TEXT)
 # Files that live beside videos; whatever else a folder holds is tried, and rejected with a reason if it is none.
-NOT_VIDEOS = {".csv", ".tsv", ".txt", ".md", ".json", ".yaml", ".yml", ".parquet", ".jpg", ".jpeg", ".png", ".srt", ".vtt"}
+NOT_VIDEOS = {
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".md",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".parquet",
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".srt",
+    ".vtt",
+}
 
 
 def read_manifest(source: str) -> tuple[pa.Table, dict[str, int]]:
@@ -38,10 +52,14 @@ def read_manifest(source: str) -> tuple[pa.Table, dict[str, int]]:
     if twice.any():
         first = frame.loc[twice, ITEM_ID].iloc[0]
         uris = ", ".join(frame.loc[frame[ITEM_ID] == first, URI].head(3))
-        raise InputError(f"input {source!r}: item_id {first!r} stands for several videos ({uris}); give each its own id")
+        raise InputError(
+            f"input {source!r}: item_id {first!r} stands for several videos ({uris}); give each its own id"
+        )
     if frame.empty:
         raise InputError(f"input {source!r}: holds no videos")
-    return pa.Table.from_pandas(frame.reset_index(drop=True), preserve_index=False), {k: n for k, n in report.items() if n}
+    return pa.Table.from_pandas(frame.reset_index(drop=True), preserve_index=False), {
+        k: n for k, n in report.items() if n
+    }
 
 
 def _from_folder(source: str) -> tuple[pd.DataFrame, Counter[str]]:
@@ -67,7 +85,9 @@ def _from_table(source: str) -> tuple[pd.DataFrame, Counter[str]]:
         raise InputError(f"input {source!r}: unreadable manifest: {' '.join(str(error).split())}") from error
     missing = [column for column in (ITEM_ID, URI) if column not in frame.columns]
     if missing:
-        raise InputError(f"input {source!r}: no column {missing[0]!r}; its columns: {', '.join(map(str, frame.columns))}")
+        raise InputError(
+            f"input {source!r}: no column {missing[0]!r}; its columns: {', '.join(map(str, frame.columns))}"
+        )
     frame = frame[[ITEM_ID, URI, *(c for c in OPTIONAL if c in frame.columns)]]
     frame = frame.fillna("").astype("str")
     incomplete = (frame[ITEM_ID] == "") | (frame[URI] == "")

@@ -110,7 +110,9 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
         "skipped": len(plan.item_ids) - len(plan.todo),
         "rejected": len(rejected),
         "rejected_now": sum(tally.reasons.values()),
-        "rejected_by_reason": {f"{s}/{e}": n for (s, e), n in sorted(Counter(zip(rejected[STAGE], rejected[ERROR], strict=True)).items())},
+        "rejected_by_reason": {
+            f"{s}/{e}": n for (s, e), n in sorted(Counter(zip(rejected[STAGE], rejected[ERROR], strict=True)).items())
+        },
         "seconds": round(seconds, 3),
         "videos_per_second": round(len(plan.todo) / seconds, 3) if len(plan.todo) else 0.0,
         "busy_fraction": round(tally.forward_seconds / actor_seconds, 4) if len(plan.todo) else 0.0,

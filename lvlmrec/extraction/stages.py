@@ -35,7 +35,9 @@ CLIP = {
     "duration": pa.float64(),
 }
 DECODED = pa.schema({ITEM_ID: pa.string(), URI: pa.string(), **FAILURE, **CLIP})
-WRITTEN = pa.schema({ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, FORWARD_SECONDS: pa.float64()})
+WRITTEN = pa.schema(
+    {ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, FORWARD_SECONDS: pa.float64()}
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Extractor:
             return self._forward(rows)
         except Exception as error:
             if len(rows) > 1:
-                return pa.concat_tables([self._features(rows.slice(i, 1)) for i in range(len(rows))], promote_options="default")
+                return pa.concat_tables(
+                    [self._features(rows.slice(i, 1)) for i in range(len(rows))], promote_options="default"
+                )
             kind = "cast" if isinstance(error, store.CastError) else "model"
             failure = {STAGE: kind, ERROR: type(error).__name__, MESSAGE: _one_line(error)}
             row = {ITEM_ID: rows[ITEM_ID][0].as_py(), URI: rows[URI][0].as_py(), **failure}

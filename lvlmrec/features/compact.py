@@ -106,7 +106,9 @@ def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str
     else:
         llm = [name for name in names if parse_feature(name).tap.tower == "llm"] or names
         first = parse_feature(llm[0])
-        chosen = [n for n in llm if (parse_feature(n).prompt, parse_feature(n).pooling) == (first.prompt, first.pooling)]
+        chosen = [
+            n for n in llm if (parse_feature(n).prompt, parse_feature(n).pooling) == (first.prompt, first.pooling)
+        ]
     if not chosen:
         raise InputError(f"feature_columns {list(patterns)!r}: match no column; columns: {', '.join(names)}")
     widths = {feature_set.recipe.width[parse_feature(name).tap.tower] for name in chosen}
@@ -134,7 +136,9 @@ def compact(feature_set: FeatureSet, names: Sequence[str], item_ids: Sequence[st
     folder = Path(storage.absolute(cache), digest)
     if not (folder / ABOUT).exists():
         _write(feature_set, names, found, folder)
-    return FeatureArray(folder / ARRAY, digest, tuple(names), tuple(range(len(names))), feature_set.recipe.dtype, missing)
+    return FeatureArray(
+        folder / ARRAY, digest, tuple(names), tuple(range(len(names))), feature_set.recipe.dtype, missing
+    )
 
 
 def _write(feature_set: FeatureSet, names: Sequence[str], found, folder: Path) -> None:  # type: ignore[no-untyped-def]

@@ -93,7 +93,9 @@ def find(uri: str) -> str:
     if len(found) == 1:
         return found[0]
     names = ", ".join(u.rsplit("/", 1)[-1] for u in found) or "none; extract features first"
-    raise InputError(f"features {uri!r}: not a feature set and not a store with exactly one; feature sets there: {names}")
+    raise InputError(
+        f"features {uri!r}: not a feature set and not a store with exactly one; feature sets there: {names}"
+    )
 
 
 def read(uri: str) -> FeatureSet:
@@ -103,7 +105,9 @@ def read(uri: str) -> FeatureSet:
         content = json.loads(storage.read_bytes(storage.join(uri, RECIPE)))
         index = storage.read_table(storage.join(uri, INDEX)).to_pandas()
     except FileNotFoundError as error:
-        raise InputError(f"features {uri!r}: not committed: no {INDEX}; run the extraction again to finish it") from error
+        raise InputError(
+            f"features {uri!r}: not committed: no {INDEX}; run the extraction again to finish it"
+        ) from error
     return FeatureSet(uri, Recipe.from_json(_without_records(content)), index)
 
 
@@ -161,7 +165,9 @@ def read_index(uri: str) -> pd.DataFrame:
     try:
         return storage.read_table(storage.join(uri, INDEX)).to_pandas()
     except FileNotFoundError:
-        return pd.DataFrame({ITEM_ID: pd.Series(dtype="str"), PART: pd.Series(dtype="str"), ROW: pd.Series(dtype="int64")})
+        return pd.DataFrame(
+            {ITEM_ID: pd.Series(dtype="str"), PART: pd.Series(dtype="str"), ROW: pd.Series(dtype="int64")}
+        )
 
 
 def read_rejected(uri: str) -> pd.DataFrame:
@@ -197,7 +203,9 @@ def commit(uri: str) -> pd.DataFrame:
 def _write_named(uri: str, folder: str, item_ids: Sequence[str], table: pa.Table, dtype: str) -> str:
     digest = hashlib.blake2b("\n".join(item_ids).encode(), digest_size=10).hexdigest()
     name = f"{folder.removesuffix('s')}-{digest}.parquet"
-    vectors = [f"{field.name}.list.element" for field in table.schema if pa.types.is_fixed_size_list(field.type)]
+    vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
+    # DuckDB does not read BYTE_STREAM_SPLIT of float16.
+    split = [f"{name}.list.element" for name in vectors if dtype != "float16"]
     storage.write_table(
         storage.join(uri, folder, name),
         table,
@@ -205,7 +213,7 @@ def _write_named(uri: str, folder: str, item_ids: Sequence[str], table: pa.Table
         compression="zstd" if dtype == "bfloat16" or not dtype else "none",
         use_dictionary=False,
         write_statistics=False,
-        use_byte_stream_split=vectors or False,
+        use_byte_stream_split=split or False,
         store_schema=True,
     )
     return name
