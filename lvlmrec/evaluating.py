@@ -21,7 +21,7 @@ from lvlmrec.errors import InputError
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
 from lvlmrec.evaluation.significance import paired_test
-from lvlmrec.evaluation.slices import slice_metrics
+from lvlmrec.evaluation.slices import by_coldness, slice_metrics
 from lvlmrec.experiment import load_split
 from lvlmrec.fitting import encode_catalogue, rank_holdout
 
@@ -60,13 +60,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     holdout = split.test()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = checkpoint.model.to(device)
-    catalogue = encode_catalogue(model, model.num_items, checkpoint.features, device)
+    catalogue = encode_catalogue(model, len(checkpoint.item_ids), checkpoint.features, device)
     ranks = rank_holdout(model, catalogue, holdout)
     cold = split.is_cold(holdout.targets)
     folder = storage.join(storage.absolute(config.workspace), "evaluations", checkpoint.uri.rsplit("/", 1)[-1])
     uri = storage.join(folder, "ranks.parquet")
     write_ranks(uri, split, holdout, ranks, cold)
-    slices = slice_metrics(ranks, {"warm": ~cold, "cold": cold})
+    slices = slice_metrics(ranks, by_coldness(cold))
     result: dict[str, Any] = {
         "checkpoint": checkpoint.uri,
         "test": metrics(ranks),
@@ -127,7 +127,7 @@ def _baselines(names: list[str], split: LeaveOneOut, folder: str, cold: np.ndarr
         baseline.fit(split.training(), len(split.item_ids))
         test = _rank_baseline(baseline, split.test())
         write_ranks(storage.join(folder, f"ranks-{name}.parquet"), split, split.test(), test, cold)
-        slices = slice_metrics(test, {"warm": ~cold, "cold": cold})
+        slices = slice_metrics(test, by_coldness(cold))
         results[name] = {
             "validation": metrics(_rank_baseline(baseline, split.validation())),
             "test": metrics(test),

@@ -53,6 +53,9 @@ class TrainConfig:
     feature_scaling: str = option(
         "standardize", "per dimension over the training items, or none", choices=("standardize", "none")
     )
+    feature_control: str = option(
+        "none", "shuffled: a control in which every item has the features of another", choices=("none", "shuffled")
+    )
     model: ModelConfig = option(ModelConfig, "the recommender")
     training: TrainingConfig = option(TrainingConfig, "the optimisation")
 
@@ -119,7 +122,8 @@ def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: 
         return None
     feature_set = store.read(config.features)
     names = compact.choose_columns(feature_set, config.feature_columns, "many" if every_layer else layers)
-    return compact.compact(feature_set, names, item_ids, config.cache)
+    array = compact.compact(feature_set, names, item_ids, config.cache)
+    return array.shuffled(config.seed) if config.feature_control == "shuffled" else array
 
 
 def build_model(config: ModelConfig, num_items: int, max_length: int, features: FeatureArray | None) -> Recommender:

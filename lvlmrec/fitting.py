@@ -127,7 +127,7 @@ def fit(
         batches = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
         train_loss = _train_epoch(config, data, features, loss, state.optimizer, batches, device)
         seconds = time.perf_counter() - started
-        validation = _validate(state.model, data.validation, features, device)
+        validation = _validate(state.model, data, features, device)
         progress = state.progress
         progress.epoch, progress.train_seconds = epoch + 1, progress.train_seconds + seconds
         if not progress.best or validation[SELECTED_BY] > progress.best[SELECTED_BY]:
@@ -140,12 +140,13 @@ def fit(
 @torch.inference_mode()
 def encode_catalogue(model: Recommender, num_items: int, features: FeatureArray | None, device: torch.device) -> Tensor:
     """Embeddings of all items, [I + 1, E]; row 0, the padding, is zero."""
-    chunks = [torch.zeros(1, model.embedding_dim, device=device)]
+    chunks = []
     for start in range(1, num_items + 1, ROWS_AT_ONCE):
         index = np.arange(start, min(start + ROWS_AT_ONCE, num_items + 1))
         rows = features.rows(index).to(device) if features else None
         chunks.append(model.encode_items(torch.from_numpy(index).to(device), rows).float())
-    return torch.cat(chunks)
+    items = torch.cat(chunks)
+    return torch.cat([items.new_zeros(1, items.shape[1]), items])
 
 
 @torch.inference_mode()
@@ -216,12 +217,13 @@ def _global_batches(
 
 
 def _validate(
-    model: Recommender, holdout: Holdout, features: FeatureArray | None, device: torch.device
+    model: Recommender, data: TrainingData, features: FeatureArray | None, device: torch.device
 ) -> dict[str, float]:
     """Metrics over all users; each worker ranks its share."""
     rank, world = _rank_and_world()
     model.eval()
-    catalogue = encode_catalogue(model, model.num_items, features, device)
+    catalogue = encode_catalogue(model, len(data.item_ids), features, device)
+    holdout = data.validation
     share = Holdout(holdout.inputs[rank::world], holdout.targets[rank::world], holdout.histories[rank::world])
     ranks: list[Any] = [rank_holdout(model, catalogue, share)]
     if world > 1:

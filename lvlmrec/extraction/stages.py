@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lvlmrec import storage
-from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, STAGE, URI
+from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, PART, ROW, STAGE, URI
 from lvlmrec.config import option
 from lvlmrec.extraction.isolation import IsolatedDecoder
 from lvlmrec.features import store

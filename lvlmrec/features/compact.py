@@ -38,6 +38,7 @@ class FeatureArray:
     digest  16 hex digits of feature set, columns and id map
     names   the L columns, `prompt/tap/pooling`
     missing bool [I + 1], items without features: their rows are zeros (after scaling: the mean)
+    order   int64 [I + 1], the row read for each item; None: its own (a control gives items the rows of others)
     mean, std float32 [L, D], the scaling applied by `rows`; None leaves features as they are
     """
 
@@ -47,6 +48,7 @@ class FeatureArray:
     columns: tuple[int, ...]
     dtype: str
     missing: np.ndarray
+    order: np.ndarray | None = None
     mean: torch.Tensor | None = None
     std: torch.Tensor | None = None
 
@@ -60,12 +62,13 @@ class FeatureArray:
         """float32 [N, L, D]: the features of the items at `item_index` [N], scaled."""
         # Reopened at each call: a mapping is cheap to open and must not be pickled to a worker with its content.
         array = np.load(self.path, mmap_mode="r")
-        picked = np.ascontiguousarray(array[np.asarray(item_index)[:, None], np.asarray(self.columns)[None, :]])
+        row = np.asarray(item_index) if self.order is None else self.order[item_index]
+        picked = np.ascontiguousarray(array[row[:, None], np.asarray(self.columns)[None, :]])
         values = torch.from_numpy(picked)
         values = values.view(torch.bfloat16).float() if self.dtype == "bfloat16" else values.float()
         if self.mean is not None and self.std is not None:
             values = (values - self.mean) / self.std
-            values[torch.from_numpy(self.missing[item_index])] = 0.0
+            values[torch.from_numpy(self.missing[row])] = 0.0
         return values
 
     def select(self, names: Sequence[str]) -> FeatureArray:
@@ -79,9 +82,15 @@ class FeatureArray:
             std=None if self.std is None else self.std[kept],
         )
 
+    def shuffled(self, seed: int) -> FeatureArray:
+        """A control: every item gets the features of another, drawn once; what features say of an item is gone."""
+        order = np.concatenate([[0], 1 + np.random.default_rng(seed).permutation(len(self.missing) - 1)])
+        return replace(self, order=order, digest=f"{self.digest}-shuffled-{seed}")
+
     def standardized(self, item_index: np.ndarray) -> FeatureArray:
         """Scaled per dimension to mean 0 and variance 1 over the items at `item_index` (those of training)."""
-        index = np.asarray(item_index)[~self.missing[item_index]]
+        row = np.asarray(item_index) if self.order is None else self.order[item_index]
+        index = np.asarray(item_index)[~self.missing[row]]
         raw = replace(self, mean=None, std=None)
         total = squares = torch.zeros(self.shape[1:], dtype=torch.float64)
         for start in range(0, len(index), ROWS_AT_ONCE):

@@ -82,3 +82,14 @@ def test_columns_are_chosen_by_pattern_and_by_what_the_encoder_reads(make_set: M
         choose_columns(feature_set, ["*/llm.9/*"], "many")
     with pytest.raises(InputError, match=r"different widths \[6, 8\]"):
         choose_columns(feature_set, ["*"], "many")
+
+
+def test_the_shuffled_control_permutes_whole_rows(make_set: MakeSet, tmp_path: Path) -> None:
+    array = compact(store.read(make_set([ITEMS])), LLM, ITEMS, str(tmp_path / "cache"))
+    every = np.arange(1, 41)
+    shuffled = array.shuffled(seed=3)
+    assert not torch.equal(shuffled.rows(every), array.rows(every))
+    assert torch.equal(shuffled.rows(every).flatten(1).sort(0).values, array.rows(every).flatten(1).sort(0).values)
+    assert torch.equal(shuffled.rows(np.array([0])), torch.zeros(1, 3, 8))
+    assert torch.equal(array.shuffled(seed=3).rows(every), shuffled.rows(every))
+    assert shuffled.digest != array.digest

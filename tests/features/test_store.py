@@ -113,7 +113,7 @@ def test_a_store_with_one_set_stands_for_it_and_others_are_refused(make_set: Mak
     root = str(tmp_path / "store")
     assert store.read(root).uri == uri
     make_set([["a"]], "float32")
-    with pytest.raises(InputError, match="feature sets there: tiny-.*, tiny-"):
+    with pytest.raises(InputError, match=r"feature sets there: tiny-.*, tiny-"):
         store.read(root)
     with pytest.raises(InputError, match="none; extract features first"):
         store.read(str(tmp_path / "elsewhere"))
