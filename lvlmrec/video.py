@@ -218,6 +218,8 @@ def _stage(stage: str) -> Iterator[None]:
 def _open(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container at `path` and its best video stream."""
     with _stage("open"):
+        if "\0" in os.fspath(path):  # for FFmpeg the name of another file
+            raise FileNotFoundError(f"no name of a file: {os.fspath(path)!r}")
         # a playlist or a name with a colon in it must not reach the network
         options = {"protocol_whitelist": "file"}
         container = av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="replace")
