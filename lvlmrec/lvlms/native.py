@@ -8,8 +8,9 @@ Legend: B clips, F frames, S sequence positions, D width.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ def load(family: NativeFamily, config: ModelConfig, recipe: Recipe) -> NativeLVL
     if info.identity != recipe.identity:
         raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
     base = _load_base_model(family, config, recipe, info)
-    processor = AutoProcessor.from_pretrained(config.model, revision=_commit(config, info))
+    with _reading(config):
+        processor = AutoProcessor.from_pretrained(config.model, revision=_commit(config, info))
     processor.tokenizer.padding_side = "left"
     return NativeLVLM(family, base.to(_device(config)), processor, recipe, info, config.batch_size)
 
@@ -190,18 +192,17 @@ def _load_base_model(family: NativeFamily, config: ModelConfig, recipe: Recipe, 
     text.num_hidden_layers = max(top, 1)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: max(top, 1)]
-    try:
-        with source.quiet():
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                config.model,
-                revision=_commit(config, info),
-                config=model_config,
-                dtype=getattr(torch, config.dtype),
-                attn_implementation=config.attention,
-                output_loading_info=True,
-            )
-    except ImportError as error:
-        raise ConfigError(f"lvlm.attention: {config.attention!r}: {' '.join(str(error).split())}") from error
+    with _reading(config):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            config.model,
+            revision=_commit(config, info),
+            config=model_config,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise ConfigError(f"lvlm.model: {config.model!r} lacks {len(missing)} weights, first {missing[0]}")
@@ -213,28 +214,42 @@ def _load_base_model(family: NativeFamily, config: ModelConfig, recipe: Recipe, 
     return base
 
 
+@contextlib.contextmanager
+def _reading(config: ModelConfig) -> Iterator[None]:
+    """What transformers cannot read or run is the configuration's fault. Raises `ConfigError`."""
+    try:
+        with source.quiet():
+            yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"lvlm.model: {config.model!r} with lvlm.attention={config.attention}: {reason}") from error
+
+
 def _render(processor: Any, name: str, prompt: Prompt) -> str:
     """The conversation as text, with one place-holder for the video, before or after the prompt's text.
 
     Some chat templates put every video before every text; there the place-holder is written into the text.
-    Raises `ConfigError` when the prompt holds a place-holder of its own.
+    Raises `ConfigError` when the prompt holds a place-holder of its own or the model has no chat template.
     """
     placeholder = processor.video_token
+    if not processor.chat_template:
+        raise ConfigError("lvlm.model: it has no chat template; expected a model tuned to follow instructions")
     if any(token in prompt.text for token in processor.all_special_multimodal_tokens):
         raise ConfigError(f"recipe.prompts.{name}.text: {prompt.text!r} holds a token of the model, {placeholder}")
 
-    def render(text: str) -> str:
-        video, texts = {"type": "video"}, [{"type": "text", "text": text}] if text else []
-        content = [video, *texts] if prompt.place == "after" else [*texts, video]
+    def in_order(video: Any, text: str) -> list[Any]:
+        parts = [video, text] if prompt.place == "after" else [text, video]
+        return [part for part in parts if part]
+
+    def render(parts: Sequence[Any]) -> str:
+        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
 
-    probe = render(_PROBE)
-    honoured = (probe.index(placeholder) < probe.index(_PROBE)) == (prompt.place == "after")
-    if honoured or not prompt.text:
-        return render(prompt.text)
-    joined = [placeholder, prompt.text] if prompt.place == "after" else [prompt.text, placeholder]
-    content = [{"type": "text", "text": "\n".join(joined)}]
-    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    probe = render(in_order({"type": "video"}, _PROBE))
+    video_first = probe.index(placeholder) < probe.index(_PROBE)
+    if not prompt.text or video_first == (prompt.place == "after"):
+        return render(in_order({"type": "video"}, prompt.text))
+    return render(["\n".join(in_order(placeholder, prompt.text))])
 
 
 def _at_least(frames_FHWC: np.ndarray, num_frames: int) -> np.ndarray:
