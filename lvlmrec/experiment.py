@@ -97,14 +97,15 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     `every_layer` prepares all matching columns even for an item encoder that reads one: a search chooses among them.
     """
     split, report = load_split(config.dataset)
+    fingerprint = split.fingerprint()
     data = TrainingData(np.asarray(split.item_ids), split.training(), split.train_counts(), split.validation())
     features = load_features(config, data.item_ids.tolist(), every_layer=every_layer)
     if features is not None and config.feature_scaling == "standardize":
         features = features.standardized(np.flatnonzero(data.train_counts))
     learned = {k: v for k, v in configs.flatten(configs.to_dict(config)) if k not in NOT_LEARNED}
-    learned |= {"dataset.path": split.fingerprint, "features": features.digest if features else ""}
+    learned |= {"dataset.path": fingerprint, "features": features.digest if features else ""}
     key = hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
-    tags = {"dataset": split.fingerprint, "feature_set": features.digest if features else "none", "key": key}
+    tags = {"dataset": fingerprint, "feature_set": features.digest if features else "none", "key": key}
     return Experiment(config, data, features, key, tags, report)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,8 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
         print(f"usage: python rayjobs/{name}.py [layer.yaml ...] [dotted.key=value ...]\n\nkeys and defaults:")
         print(config.describe(schema))
         return 0
+    for noisy in ("ray.data", "ray.train", "ray.tune", "mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)  # the job's own lines say how it goes
     try:
         resolved: Any = config.from_arguments(schema, arguments, config.CONF / f"{name}.yaml")
         with tracking.tracked(resolved.tracking_uri, resolved.workspace, name, config.to_dict(resolved)) as run:

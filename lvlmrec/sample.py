@@ -7,14 +7,17 @@ sample/models/<family>/                a tiny, randomly initialised LVLM (lvlms/
 from __future__ import annotations
 
 import sys
+import uuid
 from pathlib import Path
 
 from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.data import micro_world
+from lvlmrec.errors import InputError
 from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction import pipeline
 from lvlmrec.features import store
+from lvlmrec.lvlms import LVLMS
 
 SEED = 0
 
@@ -48,9 +51,13 @@ def ensure_features(config: TrainConfig) -> None:
 
 
 def _ensure_model(path: Path) -> None:
-    # tiny.py needs transformers, which most jobs do not
-    from lvlmrec.lvlms import tiny
-
-    if not (path / "config.json").exists():
-        print(f"sample: a tiny untrained {path.name} in {path}", file=sys.stderr)
-        tiny.write_tiny(path.name, path, SEED)
+    if path.name not in LVLMS:
+        raise InputError(
+            f"lvlm.model {str(path)!r}: the sample has no {path.name!r}; choices: {', '.join(sorted(LVLMS))}"
+        )
+    if path.exists():
+        return
+    print(f"sample: a tiny untrained {path.name} in {path}", file=sys.stderr)
+    working = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    LVLMS[path.name].write_tiny(working, SEED)
+    working.rename(path)

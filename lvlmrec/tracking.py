@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +51,9 @@ class Run:
         """Labels of the run: fingerprints, URIs, why it stopped."""
         _client(self.tracking_uri).log_batch(self.id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
 
-    def log_json(self, name: str, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    def log_json(self, name: str, content: Mapping[str, Any]) -> None:
         """A JSON artifact."""
-        _client(self.tracking_uri).log_dict(self.id, content, name)
+        _client(self.tracking_uri).log_dict(self.id, dict(content), name)
 
     def log_file(self, path: Path) -> None:
         """A file as an artifact."""

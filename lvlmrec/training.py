@@ -8,7 +8,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.train import Checkpoint as RayCheckpoint
@@ -57,7 +57,7 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
         ),
     )
     try:
-        return trainer.fit().checkpoint
+        return cast(RayCheckpoint, trainer.fit().checkpoint)
     except Exception as error:
         raise JobFailed(f"training {experiment.key}: {' '.join(str(error).split())[-500:]}") from error
 

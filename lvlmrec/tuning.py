@@ -189,13 +189,14 @@ class TrialRuns(tune.Callback):
 
 
 def _outcome(results: tune.ResultGrid, trials: int) -> dict[str, Any]:
-    ended = [result for result in results if result.error is None and result.metrics]
+    every = [results[i] for i in range(len(results))]
+    ended = [(result.config, result.metrics) for result in every if result.error is None and result.metrics]
     if not ended:
         raise JobFailed(f"tune: all {trials} trials failed: {' '.join(str(results.errors[0]).split())[-400:]}")
-    best = max(ended, key=lambda result: result.metrics[f"best/{SELECTED_BY}"])
-    validation = {k.removeprefix("best/"): v for k, v in best.metrics.items() if k.startswith("best/")}
+    chosen, metrics = max(ended, key=lambda trial: trial[1][f"best/{SELECTED_BY}"])
+    validation = {name.removeprefix("best/"): value for name, value in metrics.items() if name.startswith("best/")}
     return {
-        "best": {"config": best.config, "validation": validation, "epoch": best.metrics["best_epoch"]},
+        "best": {"config": chosen, "validation": validation, "epoch": metrics["best_epoch"]},
         "trials": len(results),
         "failed": len(results) - len(ended),
     }

@@ -52,7 +52,7 @@ def main() -> int:
     for column, weight in evaluated["dff"]["layer_weights"].items():
         print(f"  {column:32s} {weight:.3f} {'#' * round(60 * weight)}")
     print(
-        f"\nThe LVLM of the sample is untrained: this shows the road, not its quality. {time.perf_counter() - started:.0f} s."
+        f"\nThe sample's LVLM is untrained: this shows the road, not its quality. {time.perf_counter() - started:.0f} s."
     )
     print("All runs, in a browser:")
     print(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{workspace}/mlflow.db\n")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -127,10 +127,10 @@ def _dataset(plan: Plan) -> ray.data.Dataset:
     context.enable_progress_bars = False  # our own lines on stderr say what a user of this job asks
     context.max_consecutive_actor_init_deaths = 3
     config, pool = plan.config, plan.config.pool
-    rows = ray.data.from_arrow(plan.todo.select([ITEM_ID, URI]))
+    rows: ray.data.Dataset = ray.data.from_arrow(plan.todo.select([ITEM_ID, URI]))
     rows = rows.repartition(target_num_rows_per_block=pool.videos_per_block)  # else one block, and one actor works
     clips = rows.map_batches(
-        stages.decode,
+        cast(Any, stages.decode),
         fn_kwargs={"recipe": plan.recipe, "config": config.decode},
         batch_size=None,
         batch_format="pyarrow",
@@ -147,7 +147,7 @@ def _dataset(plan: Plan) -> ray.data.Dataset:
         compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
     )
     return features.map_batches(
-        stages.write,
+        cast(Any, stages.write),
         fn_kwargs={"uri": plan.feature_set, "recipe": plan.recipe},
         batch_size=pool.videos_per_part,
         batch_format="pyarrow",

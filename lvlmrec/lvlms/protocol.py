@@ -22,6 +22,7 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 class ModelConfig:
     """Where a model's files lie and how its forward runs."""
 
+    name: str = option("llava_onevision", "model family")
     model: str = option("${workspace}/sample/models/llava_onevision", "local directory or hub id (owner/name)")
     revision: str = option("", "branch, tag or commit of a hub id; empty is the default branch")
     dtype: str = option("float32", "dtype of weights and activations", choices=COMPUTE_DTYPES)

@@ -33,8 +33,8 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def verdict(name: str, test: Mapping[str, Any]) -> str:
     """One line of a paired test: the difference, its p value, and for how many users each run is better."""
     return (
-        f"{name} ({test['users']} users): {test['metric'].upper()} {test['difference']:+.4f}, p = {test['p_value']:.2g}, "
-        f"better for {test['better']}, worse for {test['worse']}, equal for {test['equal']}"
+        f"{name} ({test['users']} users): {test['metric'].upper()} {test['difference']:+.4f}, "
+        f"p = {test['p_value']:.2g}, better for {test['better']}, worse for {test['worse']}, equal for {test['equal']}"
     )
 
 
