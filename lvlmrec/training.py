@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 import ray
 from ray.train import Checkpoint as RayCheckpoint
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from safetensors.torch import load_file
 
@@ -54,6 +53,7 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
             storage_path=storage.join(storage.absolute(experiment.config.workspace), "runs"),
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
@@ -64,7 +64,6 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
 
 def _worker(config: dict[str, Any]) -> None:
     """What each worker runs: restore, fit, report a checkpoint after every epoch."""
-    logging.getLogger("ray").setLevel(logging.WARNING)
     experiment: Experiment = ray.get(config["experiment"])
     tracking: Run = config["tracking"]
     context = ray.train.get_context()
@@ -116,10 +115,9 @@ def _publish(experiment: Experiment, trained: RayCheckpoint) -> dict[str, Any]:
 
 
 def _tell(metrics: dict[str, float], epochs: int) -> None:
-    print(
+    # Ray Train's patched print() would say it twice.
+    sys.stderr.write(
         f"train: epoch {metrics['epoch']:.0f}/{epochs}, loss {metrics['train_loss']:.4f}, "
         f"validation HR@10 {metrics['validation/hr@10']:.4f} NDCG@10 {metrics['validation/ndcg@10']:.4f}, "
-        f"{metrics['epoch_seconds']:.2f} s",
-        file=sys.stderr,
-        flush=True,
+        f"{metrics['epoch_seconds']:.2f} s\n"
     )
