@@ -59,7 +59,7 @@ def read_titles(path: str) -> tuple[dict[str, str], dict[str, int]]:
     """Titles by item_id, and counts of what was dropped.
 
     Two formats, told apart by the first line: with the header `item,title` a CSV with quotes; without it `id, title`
-    unquoted and split at the first comma. The first title of an item counts. Raises `InputError`.
+    unquoted and split at the first comma. The first title of an item counts, an empty one is none. Raises `InputError`.
     """
     lines = decode(path, read_bytes(path)).split("\n")
     if [name.strip().lower() for name in lines[0].split(",")] == ["item", "title"]:
@@ -67,13 +67,14 @@ def read_titles(path: str) -> tuple[dict[str, str], dict[str, int]]:
     else:
         rows = [line.split(",", 1) for line in lines if line.strip()]
     pairs = [[field.strip() for field in row] for row in rows]
-    usable = [pair for pair in pairs if len(pair) == 2 and all(pair)]
-    malformed = [pair for pair in pairs if not (len(pair) == 2 and all(pair))]
+    usable = [pair for pair in pairs if len(pair) == 2 and pair[0]]
+    malformed = [pair for pair in pairs if not (len(pair) == 2 and pair[0])]
     check_malformed(path, len(malformed), len(pairs), f"{malformed[0]!r}" if malformed else "", "item,title")
     titles: dict[str, str] = {}
     for item_id, title in usable:
         titles.setdefault(item_id, title)
-    return titles, {"titles_malformed_lines": len(malformed), "titles_duplicate_items": len(usable) - len(titles)}
+    report = {"titles_malformed_lines": len(malformed), "titles_duplicate_items": len(usable) - len(titles)}
+    return {item_id: title for item_id, title in titles.items() if title}, report
 
 
 def _quoted_rows(path: str, lines: list[str]) -> list[list[str]]:

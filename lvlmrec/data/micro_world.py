@@ -1,0 +1,260 @@
+"""The micro-world: a small catalogue of real videos, and users whose tastes are known, made from a seed.
+
+It stands in for a dataset where none can be shipped, so it has what makes the real ones hard: a long tail of
+popularity, short histories, tastes that drift (so order matters), a trend that no pixel shows (so ids matter), and
+items first met as somebody's test target (so content matters).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvlmrec.config import option
+from lvlmrec.data import micro_videos
+from lvlmrec.data.micro_videos import BACKGROUNDS, COLOURS, COUNTS, MOTIONS, SHAPES, TEMPI, Scene
+from lvlmrec.errors import InputError
+
+FORMAT = 1  # counted up when the same configuration makes another world
+MARKER = "micro_world.json"
+PAIRS, TITLES = "MicroLens-sample_pairs.tsv", "MicroLens-sample_titles.csv"
+
+FACTORS = {
+    "colour": tuple(COLOURS),
+    "background": tuple(BACKGROUNDS),
+    "shape": SHAPES,
+    "count": COUNTS,
+    "motion": MOTIONS,
+    "tempo": TEMPI,
+}
+NUM_COMMUNITIES = 10
+# what a match is worth to a user, in the logit of the choice
+_TASTE = {"colour": 4.0, "background": 4.0, "shape": 2.2, "count": 1.6, "motion": 0.3, "tempo": 0.3}
+_COMMUNITY_TASTE = 3.0
+_NEAR = 0.35  # share of a match that the next value of the ring gets
+_DRIFT = 0.2  # chance per interaction that a taste moves on to the next value of its ring
+_POPULARITY_SPREAD = 1.0  # standard deviation of log popularity
+_SHORTEST = 5  # interactions of a user at least: the split drops shorter histories
+_COLD_ITEMS = 0.11  # share of the catalogue
+_COLD_TARGETS = 0.125  # share of the users
+
+
+@dataclass(frozen=True)
+class MicroWorldConfig:
+    """The size of a micro-world, and its seed."""
+
+    num_items: int = option(360, "videos", minimum=40)
+    num_users: int = option(2400, "users", minimum=40)
+    seed: int = option(0, "decides the whole world", minimum=0)
+    frame_side: int = option(128, "width and height of a video, even", minimum=32)
+    fps: int = option(8, "frames per second", minimum=1)
+    clip_seconds: float = option(3.0, "length of a video", minimum=0.25)
+
+
+@dataclass(frozen=True)
+class World:
+    """I items and U users with all that is true of them.
+
+    item_ids     [I] str, not dense
+    factors      int64 [I, 6]: values of `FACTORS`, in its order
+    communities  int64 [I]: the trend an item belongs to; shown in no video and no title
+    popularity   float64 [I]: the part of the logit that all users share
+    cold         bool [I]: met only as the last interaction of a user
+    histories    per user the positions of the items met, oldest first
+    """
+
+    item_ids: list[str]
+    factors: NDArray[np.int64]
+    communities: NDArray[np.int64]
+    popularity: NDArray[np.float64]
+    cold: NDArray[np.bool_]
+    histories: list[list[int]]
+
+
+def make(directory: Path, config: MicroWorldConfig) -> None:
+    """Write the world that `config` decides into `directory`, unless it is there already.
+
+        interactions/MicroLens-sample_pairs.tsv, interactions/MicroLens-sample_titles.csv
+        videos/<item_id>.mp4
+        factors.csv          what is true of each item, hidden from every model
+        micro_world.json     configuration and digest of all files; written last, so a half-made world is made anew
+
+    Raises `InputError` if the directory holds videos or interactions that are no micro-world's.
+    """
+    if config.frame_side % 2:
+        raise InputError(f"frame_side: {config.frame_side} is odd; H.264 wants an even number")
+    wanted: dict[str, object] = {"format": FORMAT, "config": asdict(config)}
+    found = _read_marker(directory)
+    if found is not None and found.pop("digest", None) is not None and found == wanted:
+        return
+    world = draw(config)
+    _clear(directory, world, ours=found is not None)
+    for name in ("interactions", "videos"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    _write_marker(directory, wanted)  # without a digest: half-made, and known as ours
+    _write_interactions(directory / "interactions", world, config.seed)
+    _write_factors(directory / "factors.csv", world)
+    phases = np.random.default_rng([config.seed, 2]).random(len(world.item_ids))
+    num_frames = max(1, round(config.clip_seconds * config.fps))
+    for item_id, values, phase in zip(world.item_ids, world.factors.tolist(), phases, strict=True):
+        scene = Scene(*values, phase=float(phase))
+        micro_videos.write(directory / "videos" / f"{item_id}.mp4", scene, config.frame_side, config.fps, num_frames)
+    _write_marker(directory, wanted | {"digest": _digest(directory)})
+
+
+def draw(config: MicroWorldConfig) -> World:
+    """The world that `config` decides."""
+    rng = np.random.default_rng(config.seed)
+    n = config.num_items
+    numbers = rng.choice(2 * n, size=n, replace=False) + 1
+    cold = np.zeros(n, dtype=bool)
+    cold[rng.choice(n, size=round(_COLD_ITEMS * n), replace=False)] = True
+    world = World(
+        item_ids=[str(number) for number in numbers],
+        factors=np.stack([_balanced(rng, len(values), n) for values in FACTORS.values()], axis=1),
+        communities=_balanced(rng, NUM_COMMUNITIES, n),
+        # a new item has had no time to become popular
+        popularity=rng.normal(0, _POPULARITY_SPREAD, size=n) * np.where(cold, 0.5, 1),
+        cold=cold,
+        histories=[],
+    )
+    return World(**(vars(world) | {"histories": _live(rng, world, config.num_users)}))
+
+
+def _balanced(rng: np.random.Generator, num_values: int, n: int) -> NDArray[np.int64]:
+    """`n` values, each of `num_values` about equally often, in random order."""
+    return rng.permutation(np.arange(n) % num_values)
+
+
+def _live(rng: np.random.Generator, world: World, num_users: int) -> list[list[int]]:
+    """All users meet items step by step: a draw from the softmax of popularity and taste, without repeats."""
+    num_items = len(world.item_ids)
+    longest = min(60, num_items // 4)
+    lengths = np.minimum(_SHORTEST + np.exp(rng.normal(0.6, 0.95, size=num_users)).astype(np.int64), longest)
+    sizes = np.array([*(len(values) for values in FACTORS.values()), NUM_COMMUNITIES])
+    tastes = rng.integers(sizes, size=(num_users, len(sizes)))  # [U, 7] the value each user likes now
+    ends_cold = np.zeros(num_users, dtype=bool)
+    ends_cold[rng.choice(num_users, size=round(_COLD_TARGETS * num_users), replace=False)] = True
+    met = np.zeros((num_users, num_items), dtype=bool)
+    histories: list[list[int]] = [[] for _ in range(num_users)]
+    for step in range(lengths.max()):
+        users = np.flatnonzero(lengths > step)
+        from_cold = ends_cold[users] & (lengths[users] == step + 1)
+        logits = score(world, tastes[users], visible_only=from_cold)
+        closed = np.where(from_cold[:, None], ~world.cold, world.cold) | met[users]
+        # the largest logit plus Gumbel noise is a draw from the softmax
+        items = np.where(closed, -np.inf, logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        met[users, items] = True
+        for user, item in zip(users, items, strict=True):
+            histories[user].append(int(item))
+        tastes = (tastes + (rng.random(tastes.shape) < _DRIFT)) % sizes
+    return histories
+
+
+def score(world: World, tastes: NDArray[np.int64], visible_only: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """What each user would choose: logits [U, I] for `tastes` [U, 7], a value per factor and a community.
+
+    Where `visible_only` [U] the community does not count.
+    """
+    logits = np.broadcast_to(world.popularity, (len(tastes), len(world.popularity))).copy()
+    values = np.column_stack([world.factors, world.communities])
+    weights = [*_TASTE.values(), _COMMUNITY_TASTE]
+    sizes = [*(len(names) for names in FACTORS.values()), NUM_COMMUNITIES]
+    for k, (weight, size) in enumerate(zip(weights, sizes, strict=True)):
+        ahead = (values[:, k] - tastes[:, k, None]) % size  # [U, I] steps along the ring
+        match = (ahead == 0) + _NEAR * (ahead == 1)
+        logits += weight * match * (np.where(visible_only, 0, 1)[:, None] if k == len(FACTORS) else 1)
+    return logits
+
+
+def _read_marker(directory: Path) -> dict[str, object] | None:
+    try:
+        marker = json.loads((directory / MARKER).read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return marker if isinstance(marker, dict) else None
+
+
+def _write_marker(directory: Path, content: dict[str, object]) -> None:
+    partial = directory / (MARKER + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(directory / MARKER)
+
+
+def _clear(directory: Path, world: World, ours: bool) -> None:
+    """Remove what an earlier world left; files that no micro-world wrote are never touched."""
+    folders = [directory / "interactions", directory / "videos"]
+    if not ours:
+        expected = {PAIRS, TITLES, *(f"{item_id}.mp4" for item_id in world.item_ids)}
+        foreign = [
+            file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.name not in expected
+        ]
+        if foreign:
+            raise InputError(
+                f"{directory}: holds {min(foreign)}, which is no part of a micro-world; name an empty folder"
+            )
+    for folder in folders:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+
+
+def _write_interactions(folder: Path, world: World, seed: int) -> None:
+    """Pairs and titles in the formats of MicroLens-50K."""
+    lines = [
+        f"{user + 1}\t{' '.join(world.item_ids[item] for item in history)}\r\n"
+        for user, history in enumerate(world.histories)
+    ]
+    (folder / PAIRS).write_text("".join(lines), newline="")
+    rng = np.random.default_rng([seed, 1])
+    with (folder / TITLES).open("w", newline="") as file:
+        file.write("item,title\r\n")
+        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)
+        for item_id, values in zip(world.item_ids, world.factors.tolist(), strict=True):
+            writer.writerow([int(item_id), title(values, rng)])
+
+
+def title(values: list[int], rng: np.random.Generator) -> str:
+    """A caption of an item's factors in one of several wordings; not every wording tells all of them."""
+    colour, background, shape, count, motion, tempo = (
+        names[value] for names, value in zip(FACTORS.values(), values, strict=True)
+    )
+    things = f"{colour} {shape}" if count == "one" else f"{count} {colour} {shape}{'es' if shape == 'cross' else 's'}"
+    place = {"snow": "in the snow", "beach": "on the beach", "meadow": "on a meadow", "sea": "at sea"}.get(
+        background, "at night" if background == "night" else "by the brick wall"
+    )
+    wordings = (
+        f"{things} {motion} {tempo} {place}",
+        f"{place}, {things}, {motion}",
+        f"you have to see this: {things} {place} # {shape} # {background}",
+        f"{motion} {tempo}, {place}: {things}",
+        f"what {things} do {place} # {colour} # {motion}",
+        f"{colour} is the colour of the day, {things} {place}, wait for the end",
+    )
+    return wordings[rng.integers(len(wordings))].capitalize()
+
+
+def _write_factors(path: Path, world: World) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["item_id", *FACTORS, "community", "popularity", "cold"])
+        for k, item_id in enumerate(world.item_ids):
+            names = [values[value] for values, value in zip(FACTORS.values(), world.factors[k], strict=True)]
+            writer.writerow(
+                [item_id, *names, world.communities[k], round(float(world.popularity[k]), 4), int(world.cold[k])]
+            )
+
+
+def _digest(directory: Path) -> str:
+    """16 hex digits over the names and bytes of all files but the marker."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in [directory / "factors.csv", *sorted(directory.glob("*/*"))]:
+        digest.update(f"{file.relative_to(directory).as_posix()} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
