@@ -31,7 +31,12 @@ def test_a_bucket_prefix_is_a_manifest(bucket: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_table_is_a_manifest(tmp_path: Path, suffix: str) -> None:
-    rows = [("007", "007.mp4", "a, title"), ("x", "/abs/x.mp4", ""), ("y", "s3://bucket/y.mp4", "t"), ("x", "/abs/x.mp4", "")]
+    rows = [
+        ("007", "007.mp4", "a, title"),
+        ("x", "/abs/x.mp4", ""),
+        ("y", "s3://bucket/y.mp4", "t"),
+        ("x", "/abs/x.mp4", ""),
+    ]
     frame = pd.DataFrame([*rows, ("", "z.mp4", ""), ("w", None, "")], columns=["item_id", "uri", "title"])
     frame = frame.assign(ignored=1)
     path = tmp_path / f"items.{suffix}"
@@ -47,7 +52,11 @@ def test_a_table_is_a_manifest(tmp_path: Path, suffix: str) -> None:
     ("name", "content", "message"),
     [
         ("items.csv", b"item_id,url\n1,a.mp4\n", "no column 'uri'; its columns: item_id, url"),
-        ("items.csv", b"item_id,uri\n1,a.mp4\n1,b.mp4\n", r"item_id '1' stands for several videos \(.*a\.mp4, .*b\.mp4\)"),
+        (
+            "items.csv",
+            b"item_id,uri\n1,a.mp4\n1,b.mp4\n",
+            r"item_id '1' stands for several videos \(.*a\.mp4, .*b\.mp4\)",
+        ),
         ("items.csv", b"item_id,uri\n", "holds no videos"),
         ("items.csv", b"\xff\xfe\x00bad", "unreadable manifest"),
         ("items.parquet", b"not parquet", "unreadable manifest"),
