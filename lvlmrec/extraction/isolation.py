@@ -76,7 +76,7 @@ class IsolatedDecoder:
             self._send({"path": os.fspath(path), "num_frames": num_frames, "max_side": max_side})
             answer = self._receive_json(deadline)
             clip = self._receive_clip(answer, deadline) if "error" not in answer else None
-            is_usable = answer.get("error") != "out_of_memory"  # a child that hit its limit is a fragmented one
+            is_usable = answer.get("stage") in (None, "open", "probe")  # a failed decoder may have left memory behind
         except TimeoutError:
             message = f"no clip within {timeout_s:g} s; the decoder was killed"
             raise VideoError("decode", "timeout", message) from None
@@ -200,7 +200,8 @@ def _answer(request: dict[str, Any], answers: int) -> None:
     try:
         clip = sample_clip(request["path"], request["num_frames"], request["max_side"])
     except VideoError as error:
-        _write_json(answers, {"stage": error.stage, "error": error.error, "message": error.message})
+        message = error.message + _memory_hint()
+        _write_json(answers, {"stage": error.stage, "error": error.error, "message": message})
         return
     except MemoryError:
         _write_json(answers, {"stage": "decode", "error": "out_of_memory", "message": "MemoryError outside FFmpeg"})
@@ -214,6 +215,14 @@ def _answer(request: dict[str, Any], answers: int) -> None:
     }
     _write_json(answers, header)
     _write(answers, clip.frames.data.cast("B"))
+
+
+def _memory_hint() -> str:
+    """A remark where the limit may be at fault: some decoders call a failed allocation invalid data."""
+    limit_mb = resource.getrlimit(resource.RLIMIT_AS)[0] >> 20
+    status = Path("/proc/self/status").read_text()
+    peak_mb = int(status.partition("VmPeak:")[2].split()[0]) >> 10
+    return f" (memory peaked at {peak_mb} of {limit_mb} MB)" if peak_mb > limit_mb * 0.75 else ""
 
 
 def main(arguments: list[str]) -> None:
