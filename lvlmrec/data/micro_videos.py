@@ -1,0 +1,142 @@
+"""The clips of the micro-world: a few plain shapes of one colour that move before a background, in H.264.
+
+Everything visible is a factor with few values; colour, background, shape and count are large and plain, so that even
+pooled features of an untrained network carry them, while motion and tempo show only across frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+RGB = tuple[int, int, int]
+
+# The order of values is a ring: tastes move along it.
+COLOURS: dict[str, RGB] = {
+    "red": (225, 30, 30),
+    "orange": (250, 140, 0),
+    "yellow": (250, 230, 30),
+    "green": (30, 180, 50),
+    "blue": (30, 80, 235),
+    "purple": (150, 40, 190),
+}
+# two tones in stripes whose direction belongs to the background
+BACKGROUNDS: dict[str, tuple[RGB, RGB, str]] = {
+    "snow": ((250, 250, 255), (225, 232, 245), "rows"),
+    "beach": ((235, 212, 160), (215, 185, 125), "columns"),
+    "meadow": ((130, 200, 110), (100, 170, 85), "checks"),
+    "sea": ((110, 195, 220), (75, 160, 200), "rows"),
+    "brick": ((140, 75, 60), (110, 55, 45), "checks"),
+    "night": ((15, 15, 40), (35, 35, 70), "columns"),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+COUNTS = ("one", "two", "three", "four")
+MOTIONS = ("sliding", "bouncing", "circling", "zigzagging")
+TEMPI = ("slowly", "steadily", "fast")
+
+# centres of 1 to 4 objects, in shares of the frame's side
+_PLACES = (
+    ((0.5, 0.5),),
+    ((0.28, 0.5), (0.72, 0.5)),
+    ((0.28, 0.7), (0.72, 0.7), (0.5, 0.28)),
+    ((0.28, 0.28), (0.72, 0.28), (0.28, 0.72), (0.72, 0.72)),
+)
+_RADIUS = 0.19  # of the frame's side
+_REACH = 0.07  # how far an object moves from its place, of the frame's side
+_SMOOTHING = 4  # a shape is drawn this much larger and scaled down
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows: each a position in the tables above."""
+
+    colour: int
+    background: int
+    shape: int
+    count: int
+    motion: int
+    tempo: int
+    phase: float  # where in its path the motion starts, 0 to 1; no factor
+
+
+def write(path: Path, scene: Scene, side: int, fps: int, num_frames: int) -> None:
+    """Encode `scene` as an MP4 of `num_frames` square frames; the same bytes whenever this runs on one machine."""
+    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        # one thread, because the split into threads would show in the bytes
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "superfast", "crf": "26", "threads": "1"})
+        stream.width = stream.height = side
+        stream.pix_fmt = "yuv420p"
+        for index, image in enumerate(frames(scene, side, num_frames)):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts, frame.time_base = index, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def frames(scene: Scene, side: int, num_frames: int) -> Iterator[Image.Image]:
+    """The frames of a clip, RGB."""
+    background, mask = _background(scene.background, side), _mask(scene.shape, side)
+    colour = list(COLOURS.values())[scene.colour]
+    edge = Image.new("RGB", mask.size, (0, 0, 0) if scene.background != len(BACKGROUNDS) - 1 else (255, 255, 255))
+    inner = mask.resize((round(mask.width * 0.86),) * 2)
+    cycles = scene.tempo + 1
+    for index in range(num_frames):
+        image = background.copy()
+        dx, dy = _offset(scene.motion, 2 * math.pi * (scene.phase + cycles * index / num_frames))
+        for x, y in _PLACES[scene.count]:
+            centre = (x + _REACH * dx) * side, (y + _REACH * dy) * side
+            image.paste(edge, _corner(centre, mask), mask)
+            image.paste(colour, _corner(centre, inner), inner)
+        yield image
+
+
+def _corner(centre: tuple[float, float], mask: Image.Image) -> tuple[int, int]:
+    return round(centre[0] - mask.width / 2), round(centre[1] - mask.height / 2)
+
+
+def _offset(motion: int, angle: float) -> tuple[float, float]:
+    """Where an object stands at `angle` of its path, from -1 to 1 in each direction."""
+    return (
+        (math.sin(angle), 0.0),
+        (0.0, 1 - 2 * abs(math.sin(angle / 2))),
+        (math.cos(angle), math.sin(angle)),
+        (math.sin(angle), math.sin(2 * angle)),
+    )[motion]
+
+
+def _background(background: int, side: int) -> Image.Image:
+    first, second, pattern = list(BACKGROUNDS.values())[background]
+    band = np.arange(side) * 8 // side % 2
+    rows, columns = band[:, None], band[None, :]
+    odd = {"rows": rows | 0 * columns, "columns": columns | 0 * rows, "checks": rows ^ columns}[pattern]
+    return Image.fromarray(np.where(odd[:, :, None] == 1, second, first).astype(np.uint8))
+
+
+def _mask(shape: int, side: int) -> Image.Image:
+    """The shape as an antialiased mask, about twice `_RADIUS` wide."""
+    size = round(2 * _RADIUS * side)
+    r = size * _SMOOTHING / 2
+    image = Image.new("L", (size * _SMOOTHING,) * 2, 0)
+    draw = ImageDraw.Draw(image)
+    name = SHAPES[shape]
+    if name == "circle":
+        draw.ellipse((0.1 * r, 0.1 * r, 1.9 * r, 1.9 * r), fill=255)
+    elif name == "square":
+        draw.rectangle((0.16 * r, 0.16 * r, 1.84 * r, 1.84 * r), fill=255)
+    elif name == "cross":
+        draw.rectangle((0.7 * r, 0, 1.3 * r, 2 * r), fill=255)
+        draw.rectangle((0, 0.7 * r, 2 * r, 1.3 * r), fill=255)
+    else:
+        radii = (1.0,) * 3 if name == "triangle" else (1.0, 0.42) * 5
+        angles = [2 * math.pi * k / len(radii) - math.pi / 2 for k in range(len(radii))]
+        draw.polygon(
+            [(r + r * q * math.cos(a), r + r * q * math.sin(a)) for q, a in zip(radii, angles, strict=True)], fill=255
+        )
+    return image.resize((size, size), Image.Resampling.BOX)
