@@ -24,7 +24,8 @@ def rank_targets(
     """Ranks [U] for scores `queries @ item_embeddings.T`, over `chunk_size` users at a time.
 
     queries [U, E], item_embeddings [I + 1, E], targets [U], histories [U, H] padded with 0. Scores are computed in
-    float32 or better whatever the autocast state: half precision makes ties that are not in the model.
+    float32 or better whatever the autocast state: half precision makes ties that are not in the model. Equal
+    embeddings tie up to the rounding of the matrix product, which may differ between columns in a chunk of one user.
     """
     dtype = torch.promote_types(torch.promote_types(queries.dtype, item_embeddings.dtype), torch.float32)
     items = item_embeddings.to(dtype)

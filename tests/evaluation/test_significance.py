@@ -20,7 +20,15 @@ def test_counts_and_difference_are_those_of_the_users():
     assert result["difference"] == pytest.approx(1 / 5)
 
 
-@pytest.mark.parametrize("differences", [[0.5, 0.5, -0.25, 1.0, 0.25, 0.5], [1.0, 1.0, 1.0], [0.3, -0.1, 0.0, 0.2]])
+@pytest.mark.parametrize(
+    "differences",
+    [
+        [0.5, 0.5, -0.25, 1.0, 0.25, 0.5],
+        [1.0, 1.0, 1.0],
+        [0.3, -0.1, 0.0, 0.2],
+        [0.1, 0.2, 0.9, 0.3],  # in sorted order the same sum is smaller by rounding
+    ],
+)
 def test_p_value_is_that_of_all_sign_assignments(differences):
     sums = [abs(np.dot(signs, differences)) for signs in itertools.product([-1, 1], repeat=len(differences))]
     exact = np.mean(np.array(sums) >= abs(sum(differences)) - 1e-12)

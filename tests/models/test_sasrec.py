@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.models.backbones.sasrec import SASRec, SASRecConfig
+from lvlmrec.models.backbones.sasrec import SASRec, SASRecConfig, visible_positions
 
 torch.set_num_threads(1)
 E, HEADS, LENGTH = 6, 2, 5
@@ -73,6 +73,11 @@ def test_query_key_value_and_output_have_no_bias_and_the_feed_forward_is_four_ti
 def test_defaults_are_those_of_the_benchmark():
     config = SASRecConfig()
     assert (config.num_blocks, config.num_heads, config.dropout) == (2, 2, 0.1)
+
+
+def test_a_position_sees_the_real_past_and_itself_so_no_row_is_empty():
+    visible = visible_positions(torch.tensor([[False, False, True, True]]))
+    assert visible.int().tolist() == [[[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
 
 
 def test_dropout_acts_in_training_only():
