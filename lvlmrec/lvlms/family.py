@@ -51,7 +51,7 @@ class NativeFamily:
         text, vision = model_config.get_text_config(), model_config.vision_config
         return LVLMInfo(
             family=self.name,
-            identity=source.identity(config, model_config),
+            identity=source.identity(config),
             compute_dtype=config.dtype,
             num_layers={"llm": text.num_hidden_layers, "vision": vision.num_hidden_layers},
             width={"llm": text.hidden_size, "vision": getattr(vision, self.vision_width)},

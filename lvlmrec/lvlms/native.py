@@ -40,7 +40,7 @@ def load(family: NativeFamily, config: ModelConfig, recipe: Recipe) -> NativeLVL
         raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
     base = _load_base_model(family, config, recipe, info)
     with _reading(config):
-        processor = AutoProcessor.from_pretrained(config.model, revision=_commit(config, info))
+        processor = AutoProcessor.from_pretrained(config.model, revision=source.resolve_revision(config))
     processor.tokenizer.padding_side = "left"
     return NativeLVLM(family, base.to(_device(config)), processor, recipe, info, config.batch_size)
 
@@ -195,7 +195,7 @@ def _load_base_model(family: NativeFamily, config: ModelConfig, recipe: Recipe, 
     with _reading(config):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             config.model,
-            revision=_commit(config, info),
+            revision=source.resolve_revision(config),
             config=model_config,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
@@ -271,11 +271,6 @@ def _metadata(clip: Clip, num_frames: int) -> dict[str, Any]:
         "width": width,
         "frames_indices": indices + indices[-1:] * (num_frames - len(indices)),
     }
-
-
-def _commit(config: ModelConfig, info: LVLMInfo) -> str:
-    """The revision to read: the commit that the identity names, so that weights and identity cannot differ."""
-    return info.identity.rpartition("@")[2] if "@" in info.identity else config.revision or "main"
 
 
 def _device(config: ModelConfig) -> torch.device:

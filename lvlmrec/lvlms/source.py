@@ -34,7 +34,7 @@ def read_model_config(config: ModelConfig, model_type: str) -> Any:
     if where.is_dir() and not (where / "config.json").is_file():
         raise ConfigError(f"lvlm.model: {config.model!r}: this directory has no config.json; {expected}")
     try:
-        model_config = AutoConfig.from_pretrained(config.model, revision=config.revision or "main")
+        model_config = AutoConfig.from_pretrained(config.model, revision=resolve_revision(config))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"lvlm.model: {config.model!r}: {expected}; {reason}") from error
@@ -42,6 +42,26 @@ def read_model_config(config: ModelConfig, model_type: str) -> Any:
         found = model_config.model_type
         raise ConfigError(f"lvlm.model: {config.model!r} is a {found} model; lvlm.name={model_type}: {expected}")
     return model_config
+
+
+def resolve_revision(config: ModelConfig) -> str:
+    """The commit of a hub id, so that all its files and its identity come from one state; `main` for a directory.
+
+    Raises `OSError` when the hub id is unknown or out of reach.
+    """
+    from transformers.utils import cached_file
+
+    if Path(config.model).is_dir():
+        return "main"
+    # the cache keeps files under snapshots/<commit>/
+    return Path(str(cached_file(config.model, "config.json", revision=config.revision or "main"))).parent.name
+
+
+def identity(config: ModelConfig) -> str:
+    """`content:<hash>` of a local directory, `owner/name@<commit>` of a hub id; never a path."""
+    if Path(config.model).is_dir():
+        return f"content:{hash_directory(Path(config.model))}"
+    return f"{config.model}@{resolve_revision(config)}"
 
 
 @contextlib.contextmanager
@@ -58,19 +78,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
-
-
-def identity(config: ModelConfig, model_config: Any) -> str:
-    """`content:<hash>` of a local directory, `owner/name@<commit>` of a hub id; never a path.
-
-    Raises `ConfigError` when the hub id's commit is unknown.
-    """
-    if Path(config.model).is_dir():
-        return f"content:{hash_directory(Path(config.model))}"
-    commit = getattr(model_config, "_commit_hash", None)
-    if not commit:
-        raise ConfigError(f"lvlm.revision: {config.revision!r}: {config.model} did not resolve to a commit")
-    return f"{config.model}@{commit}"
 
 
 def hash_directory(directory: Path) -> str:

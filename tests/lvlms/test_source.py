@@ -99,7 +99,7 @@ def test_missing_weights_are_not_made_up(copied) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(copied / "model.safetensors")
-    del weights["model.language_model.embed_tokens.weight"]
+    del weights["model.embed_tokens.weight"]
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks 1 weights, first .*embed_tokens"):
         load(make_config(copied))

@@ -91,7 +91,7 @@ def probe_accuracy(features_BD: np.ndarray, colours_B: np.ndarray) -> float:
 def test_colour_can_be_read_from_every_tap_of_the_sample_model(tiny_models) -> None:
     """Chance is 1/4. `llm.0` at the last position is the text's own embedding: no video can be in it."""
     rng = np.random.default_rng(0)
-    colours = rng.integers(0, NUM_COLOURS, 240)
+    colours = rng.integers(0, NUM_COLOURS, 120)
     config = dataclasses.replace(LVLMConfig(), model=str(tiny_models["llava_onevision"]), device="cpu", batch_size=8)
     entry = LVLMS["llava_onevision"]
     wanted = RecipeConfig(taps=["llm.*", "vision.*"], poolings=["visual_mean", "last_token"])
