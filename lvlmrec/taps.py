@@ -55,7 +55,7 @@ def resolve(texts: Iterable[str], num_layers: Mapping[str, int]) -> tuple[Tap, .
 
     Raises `ConfigError` when a tap lies outside the model.
     """
-    resolved = set()
+    resolved: set[Tap] = set()
     for text in texts:
         if text.endswith(".*") and text[:-2] in num_layers:
             resolved.update(Tap(text[:-2], layer) for layer in range(num_layers[text[:-2]] + 1))

@@ -1,10 +1,84 @@
-"""Videos: probing, exact uniform sampling, named errors."""
+"""Videos: probing, exact uniform sampling, named errors.
+
+The frames of a video are what decoding its whole best stream yields, in the decoder's output order. Sampling picks the
+same frames bit for bit, and where the stream allows it decodes a fraction of them: see `_sample_by_gop`.
+
+Pictures are 8-bit RGB as swscale makes them from the stream's own colour space and range (no tone mapping); alpha is
+dropped, not composited; pixels are as coded (the sample aspect ratio is not applied); every frame has the size and the
+orientation of the first, to which frames of another size are scaled.
+
+A file is an error when reading or decoding what the sampler needs fails midway, as with most truncated files: a clip
+of the part that happens to be left would pass for the whole. Pictures that the decoder conceals are kept.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
 
+import av
+import av.stream
 import numpy as np
+from av.container import InputContainer
+from av.sidedata.sidedata import SideData
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from lvlmrec.bitstream import Picture, PictureReader, decode_plan, picture_reader, trusted_pictures
+
+DEFAULT_FPS = 25.0  # where neither timestamps nor the container say
+PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
+TRUSTED_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2",
+    "matroska,webm",
+)  # the others guess timestamps, or often have them wrong
+
+# reason of a failure whose exception says no more than where it arose
+REASONS = {"open": "not_a_video", "demux": "demux_failed", "decode": "decode_failed", "convert": "convert_failed"}
+
+
+class VideoError(Exception):
+    """One video could not be read.
+
+    stage    open, probe (which stream), demux, decode or convert
+    error    a short stable reason: not_found, unreadable, not_a_video, no_video_stream, no_decoder, no_frames,
+             encrypted, demux_failed, decode_failed, convert_failed, out_of_memory, timeout, decoder_died
+    message  one line
+    """
+
+    def __init__(self, stage: str, error: str, message: str) -> None:
+        super().__init__(stage, error, message)  # all of them, so that it can be pickled
+        self.stage, self.error, self.message = stage, error, message
+
+    def __str__(self) -> str:
+        return f"{self.error} ({self.stage}): {self.message}"
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video is, from demuxing all of it and decoding its first frame.
+
+    width, height  pixels, orientation applied
+    num_frames     packets that carry a frame to show; codecs with hidden frames may decode to fewer
+    duration       seconds from the first frame to the end of the last
+    fps            frames per second, the mean over the video
+    rotation       degrees clockwise (0, 90, 180, 270), after a horizontal flip if `mirrored`
+    """
+
+    codec: str
+    width: int
+    height: int
+    num_frames: int
+    duration: float
+    fps: float
+    rotation: int
+    mirrored: bool
 
 
 @dataclass(frozen=True)
@@ -23,3 +97,305 @@ class Clip:
     frame_indices: np.ndarray
     num_source_frames: int
     duration: float
+
+    @property
+    def num_distinct_frames(self) -> int:
+        """Different source frames in the clip: fewer than F where the video is shorter than F frames."""
+        return len(np.unique(self.frame_indices))
+
+
+def sample_indices(num_source_frames: int, num_frames: int) -> np.ndarray:
+    """Uniform positions, int64 [num_frames]: `arange(n) * total // n`, the rule of Hugging Face's video processors.
+
+    Theirs raises when the video has fewer frames than asked for; here the same formula then repeats frames.
+    Raises `ValueError` unless both counts are positive.
+    """
+    if num_source_frames < 1 or num_frames < 1:
+        raise ValueError(f"cannot sample {num_frames} of {num_source_frames} frames")
+    return np.arange(num_frames, dtype=np.int64) * num_source_frames // num_frames
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """What the video at `path` is. Raises `VideoError`."""
+    packets = _read_packets(path)
+    with _open(path) as (container, stream):
+        codec = stream.codec_context.name
+        frame = next(_decode(container, stream), None)
+        if frame is None:
+            raise VideoError("decode", "no_frames", "no frame came out of the decoder")
+        geometry = _geometry(frame, max(frame.width, frame.height))
+    shown = sorted((pts is None, pts or 0, k) for k, pts in enumerate(packets.pts) if packets.shown[k])
+    times = _seconds([packets.pts[k] for _, _, k in shown], packets.duration[shown[-1][2]], packets)
+    width, height = geometry.width, geometry.height
+    return VideoInfo(
+        codec=codec,
+        width=height if geometry.transpose else width,
+        height=width if geometry.transpose else height,
+        num_frames=len(shown),
+        duration=float(times[-1]),
+        fps=len(shown) / float(times[-1]),
+        rotation=geometry.rotation,
+        mirrored=geometry.mirrored,
+    )
+
+
+def sample_clip(path: str | Path, num_frames: int, max_side: int) -> Clip:
+    """`num_frames` frames of the video at `path`, spread by `sample_indices`, bit-equal to decoding all of it.
+
+    Frames whose longer side exceeds `max_side` pixels are scaled down to it (swscale, bicubic). Decodes in one
+    thread. Raises `VideoError`.
+    """
+    packets = _read_packets(path)
+    return _sample_by_gop(path, packets, num_frames, max_side) or _sample_all(path, packets, num_frames, max_side)
+
+
+@dataclass(frozen=True)
+class _Packets:
+    """What demuxing tells of a stream's packets, in decode order.
+
+    pictures is None unless every packet is known to carry one picture; then pts are distinct and complete.
+    """
+
+    pts: list[int | None]
+    duration: list[int]
+    shown: list[bool]
+    pictures: list[Picture] | None
+    time_base: Fraction
+    fps: float
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """How a decoded frame becomes a picture: scaled to width x height, then transposed, then flipped."""
+
+    width: int
+    height: int
+    transpose: bool
+    flip_x: bool
+    flip_y: bool
+
+    @property
+    def mirrored(self) -> bool:
+        return (self.transpose + self.flip_x + self.flip_y) % 2 == 1
+
+    @property
+    def rotation(self) -> int:
+        flip_x, flip_y = self.flip_x, self.flip_y
+        if self.mirrored:  # take the horizontal flip of the source off again
+            flip_x, flip_y = (flip_x, not flip_y) if self.transpose else (not flip_x, flip_y)
+        if self.transpose:
+            return 90 if flip_x else 270
+        return 180 if flip_x and flip_y else 0
+
+
+@contextmanager
+def _stage(stage: str) -> Iterator[None]:
+    """Turns whatever PyAV raises into a `VideoError`.
+
+    FFmpeg's error numbers arrive as exceptions of many kinds: a decoder's AVERROR(EACCES) is a PermissionError.
+    """
+    try:
+        yield
+    except (
+        av.FFmpegError,
+        ArithmeticError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as e:
+        reason = REASONS[stage]
+        if isinstance(e, MemoryError):
+            reason = "out_of_memory"
+        elif stage == "open" and isinstance(e, OSError):
+            reason = "not_found" if isinstance(e, FileNotFoundError) else "unreadable"
+        raise VideoError(stage, reason, f"{type(e).__name__}: {' '.join(str(e).split())}") from e
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container at `path` and its best video stream."""
+    with _stage("open"):
+        if "\0" in os.fspath(path):  # for FFmpeg the name of another file
+            raise FileNotFoundError(f"no name of a file: {os.fspath(path)!r}")
+        # a playlist or a name with a colon in it must not reach the network
+        options = {"protocol_whitelist": "file"}
+        container = av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="replace")
+    with container:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise VideoError("probe", "no_video_stream", "no video stream, cover pictures aside")
+        if stream.codec_context is None:
+            raise VideoError("probe", "no_decoder", "this FFmpeg has no decoder for the video stream")
+        yield container, cast(VideoStream, stream)
+
+
+def _demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    with _stage("demux"):
+        for packet in container.demux(stream):
+            if packet.size:  # an empty one would end the decoder's stream
+                yield packet
+
+
+def _read_packets(path: str | Path) -> _Packets:
+    """Demuxes the whole stream. Stream headers are not asked: their frame counts lie."""
+    with _open(path) as (container, stream):
+        context = stream.codec_context
+        is_plain = container.format.name in TRUSTED_CONTAINERS and context.field_order in PROGRESSIVE
+        reader = picture_reader(context.name, context.extradata) if is_plain else None
+        pts: list[int | None] = []
+        duration, shown, pictures = [], [], []
+        for packet in _demux(container, stream):
+            if not pts and packet.has_sidedata("encryption_info"):
+                raise VideoError("demux", "encrypted", "the stream is encrypted and the key is not known")
+            pts.append(packet.pts)
+            duration.append(packet.duration or 0)
+            shown.append(not packet.is_discard)
+            pictures.append(_picture(reader, packet))
+        if not any(shown):
+            raise VideoError("demux", "no_frames", "the video stream has no frame to show")
+        return _Packets(
+            pts=pts,
+            duration=duration,
+            shown=shown,
+            pictures=trusted_pictures(pts, pictures, context.reorder_depth),
+            time_base=stream.time_base or Fraction(1, 1),
+            fps=float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS,
+        )
+
+
+def _picture(reader: PictureReader | None, packet: av.Packet) -> Picture | None:
+    if reader is None or packet.is_corrupt or packet.has_sidedata("new_extradata"):
+        return None
+    return reader(bytes(packet))
+
+
+def _sample_by_gop(path: str | Path, packets: _Packets, num_frames: int, max_side: int) -> Clip | None:
+    """The clip from the groups of pictures that hold its frames, without unreferenced pictures between them.
+
+    None where that is not surely what decoding everything yields.
+    """
+    pictures = packets.pictures
+    if pictures is None:
+        return None
+    display = sorted((k for k in range(len(pictures)) if packets.shown[k]), key=lambda k: packets.pts[k] or 0)
+    indices = sample_indices(len(display), num_frames)
+    wanted = sorted({display[i] for i in indices})
+    feed, restarts = decode_plan(packets.pts, pictures, wanted)
+    wanted_pts = {packets.pts[k] for k in wanted}
+    rendered: dict[int | None, np.ndarray] = {}
+    geometry, last_pts = None, None
+    try:
+        with _open(path) as (container, stream):
+            for frame in _decode(container, stream, feed, restarts):
+                is_late = last_pts is not None and (frame.pts is None or frame.pts <= last_pts)
+                if is_late or frame.is_corrupt or frame.interlaced_frame:
+                    return None
+                last_pts = frame.pts
+                if last_pts in wanted_pts:
+                    geometry = geometry or _geometry(frame, max_side)
+                    rendered[last_pts] = _render(frame, geometry)
+    except VideoError:
+        return None  # decoding everything tells whether the file is at fault
+    if rendered.keys() != wanted_pts:
+        return None
+    times = _seconds([packets.pts[k] for k in display], packets.duration[display[-1]], packets)
+    return _clip({int(i): rendered[packets.pts[display[i]]] for i in indices}, indices, times)
+
+
+def _sample_all(path: str | Path, packets: _Packets, num_frames: int, max_side: int) -> Clip:
+    """The clip from decoding everything, at first on the guess that every packet is a frame."""
+    guess = sum(packets.shown)
+    while True:
+        indices = sample_indices(guess, num_frames)
+        wanted = set(indices.tolist())
+        rendered: dict[int, np.ndarray] = {}
+        pts: list[int | None] = []
+        geometry, last_duration = None, 0
+        with _open(path) as (container, stream):
+            for frame in _decode(container, stream):
+                if len(pts) in wanted:
+                    geometry = geometry or _geometry(frame, max_side)
+                    rendered[len(pts)] = _render(frame, geometry)
+                pts.append(frame.pts)
+                last_duration = frame.duration or 0
+        if not pts:
+            raise VideoError("decode", "no_frames", "no frame came out of the decoder")
+        if len(pts) == guess:
+            return _clip(rendered, indices, _seconds(pts, last_duration, packets))
+        guess = len(pts)  # hidden, dropped or repeated frames: decode again, now knowing how many there are
+
+
+def _clip(rendered: dict[int, np.ndarray], indices: np.ndarray, times: np.ndarray) -> Clip:
+    return Clip(
+        frames=np.stack([rendered[i] for i in indices.tolist()]),
+        timestamps=times[indices],
+        frame_indices=indices,
+        num_source_frames=len(times) - 1,
+        duration=float(times[-1]),
+    )
+
+
+def _decode(
+    container: InputContainer,
+    stream: VideoStream,
+    feed: Sequence[bool] | None = None,
+    restarts: frozenset[int] = frozenset(),
+) -> Iterator[VideoFrame]:
+    """Frames in output order, of the packets that `feed` names (all without it), begun anew before `restarts`."""
+    context = stream.codec_context
+    context.thread_count = 1
+    last = max(k for k, is_fed in enumerate(feed) if is_fed) if feed else -1
+    for k, packet in enumerate(_demux(container, stream)):
+        if feed is not None and k > last:
+            break
+        with _stage("decode"):
+            if k in restarts:
+                yield from context.decode(None)
+                context.flush_buffers()
+            if feed is None or feed[k]:
+                yield from context.decode(packet)
+    with _stage("decode"):
+        yield from context.decode(None)
+
+
+def _geometry(frame: VideoFrame, max_side: int) -> _Geometry:
+    scale = min(1.0, max_side / max(frame.width, frame.height))
+    width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
+    matrix = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+    # x' = a x + c y, y' = b x + d y (libavutil/display.h); what is not a quarter turn or a flip is nonsense here
+    if min(abs(a), abs(d)) > max(abs(b), abs(c)):
+        return _Geometry(width, height, transpose=False, flip_x=a < 0, flip_y=d < 0)
+    if min(abs(b), abs(c)) > max(abs(a), abs(d)):
+        return _Geometry(width, height, transpose=True, flip_x=c < 0, flip_y=b < 0)
+    return _Geometry(width, height, transpose=False, flip_x=False, flip_y=False)
+
+
+def _render(frame: VideoFrame, geometry: _Geometry) -> np.ndarray:
+    """uint8 [H, W, 3]"""
+    target: dict[str, Any] = {}
+    if (frame.width, frame.height) != (geometry.width, geometry.height):
+        target = {"width": geometry.width, "height": geometry.height, "interpolation": "BICUBIC"}
+    with _stage("convert"):
+        picture = frame.to_ndarray(format="rgb24", threads=1, **target)
+    if geometry.transpose:
+        picture = picture.swapaxes(0, 1)
+    return picture[:: -1 if geometry.flip_y else 1, :: -1 if geometry.flip_x else 1]
+
+
+def _seconds(pts: Sequence[int | None], last_duration: int, packets: _Packets) -> np.ndarray:
+    """float64 [N + 1]: when each frame begins and the last one ends, in seconds since the first frame.
+
+    Timestamps that are missing or run backwards are replaced, all of them, by the container's mean rate.
+    """
+    known = [t for t in pts if t is not None]
+    if len(known) < len(pts) or any(b < a for a, b in pairwise(known)):
+        return np.arange(len(pts) + 1) / packets.fps
+    times = [float((t - known[0]) * packets.time_base) for t in known]
+    last = float(last_duration * packets.time_base)
+    if last <= 0:
+        last = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    return np.array([*times, times[-1] + (last if last > 0 else 1 / packets.fps)])

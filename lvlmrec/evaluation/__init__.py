@@ -1,0 +1,1 @@
+"""Evaluation: item ranks over the full catalogue, their metrics, slices and significance."""

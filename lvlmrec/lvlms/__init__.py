@@ -1,0 +1,33 @@
+"""Frozen large video-language models behind one protocol: one file per family, one line in `LVLMS`.
+
+    info = LVLMS[config.name].inspect(config)              # from files alone
+    model = LVLMS[config.name].load(config, recipe)
+    features = model.extract(clips)                        # feature name -> float32 [B, D]
+
+Importing this room imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lvlmrec.config import option
+from lvlmrec.lvlms import internvl, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
+from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
+
+__all__ = ["LVLM", "LVLMS", "LVLMConfig", "LVLMFamily"]
+
+LVLMS: dict[str, LVLMFamily] = {
+    "internvl": internvl.FAMILY,
+    "llava_onevision": llava_onevision.FAMILY,
+    "qwen2_5_vl": qwen2_5_vl.FAMILY,
+    "qwen2_vl": qwen2_vl.FAMILY,
+    "qwen3_vl": qwen3_vl.FAMILY,
+}
+
+
+@dataclass(frozen=True)
+class LVLMConfig(ModelConfig):
+    """The model that looks at the videos, as a user names it."""
+
+    name: str = option("llava_onevision", "model family", choices=LVLMS)

@@ -1,0 +1,1 @@
+"""Models: item encoders (fusions), sequence encoders (backbones), the recommender and its losses."""

@@ -1,0 +1,8 @@
+"""Backbones: sequence encoders over item embeddings. One file and one line each."""
+
+from lvlmrec.models.backbones.base import BackboneConfig
+from lvlmrec.models.backbones.sasrec import SASRecConfig
+
+BACKBONES: dict[str, type[BackboneConfig]] = {
+    "sasrec": SASRecConfig,
+}

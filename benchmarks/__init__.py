@@ -1,0 +1,1 @@
+"""Side-by-side scripts, one per claim, and their dated results."""

@@ -1,0 +1,38 @@
+"""Item-kNN: the items whose users are most like those of the history's items (library `implicit`)."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from lvlmrec.baselines.base import user_items, without_padding
+
+
+class ItemKNN:
+    """Score = sum over the history of the cosine of the two items' sets of users, each item keeping its nearest.
+
+    `num_neighbours` was chosen by HR@10 on the validation split of MicroLens-50K: it grows up to 500, then stays.
+    """
+
+    def __init__(self, num_neighbours: int = 500) -> None:
+        self.num_neighbours = num_neighbours
+
+    def fit(self, sequences: NDArray[np.int32], num_items: int) -> Self:
+        from implicit.nearest_neighbours import ItemItemRecommender
+
+        matrix = user_items(sequences, num_items).astype(np.float64)  # the library takes nothing else
+        popularity = np.bincount(matrix.indices, minlength=num_items + 1)
+        matrix.data /= np.sqrt(popularity[matrix.indices])  # unit columns: products are cosines
+        # The library counts an item as its own nearest neighbour. One thread: others may share the machine.
+        library = ItemItemRecommender(K=self.num_neighbours + 1, num_threads=1)
+        library.fit(matrix, show_progress=False)
+        others = library.similarity - sparse.diags(library.similarity.diagonal())
+        self.similarity = others.astype(np.float32).tocsr()
+        return self
+
+    def score(self, histories: NDArray[np.int32]) -> NDArray[np.float32]:
+        num_items = self.similarity.shape[0] - 1
+        return without_padding((user_items(histories, num_items) @ self.similarity).toarray())

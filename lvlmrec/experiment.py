@@ -1,0 +1,143 @@
+"""One training run as facts: its configuration, its data, its features and its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lvlmrec import config as configs
+from lvlmrec import data, storage
+from lvlmrec.config import option
+from lvlmrec.data import DatasetConfig
+from lvlmrec.data.split import Holdout, LeaveOneOut, leave_one_out
+from lvlmrec.features import compact, store
+from lvlmrec.features.compact import FeatureArray
+from lvlmrec.models.recommender import ModelConfig, Recommender
+
+# What decides where and how fast a run happens, not what it learns.
+NOT_LEARNED = ("workspace", "tracking_uri", "cache", "training.num_workers", "training.use_gpu")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimisation, with the protocol's values as defaults."""
+
+    epochs: int = option(20, "passes over the training users, at most", minimum=1)
+    lr: float = option(1e-3, "learning rate of AdamW, constant", minimum=0)
+    batch_size: int = option(512, "users per step, over all workers", minimum=1)
+    num_workers: int = option(1, "data-parallel workers; the result does not depend on it", minimum=1)
+    use_gpu: bool = option(False, "one GPU for each worker")
+    weight_decay: float = option(0.1, "weight decay of AdamW", minimum=0)
+    gradient_clip: float = option(5.0, "largest gradient norm", minimum=0)
+    patience: int = option(5, "epochs without a better validation HR@10 before it stops", minimum=1)
+    precision: str = option("float32", "arithmetic of the forward", choices=("float32", "bfloat16"))
+    log_popularity_correction: bool = option(True, "subtract log popularity from the logits of in-batch softmax")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The train job."""
+
+    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here")
+    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database")
+    cache: str = option("${workspace}/cache", "local folder for memory-mapped features, one per machine")
+    seed: int = option(0, "seed of initialisation, order and dropout")
+    dataset: DatasetConfig = option(DatasetConfig, "interactions")
+    features: str = option("${workspace}/features", "feature set, or a store that holds exactly one")
+    feature_columns: list[str] = option([], "patterns of columns, as describe/llm.*/visual_mean; none: see README")
+    feature_scaling: str = option(
+        "standardize", "per dimension over the training items, or none", choices=("standardize", "none")
+    )
+    feature_control: str = option(
+        "none", "shuffled: a control in which every item has the features of another", choices=("none", "shuffled")
+    )
+    model: ModelConfig = option(ModelConfig, "the recommender")
+    training: TrainingConfig = option(TrainingConfig, "the optimisation")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What training may see: no test interaction is in here.
+
+    sequences  int32 [U, L + 1], left-padded; validation: the users' next interaction
+    """
+
+    item_ids: np.ndarray
+    sequences: np.ndarray
+    train_counts: np.ndarray
+    validation: Holdout
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run that is ready to start; `key` names it: the hash of everything that decides what it learns."""
+
+    config: TrainConfig
+    data: TrainingData
+    features: FeatureArray | None
+    key: str
+    tags: dict[str, str]
+    report: dict[str, int]
+
+    @property
+    def checkpoint(self) -> str:
+        """Where the finished run is published."""
+        name = f"{self.config.model.backbone.name}-{self.config.model.item_encoder.name}-{self.key}"
+        return storage.join(storage.absolute(self.config.workspace), "checkpoints", name)
+
+
+def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
+    """Load the dataset, split it, and make the features ready. Raises `InputError`.
+
+    `every_layer` prepares all matching columns even for an item encoder that reads one: a search chooses among them.
+    """
+    split, report = load_split(config.dataset)
+    fingerprint = split.fingerprint()
+    data = TrainingData(np.asarray(split.item_ids), split.training(), split.train_counts(), split.validation())
+    features = load_features(config, data.item_ids.tolist(), every_layer=every_layer)
+    if features is not None and config.feature_scaling == "standardize":
+        features = features.standardized(np.flatnonzero(data.train_counts))
+    learned = {k: v for k, v in configs.flatten(configs.to_dict(config)) if k not in NOT_LEARNED}
+    learned |= {"dataset.path": fingerprint, "features": features.digest if features else ""}
+    key = hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
+    tags = {"dataset": fingerprint, "feature_set": features.digest if features else "none", "key": key}
+    return Experiment(config, data, features, key, tags, report)
+
+
+def load_split(config: DatasetConfig) -> tuple[LeaveOneOut, dict[str, int]]:
+    """The dataset's leave-one-out split, and the counts of everything left out on the way."""
+    interactions = data.load(config).interactions
+    split = leave_one_out(interactions, config.max_length, config.min_interactions)
+    return split, {**interactions.report, **split.report}
+
+
+def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: bool = False) -> FeatureArray | None:
+    """The columns that the item encoder reads, compacted on this machine, not yet scaled; None for ids alone."""
+    layers = config.model.item_encoder.layers
+    if layers == "none":
+        return None
+    feature_set = store.read(config.features)
+    names = compact.choose_columns(feature_set, config.feature_columns, "many" if every_layer else layers)
+    array = compact.compact(feature_set, names, item_ids, config.cache)
+    return array.shuffled(config.seed) if config.feature_control == "shuffled" else array
+
+
+def build_model(config: ModelConfig, num_items: int, max_length: int, features: FeatureArray | None) -> Recommender:
+    """The recommender for a catalogue of `num_items` and the features' shape."""
+    num_layers, feature_dim = features.shape[1:] if features else (0, 0)
+    return config.build(num_items, max_length, num_layers, feature_dim)
+
+
+def summary(experiment: Experiment) -> dict[str, Any]:
+    """Facts of a run for its tags and its result."""
+    return {
+        "users": len(experiment.data.sequences),
+        "catalogue": len(experiment.data.item_ids),
+        "feature_columns": list(experiment.features.names) if experiment.features else [],
+        "dataset_report": {reason: count for reason, count in experiment.report.items() if count},
+    }

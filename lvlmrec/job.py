@@ -1,0 +1,47 @@
+"""What every job script does around its body: configuration, tracking, exit status, the last line of stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from lvlmrec import config, tracking
+from lvlmrec.errors import InputError, JobFailed
+from lvlmrec.tracking import Run
+
+C = TypeVar("C")
+
+
+def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -> int:
+    """Run a job from the command line and return its exit status.
+
+    0: the last line of stdout is one JSON object. 2: configuration or input is wrong, one line on stderr says what.
+    1: the run failed. `body(config, run)` returns what the job made and measured.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: python rayjobs/{name}.py [layer.yaml ...] [dotted.key=value ...]\n\nkeys and defaults:")
+        print(config.describe(schema))
+        return 0
+    for noisy in ("ray.data", "ray.train", "ray.tune", "mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)  # the job's own lines say how it goes
+    try:
+        resolved: Any = config.from_arguments(schema, arguments, config.CONF / f"{name}.yaml")
+        with tracking.tracked(resolved.tracking_uri, resolved.workspace, name, config.to_dict(resolved)) as run:
+            result = body(resolved, run)
+    except (InputError, JobFailed) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    sys.stderr.flush()
+    print(json.dumps({"job": name, "run_id": run.id, **result}), flush=True)
+    return 0

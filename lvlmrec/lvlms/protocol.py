@@ -1,0 +1,61 @@
+"""What a frozen large video-language model offers to the rest of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from lvlmrec.config import option
+from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.video import Clip
+
+if TYPE_CHECKING:
+    import torch
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where a model's files lie and how its forward runs."""
+
+    name: str = option("llava_onevision", "model family")
+    model: str = option("${workspace}/sample/models/llava_onevision", "local directory or hub id (owner/name)")
+    revision: str = option("", "branch, tag or commit of a hub id; empty is the default branch")
+    dtype: str = option("float32", "dtype of weights and activations", choices=COMPUTE_DTYPES)
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is cuda when there is one")
+    attention: str = option("sdpa", "attention kernel", choices=ATTENTIONS)
+    batch_size: int = option(4, "videos per forward", minimum=1)
+
+
+class LVLM(Protocol):
+    """A loaded model, made for one recipe."""
+
+    info: LVLMInfo
+
+    def extract(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
+        """The recipe's features of `clips`: `str(FeatureName)` -> float32 [B, D] on the CPU, in the order of `clips`.
+
+        Pooled means are accumulated and returned in float32 whatever the compute dtype, so that they are rounded
+        once, where they are stored.
+        """
+
+
+class LVLMFamily(Protocol):
+    """One entry of `LVLMS`."""
+
+    @property
+    def name(self) -> str:
+        """The key in `LVLMS`."""
+
+    def inspect(self, config: ModelConfig) -> LVLMInfo:
+        """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
+
+    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+        """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
+
+    def write_tiny(self, directory: Path, seed: int) -> None:
+        """A tiny random model of this family as an ordinary Hugging Face directory, the same bytes for a seed."""

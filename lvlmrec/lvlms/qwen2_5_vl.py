@@ -1,0 +1,51 @@
+"""Qwen2.5-VL (https://arxiv.org/abs/2502.13923): window attention in the tower, time in seconds in the positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lvlmrec.lvlms import qwen2_vl
+from lvlmrec.lvlms.family import NativeFamily, patches_of_packed_clips
+
+
+def tiny() -> tuple[Any, Any]:
+    """4 layers x 64 over 3 vision layers x 32, the second of full attention; at most 112 x 112 px per frame."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    words = qwen2_vl.tiny_tokenizer()
+    model_config = Qwen2_5_VLConfig(
+        text_config=qwen2_vl.tiny_text(words) | {"rope_parameters": qwen2_vl.tiny_rope([2, 3, 3])},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+        **qwen2_vl.tiny_token_ids(words),
+    )
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size),
+        tokenizer=words,
+        video_processor=Qwen2VLVideoProcessor(size=size),
+        chat_template=qwen2_vl.tiny_chat_template(),
+    )
+    return model_config, processor
+
+
+FAMILY = NativeFamily(
+    name="qwen2_5_vl",
+    vision_layers="visual.blocks",
+    patches=patches_of_packed_clips,
+    tiny=tiny,
+    vision_inputs=qwen2_vl.VIDEO_INPUTS,
+    video_options=qwen2_vl.VIDEO_OPTIONS,
+)

@@ -1,0 +1,110 @@
+"""Model files: where they are, what they are, and a name for their content."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lvlmrec.errors import ConfigError
+from lvlmrec.lvlms.protocol import ModelConfig
+
+WHOLE_FILE_BYTES = 64 * 2**20
+NUM_BLOCKS = 64
+BLOCK_BYTES = 64 * 2**10
+MAX_HEADER_BYTES = 100 * 10**6  # safetensors' own limit
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_UNREAD = re.compile(r"(README|LICENSE|NOTICE|USE_POLICY).*|.*\.md|generation_config\.json", re.IGNORECASE)
+
+
+def read_model_config(config: ModelConfig, model_type: str) -> Any:
+    """The Hugging Face configuration of `config.model`; no code of the model's own is ever run.
+
+    Raises `ConfigError` when the directory or hub id cannot be read or holds another `model_type`.
+    """
+    from transformers import AutoConfig
+
+    expected = f"expected a local directory or a hub id (owner/name) of a {model_type} model"
+    where = Path(config.model)
+    if not where.is_dir() and not _HUB_ID.fullmatch(config.model):
+        raise ConfigError(f"lvlm.model: {config.model!r}: no such directory; {expected}")
+    if where.is_dir() and not (where / "config.json").is_file():
+        raise ConfigError(f"lvlm.model: {config.model!r}: this directory has no config.json; {expected}")
+    try:
+        model_config = AutoConfig.from_pretrained(config.model, revision=resolve_revision(config))
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"lvlm.model: {config.model!r}: {expected}; {reason}") from error
+    if model_config.model_type != model_type:
+        found = model_config.model_type
+        raise ConfigError(f"lvlm.model: {config.model!r} is a {found} model; lvlm.name={model_type}: {expected}")
+    return model_config
+
+
+def resolve_revision(config: ModelConfig) -> str:
+    """The commit of a hub id, so that all its files and its identity come from one state; `main` for a directory.
+
+    Raises `OSError` when the hub id is unknown or out of reach.
+    """
+    from transformers.utils import cached_file
+
+    if Path(config.model).is_dir():
+        return "main"
+    # the cache keeps files under snapshots/<commit>/
+    return Path(str(cached_file(config.model, "config.json", revision=config.revision or "main"))).parent.name
+
+
+def identity(config: ModelConfig) -> str:
+    """`content:<hash>` of a local directory, `owner/name@<commit>` of a hub id; never a path."""
+    if Path(config.model).is_dir():
+        return f"content:{hash_directory(Path(config.model))}"
+    return f"{config.model}@{resolve_revision(config)}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without progress bars and warnings: it reports layers left out on purpose as unexpected weights."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def hash_directory(directory: Path) -> str:
+    """32 hex digits over names and contents of the files that can change a feature; dates do not count.
+
+    Files above 64 MiB are sampled: size, safetensors header and 64 evenly spaced blocks of 64 KiB.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory)
+        if any(part.startswith(".") for part in name.parts) or _UNREAD.fullmatch(path.name):
+            continue
+        digest.update(f"{name.as_posix()}\0{path.stat().st_size}\0".encode())
+        digest.update(_hash_file(path))
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE_FILE_BYTES:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+        if path.suffix == ".safetensors":
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(length, MAX_HEADER_BYTES)))
+        for block in range(NUM_BLOCKS):
+            file.seek((size - BLOCK_BYTES) * block // (NUM_BLOCKS - 1))
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.digest()

@@ -1,0 +1,99 @@
+"""SASRec (Kang and McAuley, 2018) in the form of the MicroLens benchmark: post-LN, xavier normal start.
+
+Shapes: B batch, S sequence, E embedding, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lvlmrec.config import option
+from lvlmrec.errors import ConfigError
+from lvlmrec.models.backbones.base import BackboneConfig
+from lvlmrec.models.initial import xavier_normal
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class SASRecConfig(BackboneConfig):
+    """Causal self-attention over the history."""
+
+    name: str = option("sasrec", "causal self-attention over the history")
+    num_blocks: int = option(2, "attention blocks", minimum=1)
+    num_heads: int = option(2, "attention heads per block; divides the embedding dim", minimum=1)
+    dropout: float = option(0.1, "dropout after the input, the attention and each half of a block", minimum=0)
+
+    def build(self, embedding_dim: int, max_length: int) -> nn.Module:
+        """Raises `ConfigError` when the heads do not divide the embedding dim."""
+        if embedding_dim % self.num_heads:
+            raise ConfigError(f"backbone.num_heads: {self.num_heads} does not divide embedding_dim {embedding_dim}")
+        return SASRec(embedding_dim, max_length, self.num_blocks, self.num_heads, self.dropout)
+
+
+class SASRec(nn.Module):
+    """x = Drop(LN(e + p)), then the blocks."""
+
+    def __init__(self, embedding_dim: int, max_length: int, num_blocks: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(max_length, embedding_dim)
+        self.norm = nn.LayerNorm(embedding_dim, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(embedding_dim, num_heads, dropout) for _ in range(num_blocks))
+        self.apply(xavier_normal)
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """embeddings [B, S, E], mask [B, S] True = real -> [B, S, E]."""
+        # Positions count from the right end of the window, so more or less left padding changes nothing.
+        positions = self.positions.weight[-embeddings.shape[1] :]
+        x = self.dropout(self.norm(embeddings + positions))
+        visible = visible_positions(mask)
+        for block in self.blocks:
+            x = block(x, visible)
+        return x
+
+
+class Block(nn.Module):
+    """x = LN(x + Drop(W_o MHA(x))), x = LN(x + Drop(W_2 relu(W_1 x))); W_1: E -> 4E; no bias in Q, K, V, O."""
+
+    def __init__(self, embedding_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(embedding_dim, embedding_dim, bias=False)
+        self.key = nn.Linear(embedding_dim, embedding_dim, bias=False)
+        self.value = nn.Linear(embedding_dim, embedding_dim, bias=False)
+        self.output = nn.Linear(embedding_dim, embedding_dim, bias=False)
+        self.attention_norm = nn.LayerNorm(embedding_dim, eps=NORM_EPS)
+        self.inner = nn.Linear(embedding_dim, 4 * embedding_dim)
+        self.outer = nn.Linear(4 * embedding_dim, embedding_dim)
+        self.feed_forward_norm = nn.LayerNorm(embedding_dim, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """x [B, S, E], visible [B, 1, S, S] -> [B, S, E]."""
+        x = self.attention_norm(x + self.dropout(self.output(self.attend(x, visible))))
+        return self.feed_forward_norm(x + self.dropout(self.outer(torch.relu(self.inner(x)))))
+
+    def attend(self, x: Tensor, visible: Tensor) -> Tensor:
+        q_BHSE, k_BHSE, v_BHSE = (
+            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        dropout = self.dropout.p if self.training else 0.0
+        mixed_BHSE = functional.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, visible, dropout)
+        return mixed_BHSE.transpose(1, 2).flatten(-2)
+
+
+def visible_positions(mask: Tensor) -> Tensor:
+    """mask [B, S] True = real -> [B, 1, S, S]: query s sees real keys up to s, and itself.
+
+    Itself always, padding too: a row that sees nothing is a softmax over nothing, which is NaN.
+    """
+    length = mask.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=mask.device)
+    return ((causal & mask[:, None, :]) | itself)[:, None]

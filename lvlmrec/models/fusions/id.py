@@ -1,0 +1,33 @@
+"""Item ids alone: the twin without features that every fusion is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from lvlmrec.config import option
+from lvlmrec.models.fusions.base import FusionConfig, item_table
+from lvlmrec.models.initial import xavier_normal
+
+
+@dataclass(frozen=True)
+class IdConfig(FusionConfig):
+    """e = e_id."""
+
+    name: str = option("id", "learned item embeddings, no features")
+    layers: ClassVar[str] = "none"
+
+    def build(self, num_items: int, embedding_dim: int, num_layers: int, feature_dim: int) -> nn.Module:
+        return IdOnly(num_items, embedding_dim)
+
+
+class IdOnly(nn.Module):
+    def __init__(self, num_items: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.ids = item_table(num_items, embedding_dim)
+        self.apply(xavier_normal)
+
+    def forward(self, item_index: Tensor, features: Tensor | None = None) -> Tensor:
+        return self.ids(item_index)

@@ -1,0 +1,58 @@
+"""The recommender: an item encoder (a fusion) and a sequence encoder (a backbone); score = h . e.
+
+Shapes: N items asked for, L feature layers, D feature dim, B batch, S sequence, E embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lvlmrec.config import option, variant
+from lvlmrec.errors import ConfigError
+from lvlmrec.models.backbones import BACKBONES, BackboneConfig
+from lvlmrec.models.fusions import FUSIONS, FusionConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    embedding_dim: int = option(64, "width of item embeddings and of the sequence encoder", minimum=1)
+    item_encoder: FusionConfig = variant(FUSIONS, "id", "how ids and features become item embeddings")
+    backbone: BackboneConfig = variant(BACKBONES, "sasrec", "how a history becomes a query")
+
+    def build(self, num_items: int, max_length: int, num_layers: int, feature_dim: int) -> Recommender:
+        """A fresh recommender for items 1..num_items and histories of up to max_length items.
+
+        `num_layers` and `feature_dim` describe the features that `encode_items` will be given; both 0 when there
+        are none. Raises `ConfigError` when the item encoder does not fit them.
+        """
+        encoder = self.item_encoder
+        if encoder.layers == "one" and num_layers != 1:
+            raise ConfigError(f"item_encoder.name: {encoder.name!r} reads exactly 1 feature layer, not {num_layers}")
+        if encoder.layers == "many" and num_layers < 1:
+            raise ConfigError(f"item_encoder.name: {encoder.name!r} reads feature layers and there are none")
+        return Recommender(
+            encoder.build(num_items, self.embedding_dim, num_layers, feature_dim),
+            self.backbone.build(self.embedding_dim, max_length),
+        )
+
+
+class Recommender(nn.Module):
+    """Holds no features: the caller hands in the rows it needs, which may lie in a memory-mapped array."""
+
+    def __init__(self, item_encoder: nn.Module, backbone: nn.Module) -> None:
+        super().__init__()
+        self.item_encoder = item_encoder
+        self.backbone = backbone
+
+    def encode_items(self, item_index: Tensor, features: Tensor | None = None) -> Tensor:
+        """item_index [N], features [N, L, D] of the same items -> [N, E]; item 0 is padding: zero, no gradient."""
+        embeddings = self.item_encoder(item_index, features)
+        return embeddings.masked_fill(item_index[:, None] == 0, 0.0)
+
+    def encode_sequences(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """embeddings [B, S, E], mask [B, S] True = real, padding on the left -> queries [B, S, E]."""
+        return self.backbone(embeddings, mask)

@@ -1,0 +1,1 @@
+"""Reports: results of evaluations side by side."""

@@ -1,0 +1,63 @@
+"""The embedded sample, made on the user's machine when a job's configuration points into `<workspace>/sample`.
+
+sample/interactions/, sample/videos/   the micro-world (data/micro_world.py)
+sample/models/<family>/                a tiny, randomly initialised LVLM (lvlms/tiny.py): it is untrained
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from pathlib import Path
+
+from lvlmrec import config as configs
+from lvlmrec import storage
+from lvlmrec.data import micro_world
+from lvlmrec.errors import InputError
+from lvlmrec.experiment import TrainConfig
+from lvlmrec.extraction import pipeline
+from lvlmrec.features import store
+from lvlmrec.lvlms import LVLMS
+
+SEED = 0
+
+
+def ensure(workspace: str, *uris: str) -> None:
+    """Make the parts of the sample that `uris` point to, unless they are there."""
+    root = Path(storage.absolute(workspace), "sample") if not storage.is_remote(workspace) else None
+    for path in (Path(storage.absolute(uri)) for uri in uris if uri and not storage.is_remote(uri)):
+        if root is None or not path.is_relative_to(root):
+            continue
+        if path.parent == root / "models":
+            _ensure_model(path)
+        else:
+            print(f"sample: the micro-world in {root}", file=sys.stderr)
+            micro_world.make(root, micro_world.MicroWorldConfig(seed=SEED))
+
+
+def ensure_features(config: TrainConfig) -> None:
+    """Extract the sample's features when a run on the sample reads features and its own store has none yet."""
+    own = storage.join(storage.absolute(config.workspace), "features")
+    sample = storage.join(storage.absolute(config.workspace), "sample")
+    on_sample = storage.absolute(config.dataset.path).startswith(f"{sample}/")
+    if config.model.item_encoder.layers == "none" or not on_sample or storage.absolute(config.features) != own:
+        return
+    if store.committed(own):
+        return
+    print("sample: no features yet, extracting them (python rayjobs/extract.py)", file=sys.stderr)
+    extract = configs.load(pipeline.ExtractConfig, [{"workspace": config.workspace}])
+    ensure(extract.workspace, extract.input, extract.lvlm.model)
+    pipeline.run(pipeline.plan(extract), lambda metrics, step: None)
+
+
+def _ensure_model(path: Path) -> None:
+    if path.name not in LVLMS:
+        raise InputError(
+            f"lvlm.model {str(path)!r}: the sample has no {path.name!r}; choices: {', '.join(sorted(LVLMS))}"
+        )
+    if path.exists():
+        return
+    print(f"sample: a tiny untrained {path.name} in {path}", file=sys.stderr)
+    working = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    LVLMS[path.name].write_tiny(working, SEED)
+    working.rename(path)

@@ -1,0 +1,121 @@
+"""Experiment tracking; nothing else imports mlflow.
+
+A job is an MLflow run of the experiment `lvlmrec`. Metrics are written by client calls with an explicit run id,
+so that workers of a cluster and trials of a sweep can write to runs that another process opened.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from lvlmrec.config import flatten
+from lvlmrec.errors import InputError
+
+EXPERIMENT = "lvlmrec"
+MAX_PARAMS_PER_CALL = 100
+MAX_PARAM_LENGTH = 6000
+NAMES_REFUSED = str.maketrans({"@": "_at_"})  # hr@10: MLflow refuses the at sign in metric names
+
+
+@dataclass(frozen=True)
+class Run:
+    """A tracked run, by its id; picklable, so that it travels to workers."""
+
+    tracking_uri: str
+    id: str
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Numbers at a step, in one call."""
+        now = int(time.time() * 1000)
+        entries = [Metric(name.translate(NAMES_REFUSED), float(value), now, step) for name, value in metrics.items()]
+        _client(self.tracking_uri).log_batch(self.id, metrics=entries)
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Every key of a resolved configuration as a parameter, and the whole as an artifact."""
+        params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in flatten(config)]
+        for start in range(0, len(params), MAX_PARAMS_PER_CALL):
+            _client(self.tracking_uri).log_batch(self.id, params=params[start : start + MAX_PARAMS_PER_CALL])
+        self.log_json("config.json", config)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Labels of the run: fingerprints, URIs, why it stopped."""
+        _client(self.tracking_uri).log_batch(self.id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+
+    def log_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """A JSON artifact."""
+        _client(self.tracking_uri).log_dict(self.id, dict(content), name)
+
+    def log_file(self, path: Path) -> None:
+        """A file as an artifact."""
+        _client(self.tracking_uri).log_artifact(self.id, str(path))
+
+    def finish(self, status: str) -> None:
+        """Close the run: FINISHED, FAILED or KILLED."""
+        _client(self.tracking_uri).set_terminated(self.id, status)
+
+
+def start(tracking_uri: str, workspace: str, name: str, tags: Mapping[str, str], parent: Run | None = None) -> Run:
+    """Open a run. Raises `InputError` when the tracking server or database cannot be reached."""
+    try:
+        client = _client(tracking_uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            artifacts = str(Path(workspace, "artifacts").absolute()) if _is_database(tracking_uri) else None
+            experiment_id = client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+        else:
+            experiment_id = experiment.experiment_id
+    except MlflowException as error:
+        raise InputError(f"tracking_uri {tracking_uri!r}: {' '.join(str(error).split())[:200]}") from error
+    labels = {"mlflow.source.git.commit": git_revision(), **tags}
+    if parent is not None:
+        labels["mlflow.parentRunId"] = parent.id
+    return Run(tracking_uri, client.create_run(experiment_id, run_name=name, tags=labels).info.run_id)
+
+
+@contextmanager
+def tracked(tracking_uri: str, workspace: str, job: str, config: Mapping[str, Any]) -> Iterator[Run]:
+    """A run around a job: FINISHED when the block ends, KILLED on interruption, FAILED on any other error."""
+    run = start(tracking_uri, workspace, job, {"job": job})
+    try:
+        run.log_config(config)
+        yield run
+    except KeyboardInterrupt:
+        run.finish("KILLED")
+        raise
+    except BaseException as error:
+        run.set_tags({"error": f"{type(error).__name__}: {error}"[:500]})
+        run.finish("FAILED")
+        raise
+    run.finish("FINISHED")
+
+
+def git_revision() -> str:
+    """The commit of the checkout this package runs from, `unknown` outside one."""
+    folder = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return result.stdout.strip()
+
+
+def _client(tracking_uri: str) -> mlflow.MlflowClient:
+    if tracking_uri.startswith("sqlite:///"):
+        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return mlflow.MlflowClient(tracking_uri)
+
+
+def _is_database(tracking_uri: str) -> bool:
+    return not tracking_uri.startswith(("http://", "https://", "databricks"))

@@ -1,0 +1,123 @@
+"""Data-parallel training with Ray Train: workers that can die, and a driver that can be started again."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray.train import Checkpoint as RayCheckpoint
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from safetensors.torch import load_file
+
+from lvlmrec import checkpoint, storage
+from lvlmrec.errors import JobFailed
+from lvlmrec.experiment import Experiment, load_features, summary
+from lvlmrec.fitting import Progress, State, fit, new_state
+from lvlmrec.tracking import Run
+
+MAX_WORKER_FAILURES = 3
+
+
+def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
+    """Train, publish the best epoch's checkpoint, and say what was measured.
+
+    A run that is already published is not repeated; an interrupted one goes on after its last whole epoch.
+    Raises `JobFailed` when the workers failed more often than `MAX_WORKER_FAILURES`.
+    """
+    done = checkpoint.read_result(experiment.checkpoint)
+    if done is not None:
+        print(f"train: {experiment.checkpoint} is finished; nothing to do", file=sys.stderr)
+        tracking.log_metrics({f"best/{name}": value for name, value in done["validation"].items()})
+        return done | {"checkpoint": experiment.checkpoint, "reused": True}
+    with nullcontext() if ray.is_initialized() else ray.init():
+        trained = _fit(experiment, tracking)
+        result = _publish(experiment, trained)
+    return result | {"checkpoint": experiment.checkpoint, "reused": False}
+
+
+def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
+    settings = experiment.config.training
+    trainer = TorchTrainer(
+        _worker,
+        # Through the object store once, not into every worker's configuration.
+        train_loop_config={"experiment": ray.put(experiment), "tracking": tracking},
+        scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=settings.use_gpu),
+        run_config=RunConfig(
+            name=experiment.key,  # the same run started again goes on from its last checkpoint
+            storage_path=storage.join(storage.absolute(experiment.config.workspace), "runs"),
+            failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        return cast(RayCheckpoint, trainer.fit().checkpoint)
+    except Exception as error:
+        raise JobFailed(f"training {experiment.key}: {' '.join(str(error).split())[-500:]}") from error
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What each worker runs: restore, fit, report a checkpoint after every epoch."""
+    experiment: Experiment = ray.get(config["experiment"])
+    tracking: Run = config["tracking"]
+    context = ray.train.get_context()
+    leads = context.get_world_rank() == 0
+    device = get_device()
+    features = _local_features(experiment)
+    state = new_state(experiment.config, experiment.data, features, device)
+    resumed = ray.train.get_checkpoint()
+    if resumed:
+        with resumed.as_directory() as folder:
+            state.load(Path(folder))
+
+    def report(metrics: dict[str, float], state: State) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = None
+            if leads:
+                state.save(Path(folder))
+                saved = RayCheckpoint.from_directory(folder)
+                tracking.log_metrics(metrics, step=state.progress.epoch)
+                _tell(metrics, experiment.config.training.epochs)
+            ray.train.report(metrics, checkpoint=saved)
+
+    fit(experiment.config, experiment.data, features, state, report, device)
+
+
+def _local_features(experiment: Experiment) -> Any:
+    """The features as the driver prepared them, compacted anew where this machine does not have the file yet."""
+    features = experiment.features
+    if features is not None and not features.path.exists():
+        load_features(experiment.config, experiment.data.item_ids.tolist())
+    return features
+
+
+def _publish(experiment: Experiment, trained: RayCheckpoint) -> dict[str, Any]:
+    with trained.as_directory() as folder:
+        state_folder = Path(folder)
+        weights = load_file(state_folder / "best.safetensors")
+        progress = Progress(**json.loads((state_folder / "progress.json").read_text()))
+    result = {
+        "validation": progress.best,
+        "epochs": progress.epoch,
+        "best_epoch": progress.best_epoch,
+        "seconds_per_epoch": round(progress.train_seconds / progress.epoch, 4),
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        **summary(experiment),
+    }
+    checkpoint.publish(experiment.checkpoint, experiment.config, experiment.data, experiment.features, weights, result)
+    return result
+
+
+def _tell(metrics: dict[str, float], epochs: int) -> None:
+    # Ray Train's patched print() would say it twice.
+    sys.stderr.write(
+        f"train: epoch {metrics['epoch']:.0f}/{epochs}, loss {metrics['train_loss']:.4f}, "
+        f"validation HR@10 {metrics['validation/hr@10']:.4f} NDCG@10 {metrics['validation/ndcg@10']:.4f}, "
+        f"{metrics['epoch_seconds']:.2f} s\n"
+    )

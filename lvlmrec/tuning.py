@@ -1,0 +1,202 @@
+"""Search with Ray Tune: learning rate, embedding size and layer taps, chosen on validation.
+
+Every trial is a plain function of one process: a recommender is small, and the features are one memory-mapped file
+that all trials share. Each trial is a child run of the sweep, written from the driver, so that a trial which the
+scheduler stops still ends with the right status.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler
+
+from lvlmrec import storage, tracking
+from lvlmrec.config import option
+from lvlmrec.errors import InputError, JobFailed
+from lvlmrec.experiment import Experiment, TrainConfig
+from lvlmrec.fitting import SELECTED_BY, State, fit, new_state
+from lvlmrec.taps import parse_feature
+from lvlmrec.tracking import Run
+
+OBJECTIVE = f"validation/{SELECTED_BY}"
+ALL_TAPS = "all"
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The search space and its budget."""
+
+    trials: int = option(8, "configurations tried", minimum=1)
+    max_concurrent: int = option(2, "trials that run at the same time", minimum=1)
+    cpus_per_trial: float = option(1.0, "CPUs that Ray reserves for one trial", minimum=0.1)
+    gpus_per_trial: float = option(0.0, "GPUs for one trial", minimum=0)
+    grace_epochs: int = option(3, "epochs before a trial may be stopped for being behind", minimum=1)
+    reduction: int = option(3, "of how many trials one goes on at each rung", minimum=2)
+    lr_min: float = option(3e-4, "lower end of the learning rate, log-uniform", minimum=0)
+    lr_max: float = option(3e-3, "upper end of the learning rate", minimum=0)
+    embedding_dims: list[int] = option([32, 64, 128], "embedding sizes", minimum=1)
+    taps: list[str] = option([], "tap sets: all, or taps joined by + as llm.0+llm.4; none: all together and each alone")
+
+
+@dataclass(frozen=True)
+class TuneConfig(TrainConfig):
+    """The tune job: everything of the train job, and a search over some of it."""
+
+    search: SearchConfig = option(SearchConfig, "search space and budget")
+
+
+def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, Any]:
+    """Search, and give the best configuration by its best validation epoch. Raises `JobFailed` if no trial ended."""
+    search = config.search
+    with nullcontext() if ray.is_initialized() else ray.init():
+        trainable = tune.with_resources(
+            tune.with_parameters(_trial, experiment=experiment),
+            {"CPU": search.cpus_per_trial, "GPU": search.gpus_per_trial},
+        )
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space(search, experiment),
+            tune_config=tune.TuneConfig(
+                metric=OBJECTIVE,
+                mode="max",
+                num_samples=search.trials,
+                max_concurrent_trials=search.max_concurrent,
+                scheduler=ASHAScheduler(
+                    time_attr="epoch",
+                    max_t=config.training.epochs,
+                    grace_period=min(search.grace_epochs, config.training.epochs),
+                    reduction_factor=search.reduction,
+                ),
+            ),
+            run_config=tune.RunConfig(
+                name=f"tune-{parent.id}",
+                storage_path=storage.join(storage.absolute(config.workspace), "runs"),
+                callbacks=[TrialRuns(parent, config.workspace, config.training.epochs)],
+                verbose=0,
+            ),
+        )
+        results = tuner.fit()
+    return _outcome(results, search.trials)
+
+
+def space(search: SearchConfig, experiment: Experiment) -> dict[str, Any]:
+    """The search space; taps are part of it only where features are read. Raises `InputError` on an unknown tap."""
+    chosen: dict[str, Any] = {
+        "training.lr": tune.loguniform(search.lr_min, search.lr_max),
+        "model.embedding_dim": tune.choice(search.embedding_dims),
+    }
+    if experiment.features is None:
+        return chosen
+    each = list(dict.fromkeys(str(parse_feature(name).tap) for name in experiment.features.names))
+    one = experiment.config.model.item_encoder.layers == "one"
+    tap_sets = search.taps or (each if one else [ALL_TAPS, *each])
+    for tap_set in tap_sets:
+        if one and (tap_set == ALL_TAPS or "+" in tap_set):
+            name = experiment.config.model.item_encoder.name
+            raise InputError(
+                f"search.taps: {tap_set!r}: item encoder {name!r} reads one tap; choices: {', '.join(each)}"
+            )
+        columns_of(tap_set, experiment.features.names)
+    return chosen | {"taps": tune.choice(tap_sets)}
+
+
+def columns_of(tap_set: str, names: Sequence[str]) -> list[str]:
+    """The feature columns of a tap set such as `all` or `llm.0+llm.4`. Raises `InputError`."""
+    if tap_set == ALL_TAPS:
+        return list(names)
+    taps = set(tap_set.split("+"))
+    known = {str(parse_feature(name).tap) for name in names}
+    if not taps <= known:
+        raise InputError(
+            f"search.taps: {tap_set!r}: not among the features' taps {', '.join(sorted(known))} or {ALL_TAPS}"
+        )
+    return [name for name in names if str(parse_feature(name).tap) in taps]
+
+
+def configured(config: TrainConfig, sampled: dict[str, Any]) -> TrainConfig:
+    """`config` with a trial's values."""
+    model = replace(config.model, embedding_dim=sampled["model.embedding_dim"])
+    training = replace(config.training, lr=sampled["training.lr"])
+    return replace(config, model=model, training=training)
+
+
+def _trial(sampled: dict[str, Any], experiment: Experiment) -> None:
+    """One trial: a whole training run in this process, reporting each epoch."""
+    config = configured(experiment.config, sampled)
+    features = experiment.features
+    if features is not None:
+        features = features.select(columns_of(sampled["taps"], features.names))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def report(metrics: dict[str, float], state: State) -> None:
+        best = {f"best/{name}": value for name, value in state.progress.best.items()}
+        tune.report({**metrics, **best, "best_epoch": state.progress.best_epoch})
+
+    fit(config, experiment.data, features, new_state(config, experiment.data, features, device), report, device)
+
+
+class TrialRuns(tune.Callback):
+    """Each trial as a child run of the sweep: its values, its metrics per epoch, its end."""
+
+    def __init__(self, parent: Run, workspace: str, epochs: int) -> None:
+        self.parent, self.workspace, self.epochs = parent, workspace, epochs
+        self.runs: dict[str, Run] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if trial.trial_id in self.runs:  # a trial that is started again goes on in its run
+            return
+        run = tracking.start(
+            self.parent.tracking_uri, self.workspace, f"trial-{trial.trial_id}", {"job": "trial"}, self.parent
+        )
+        run.log_config(trial.config)
+        self.runs[trial.trial_id] = run
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any) -> None:
+        numbers = {key: value for key, value in result.items() if key.startswith(("validation/", "train_", "epoch"))}
+        self.runs[trial.trial_id].log_metrics(numbers, step=int(result["epoch"]))
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        result = trial.last_result
+        best = {key: value for key, value in result.items() if key.startswith("best/")}
+        self.runs[trial.trial_id].log_metrics(best, step=int(result.get("epoch", 0)))
+        self._finish(trial, "FINISHED")
+        ended = sum(t.is_finished() for t in trials) + (not trial.is_finished())
+        print(
+            f"tune: {ended} trials ended, this one at epoch {result.get('epoch', 0)}/{self.epochs} "
+            f"with validation HR@10 {result.get(f'best/{SELECTED_BY}', 0.0):.4f}: {trial.config}",
+            file=sys.stderr,
+        )
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._finish(trial, "FAILED")
+
+    def _finish(self, trial: Trial, status: str) -> None:
+        epoch = int(trial.last_result.get("epoch", 0)) if trial.last_result else 0
+        reason = "error" if status == "FAILED" else "last epoch or patience"
+        if status == "FINISHED" and not trial.last_result.get("done", False):
+            reason = "stopped by the scheduler"
+        self.runs[trial.trial_id].set_tags({"stop_reason": reason, "epochs": str(epoch)})
+        self.runs[trial.trial_id].finish(status)
+
+
+def _outcome(results: tune.ResultGrid, trials: int) -> dict[str, Any]:
+    every = [results[i] for i in range(len(results))]
+    ended = [(result.config, result.metrics) for result in every if result.error is None and result.metrics]
+    if not ended:
+        raise JobFailed(f"tune: all {trials} trials failed: {' '.join(str(results.errors[0]).split())[-400:]}")
+    chosen, metrics = max(ended, key=lambda trial: trial[1][f"best/{SELECTED_BY}"])
+    validation = {name.removeprefix("best/"): value for name, value in metrics.items() if name.startswith("best/")}
+    return {
+        "best": {"config": chosen, "validation": validation, "epoch": metrics["best_epoch"]},
+        "trials": len(results),
+        "failed": len(results) - len(ended),
+    }

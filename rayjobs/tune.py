@@ -1,0 +1,28 @@
+"""Search learning rate, embedding size and layer taps; trials are chosen on validation and are child runs in MLflow.
+
+    python rayjobs/tune.py [layer.yaml ...] [search.trials=16 search.taps=[all,llm.0+llm.4] ...]
+
+The last line of stdout is a JSON object with the best configuration and its validation metrics.
+"""
+
+import sys
+from typing import Any
+
+from lvlmrec import experiment, job, sample, tuning
+from lvlmrec.tracking import Run
+from lvlmrec.tuning import TuneConfig
+
+
+def tune(config: TuneConfig, run: Run) -> dict[str, Any]:
+    sample.ensure(config.workspace, config.dataset.path)
+    sample.ensure_features(config)
+    prepared = experiment.prepare(config, every_layer=True)
+    run.set_tags(prepared.tags)
+    result = tuning.run(config, prepared, run)
+    run.log_metrics({f"best/{name}": value for name, value in result["best"]["validation"].items()})
+    run.log_json("best.json", result["best"])
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(job.main("tune", TuneConfig, tune))

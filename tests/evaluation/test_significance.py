@@ -1,0 +1,74 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from lvlmrec.evaluation.significance import holm, paired_test, sign_flip_p_value
+
+
+def test_identical_ranks_are_no_evidence():
+    ranks = np.random.default_rng(0).integers(1, 50, 1000)
+    result = paired_test(ranks, ranks)
+    assert result["p_value"] == 1 and result["difference"] == 0
+    assert (result["users"], result["better"], result["worse"], result["equal"]) == (1000, 0, 0, 1000)
+
+
+def test_counts_and_difference_are_those_of_the_users():
+    result = paired_test(np.array([1, 1, 30, 2, 40]), np.array([3, 1, 1, 3, 50]), metric="hr@2")
+    assert result["metric"] == "hr@2" and result["users"] == 5
+    assert (result["better"], result["worse"], result["equal"]) == (2, 1, 2)
+    assert result["difference"] == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        [0.5, 0.5, -0.25, 1.0, 0.25, 0.5],
+        [1.0, 1.0, 1.0],
+        [0.3, -0.1, 0.0, 0.2],
+        [0.1, 0.2, 0.9, 0.3],  # in sorted order the same sum is smaller by rounding
+    ],
+)
+def test_p_value_is_that_of_all_sign_assignments(differences):
+    sums = [abs(np.dot(signs, differences)) for signs in itertools.product([-1, 1], repeat=len(differences))]
+    exact = np.mean(np.array(sums) >= abs(sum(differences)) - 1e-12)
+    assert sign_flip_p_value(np.array(differences), 100_000, seed=0) == pytest.approx(exact, abs=0.006)
+
+
+def test_a_clear_difference_is_found_and_has_no_direction():
+    rng = np.random.default_rng(0)
+    worse = rng.integers(1, 40, 2000)
+    better = np.maximum(1, worse - rng.integers(0, 3, 2000))
+    forth, back = paired_test(better, worse), paired_test(worse, better)
+    assert forth["p_value"] < 0.001 and forth["difference"] == -back["difference"] > 0
+    assert forth["p_value"] == pytest.approx(back["p_value"], abs=0.001)
+
+
+def test_noise_is_called_significant_at_the_stated_rate():
+    """Of 400 comparisons without a difference, 5 % (20, standard deviation 4.4) fall below .05."""
+    rng = np.random.default_rng(1)
+    below = 0
+    for _ in range(400):
+        one, other = rng.integers(1, 60, (2, 300))
+        below += paired_test(one, other, num_resamples=999)["p_value"] <= 0.05
+    assert 7 <= below <= 33
+
+
+def test_the_seed_alone_decides_the_p_value():
+    one, other = np.random.default_rng(0).integers(1, 100, (2, 50_000))
+    first = paired_test(one, other, num_resamples=9999)
+    assert first == paired_test(one, other, num_resamples=9999)
+    assert first["p_value"] != paired_test(one, other, num_resamples=9999, seed=1)["p_value"]
+
+
+def test_different_users_cannot_be_paired():
+    with pytest.raises(ValueError, match="3 and 2 users"):
+        paired_test(np.array([1, 2, 3]), np.array([1, 2]))
+
+
+def test_holm_by_hand():
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5})
+    assert list(adjusted) == ["a", "b", "c", "d"]
+    assert adjusted == pytest.approx({"a": 0.04, "b": 0.09, "c": 0.09, "d": 0.5})
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}

@@ -1,0 +1,95 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lvlmrec.errors import InputError
+from lvlmrec.features import store
+from lvlmrec.features.compact import choose_columns, compact
+from lvlmrec.features.recipe import DTYPES
+from tests.features.conftest import recipe_of, vectors
+
+MakeSet = Callable[..., str]
+ITEMS = [f"item{i}" for i in range(40)]
+LLM = ["describe/llm.0/visual_mean", "describe/llm.2/visual_mean", "describe/llm.4/visual_mean"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_the_stored_features_in_item_index_order(make_set: MakeSet, tmp_path: Path, dtype: str) -> None:
+    feature_set = store.read(make_set([ITEMS[:7], ITEMS[7:]], dtype))
+    order = ITEMS[::-1]
+    array = compact(feature_set, LLM, order, str(tmp_path / "cache"))
+    assert array.shape == (41, 3, 8)
+    expected = vectors(recipe_of(dtype), order)
+    stacked = torch.stack([expected[name] for name in LLM], dim=1).to(getattr(torch, dtype)).float()
+    assert torch.equal(array.rows(np.arange(1, 41)), stacked)
+    assert torch.equal(array.rows(np.array([0])), torch.zeros(1, 3, 8))
+
+
+def test_the_array_is_made_once_per_set_columns_and_id_map(make_set: MakeSet, tmp_path: Path) -> None:
+    feature_set, cache = store.read(make_set([ITEMS])), str(tmp_path / "cache")
+    first = compact(feature_set, LLM, ITEMS, cache)
+    changed = first.path.stat().st_mtime_ns
+    assert compact(feature_set, LLM, ITEMS, cache).path.stat().st_mtime_ns == changed
+    assert compact(feature_set, LLM[:1], ITEMS, cache).path != first.path
+    assert compact(feature_set, LLM, ITEMS[::-1], cache).path != first.path
+
+
+def test_standardized_has_mean_zero_and_variance_one_over_the_given_items(make_set: MakeSet, tmp_path: Path) -> None:
+    array = compact(store.read(make_set([ITEMS], "float32")), LLM, ITEMS, str(tmp_path / "cache"))
+    train = np.arange(1, 31)
+    scaled = array.standardized(train)
+    rows = scaled.rows(train).double()
+    torch.testing.assert_close(rows.mean(0), torch.zeros(3, 8, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rows.var(0, correction=0), torch.ones(3, 8, dtype=torch.float64), atol=1e-5, rtol=0)
+    raw = array.rows(np.array([35]))
+    reference = array.rows(train)
+    expected = (raw - reference.mean(0)) / reference.std(0, correction=0)
+    torch.testing.assert_close(scaled.rows(np.array([35])), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(scaled.select(LLM[1:]).rows(train), scaled.rows(train)[:, 1:])
+
+
+def test_a_dimension_without_variance_becomes_zero(tmp_path: Path) -> None:
+    recipe = recipe_of("float32")
+    uri = store.locate(str(tmp_path / "store"), "tiny", recipe)
+    store.create(uri, recipe)
+    features = vectors(recipe, ITEMS)
+    features[LLM[0]][:, 2] = 0.1
+    store.write_part(uri, recipe, store.feature_table(recipe, ITEMS, [8] * 40, features))
+    store.commit(uri)
+    array = compact(store.read(uri), LLM, ITEMS, str(tmp_path / "cache")).standardized(np.arange(1, 41))
+    assert torch.equal(array.rows(np.arange(1, 41))[:, 0, 2], torch.zeros(40))
+
+
+def test_a_few_missing_items_become_the_mean_and_many_are_an_error(make_set: MakeSet, tmp_path: Path) -> None:
+    feature_set, cache = store.read(make_set([ITEMS])), str(tmp_path / "cache")
+    array = compact(feature_set, LLM, [*ITEMS, "unknown"], cache)
+    assert array.missing.sum() == 2
+    assert torch.equal(array.standardized(np.arange(1, 41)).rows(np.array([41])), torch.zeros(1, 3, 8))
+    with pytest.raises(InputError, match=r"100\.0% of the dataset's 2 items.*feature set of another catalogue"):
+        compact(feature_set, LLM, ["x", "y"], cache)
+
+
+def test_columns_are_chosen_by_pattern_and_by_what_the_encoder_reads(make_set: MakeSet) -> None:
+    feature_set = store.read(make_set([ITEMS]))
+    assert choose_columns(feature_set, [], "many") == LLM
+    assert choose_columns(feature_set, [], "one") == LLM[-1:]
+    assert choose_columns(feature_set, ["*/llm.[02]/*"], "many") == LLM[:2]
+    assert choose_columns(feature_set, ["*/llm.[02]/*"], "one") == LLM[1:2]
+    with pytest.raises(InputError, match=r"match no column; columns: video/vision\.2"):
+        choose_columns(feature_set, ["*/llm.9/*"], "many")
+    with pytest.raises(InputError, match=r"different widths \[6, 8\]"):
+        choose_columns(feature_set, ["*"], "many")
+
+
+def test_the_shuffled_control_permutes_whole_rows(make_set: MakeSet, tmp_path: Path) -> None:
+    array = compact(store.read(make_set([ITEMS])), LLM, ITEMS, str(tmp_path / "cache"))
+    every = np.arange(1, 41)
+    shuffled = array.shuffled(seed=3)
+    assert not torch.equal(shuffled.rows(every), array.rows(every))
+    assert torch.equal(shuffled.rows(every).flatten(1).sort(0).values, array.rows(every).flatten(1).sort(0).values)
+    assert torch.equal(shuffled.rows(np.array([0])), torch.zeros(1, 3, 8))
+    assert torch.equal(array.shuffled(seed=3).rows(every), shuffled.rows(every))
+    assert shuffled.digest != array.digest

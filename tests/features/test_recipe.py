@@ -1,0 +1,75 @@
+import pytest
+
+from lvlmrec.config import load
+from lvlmrec.errors import ConfigError
+from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig, resolve
+
+INFO = LVLMInfo("llava_onevision", "content:1", "float32", {"llm": 4, "vision": 2}, {"llm": 8, "vision": 6})
+
+
+def make(*overrides: str, info: LVLMInfo = INFO) -> Recipe:
+    return resolve(load(RecipeConfig, [], list(overrides)), info)
+
+
+def test_names_have_one_column_per_prompt_tap_and_pooling_and_vision_once() -> None:
+    recipe = make(
+        "taps=[vision.-1,llm.-1,llm.0]",
+        "prompts={a: {text: x}, b: {text: y, place: before}}",
+        "poolings=[visual_mean,last_token]",
+    )
+    assert [str(name) for name in recipe.feature_names] == [
+        "video/vision.2/visual_mean",
+        "a/llm.0/visual_mean",
+        "a/llm.0/last_token",
+        "a/llm.4/visual_mean",
+        "a/llm.4/last_token",
+        "b/llm.0/visual_mean",
+        "b/llm.0/last_token",
+        "b/llm.4/visual_mean",
+        "b/llm.4/last_token",
+    ]
+
+
+def test_a_recipe_reads_back_from_json() -> None:
+    recipe = make("prompts={a: {text: x, place: before}}")
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    with pytest.raises(ConfigError, match="recipe format 0"):
+        Recipe.from_json(recipe.to_json() | {"format": 0})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["frames=4"],
+        ["taps=[llm.1]"],
+        ["prompts={describe: {text: other}}"],
+        ["prompts={describe: {text: Describe this video., place: before}}"],
+        ["poolings=[all_mean]"],
+        ["dtype=float32"],
+        ["frame_max_side=320"],
+    ],
+)
+def test_whatever_changes_a_feature_changes_the_fingerprint(overrides: list[str]) -> None:
+    assert make("taps=[llm.0]", *overrides).fingerprint != make("taps=[llm.0]").fingerprint
+
+
+def test_the_fingerprint_names_the_model_by_content_and_ignores_how_taps_are_written() -> None:
+    other = LVLMInfo("llava_onevision", "content:2", "float32", INFO.num_layers, INFO.width)
+    assert make(info=other).fingerprint != make().fingerprint
+    assert make("taps=[llm.-1,llm.0]").fingerprint == make("taps=[llm.0,llm.4]").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prompts={a/b: {text: x}}", "prompts.a/b"),
+        ("prompts={video: {text: x}}", "prompts.video"),
+        ("taps=[]", "at least one"),
+        ("taps=[llm.9]", "out of range"),
+        ("poolings=[median]", "poolings: 'median' is not one of all_mean, last_token, visual_mean"),
+        ("frames=0", "frames: 0 is below 1"),
+    ],
+)
+def test_what_is_wrong_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(override)

@@ -1,0 +1,128 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from lvlmrec import storage
+from lvlmrec.errors import InputError
+from lvlmrec.features import store
+from lvlmrec.features.recipe import DTYPES
+from tests.features.conftest import recipe_of, vectors
+
+MakeSet = Callable[..., str]
+
+
+def part_of(uri: str) -> str:
+    return storage.list_files(f"{uri}/parts")[0].uri
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_readers_see_vectors(make_set: MakeSet, dtype: str) -> None:
+    uri = make_set([["a", "b"]], dtype)
+    expected = vectors(recipe_of(dtype), ["a", "b"])["describe/llm.2/visual_mean"].to(getattr(torch, dtype)).numpy()
+    frame = pd.read_parquet(part_of(uri))
+    assert frame["item_id"].tolist() == ["a", "b"]
+    np.testing.assert_array_equal(np.stack(frame["describe/llm.2/visual_mean"].to_numpy()), expected)
+    column = duckdb.sql(
+        f"""select "describe/llm.2/visual_mean" as v from '{part_of(uri)}' order by item_id"""
+    ).fetchall()
+    np.testing.assert_array_equal(np.array([row[0] for row in column], dtype=dtype), expected)
+
+
+def test_bfloat16_keeps_its_bits_and_says_so(make_set: MakeSet) -> None:
+    uri = make_set([["a"]], "bfloat16")
+    table = pq.read_table(part_of(uri))
+    field = table.schema.field("describe/llm.0/visual_mean")
+    assert field.metadata[store.DTYPE_KEY] == b"bfloat16"
+    assert field.metadata[store.SHAPE_KEY] == b"8"
+    bits = torch.from_numpy(np.array(table["describe/llm.0/visual_mean"][0].as_py(), dtype=np.uint16))
+    expected = vectors(recipe_of(), ["a"])["describe/llm.0/visual_mean"][0].bfloat16()
+    assert torch.equal(bits.view(torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_are_written_without_dictionary_and_statistics(make_set: MakeSet, dtype: str) -> None:
+    columns = pq.ParquetFile(part_of(make_set([["a", "b"]], dtype))).metadata.row_group(0)
+    for i in range(columns.num_columns):
+        column = columns.column(i)
+        assert not column.has_dictionary_page
+        assert column.statistics is None
+        if "/" in column.path_in_schema and dtype != "float16":
+            assert "BYTE_STREAM_SPLIT" in column.encodings
+
+
+def test_readers_see_only_what_is_committed(make_set: MakeSet) -> None:
+    uri = make_set([["a", "b"]], commit=False)
+    with pytest.raises(InputError, match="not committed"):
+        store.read(uri)
+    store.commit(uri)
+    make_set([["c"]], commit=False)
+    assert store.read(uri).index["item_id"].tolist() == ["a", "b"]
+    assert sorted(store.commit(uri)["item_id"]) == ["a", "b", "c"]
+
+
+def test_an_item_in_two_parts_is_listed_once(make_set: MakeSet) -> None:
+    uri = make_set([["a", "b"], ["b", "c"]])
+    index = store.read(uri).index
+    assert sorted(index["item_id"]) == ["a", "b", "c"]
+    for _, entry in index.iterrows():
+        rows = pq.read_table(f"{uri}/parts/{entry['part']}")["item_id"].to_pylist()
+        assert rows[entry["row"]] == entry["item_id"]
+
+
+def test_writing_the_same_items_again_makes_the_same_file(make_set: MakeSet) -> None:
+    uri = make_set([["a", "b"]])
+    before = store.read(uri).digest
+    assert make_set([["a", "b"]]) == uri
+    assert len(storage.list_files(f"{uri}/parts")) == 1
+    assert store.read(uri).digest == before
+
+
+def test_the_recipe_stands_beside_the_features(make_set: MakeSet) -> None:
+    uri = make_set([["a"]])
+    content = json.loads(storage.read_bytes(f"{uri}/recipe.json"))
+    assert content["fingerprint"] == uri.rsplit("-", 1)[1] == recipe_of().fingerprint
+    assert content["versions"]["torch"]
+    assert store.read(uri).recipe == recipe_of()
+
+
+def test_rejected_items_keep_their_reason(make_set: MakeSet) -> None:
+    uri = make_set([["a"]])
+    row = {"item_id": "x", "uri": "/x.mp4", "stage": "open", "error": "not_a_video", "message": "no"}
+    store.write_rejected(uri, [row])
+    store.write_rejected(uri, [row, row | {"item_id": "y"}])
+    assert store.read_rejected(uri).to_dict("records") == [row, row | {"item_id": "y"}]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (float("nan"), "float32"), (float("inf"), "bfloat16")])
+def test_a_value_that_does_not_fit_is_an_error_with_tap_and_remedy(value: float, dtype: str) -> None:
+    features = vectors(recipe_of(dtype), ["a"])
+    features["describe/llm.2/visual_mean"][0, 3] = value
+    with pytest.raises(store.CastError, match=r"describe/llm\.2/visual_mean: .*(recipe\.dtype=bfloat16|not finite)"):
+        store.feature_table(recipe_of(dtype), ["a"], [8], features)
+
+
+def test_a_store_with_one_set_stands_for_it_and_others_are_refused(make_set: MakeSet, tmp_path: Path) -> None:
+    uri = make_set([["a"]])
+    root = str(tmp_path / "store")
+    assert store.read(root).uri == uri
+    make_set([["a"]], "float32")
+    with pytest.raises(InputError, match=r"feature sets there: tiny-.*, tiny-"):
+        store.read(root)
+    with pytest.raises(InputError, match="none; extract features first"):
+        store.read(str(tmp_path / "elsewhere"))
+
+
+def test_a_feature_set_in_object_storage(bucket: str) -> None:
+    recipe = recipe_of()
+    uri = store.locate(f"{bucket}/store", "tiny", recipe)
+    store.create(uri, recipe)
+    store.write_part(uri, recipe, store.feature_table(recipe, ["a"], [8], vectors(recipe, ["a"])))
+    store.commit(uri)
+    assert store.read(f"{bucket}/store").index["item_id"].tolist() == ["a"]

@@ -1,0 +1,47 @@
+"""Tiny models of every family, written once, and clips to show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lvlmrec.lvlms import LVLMS
+from lvlmrec.lvlms.tiny import write_tiny
+from lvlmrec.video import Clip
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family -> directory of its tiny model."""
+    root = tmp_path_factory.mktemp("models")
+    for family in LVLMS:
+        write_tiny(family, root / family, seed=0)
+    return {family: root / family for family in LVLMS}
+
+
+def gradient_clip(height: int, width: int, num_frames: int = 4, seed: int = 0) -> Clip:
+    """A drifting colour gradient with noise, 25 frames per second."""
+    rng = np.random.default_rng(seed)
+    base = np.linspace(0, 1, width)[None, None, :, None] * rng.uniform(60, 200, 3)
+    drift = np.arange(num_frames)[:, None, None, None] * rng.uniform(-12, 12, 3)
+    frames = base + drift + rng.uniform(0, 40, (num_frames, height, width, 3))
+    indices = np.arange(num_frames, dtype=np.int64) * 30
+    return Clip(frames.clip(0, 255).astype(np.uint8), indices / 25, indices, 120, 4.8)
+
+
+@pytest.fixture(scope="session")
+def clips() -> list[Clip]:
+    """Three clips of different sizes, four frames each."""
+    return [gradient_clip(90, 160, seed=1), gradient_clip(160, 90, seed=2), gradient_clip(70, 70, seed=3)]
+
+
+@pytest.fixture(scope="session")
+def make_clip() -> Callable[..., Clip]:
+    """`make_clip(height, width, num_frames=4, seed=0)`."""
+    return gradient_clip

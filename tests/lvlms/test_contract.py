@@ -1,0 +1,234 @@
+"""What every family in `LVLMS` must hold, against transformers itself. A new family is found by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lvlmrec.errors import ConfigError
+from lvlmrec.features import recipe as recipes
+from lvlmrec.features.recipe import POOLINGS, Prompt, Recipe, RecipeConfig
+from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
+from lvlmrec.lvlms.pooling import TokenMasks, pool_tokens
+from lvlmrec.video import Clip
+
+PROMPTS = {
+    "after": Prompt("What is shown?", "after"),
+    "before": Prompt("Look at the cat.", "before"),
+    "bare": Prompt("", "after"),
+}
+# float32 on CPU: the kernels sum in another order for another batch shape; nothing else may differ
+NEIGHBOUR_TOLERANCE = 2e-5
+READS_SECONDS = {"qwen2_5_vl", "qwen3_vl"}
+
+pytestmark = pytest.mark.parametrize("family", sorted(LVLMS))
+
+
+def make_config(directory: Path, **changes: object) -> LVLMConfig:
+    return dataclasses.replace(LVLMConfig(), name=directory.name, model=str(directory), device="cpu", **changes)
+
+
+def load(
+    directory: Path,
+    taps: Sequence[str] = ("llm.*", "vision.*"),
+    poolings: Sequence[str] = POOLINGS,
+    **changes: object,
+) -> tuple[LVLM, Recipe]:
+    config = make_config(directory, **changes)
+    entry = LVLMS[config.name]
+    recipe = recipes.resolve(RecipeConfig(taps=[*taps], prompts=PROMPTS, poolings=[*poolings]), entry.inspect(config))
+    return entry.load(config, recipe), recipe
+
+
+@dataclasses.dataclass
+class Reference:
+    """Hugging Face's own forward of the whole model, all hidden states kept."""
+
+    hidden: tuple[torch.Tensor, ...]
+    vision: tuple[torch.Tensor, ...]
+    masks: TokenMasks
+
+
+def messages(processor: object, prompt: Prompt) -> list[dict[str, object]]:
+    """The conversation as a user of transformers writes it; LLaVA-OneVision's template reorders its parts."""
+    if prompt.place == "before" and type(processor).__name__ == "LlavaOnevisionProcessor":
+        content = [{"type": "text", "text": f"{prompt.text}\n<video>"}]
+    else:
+        content = [{"type": "video"}] + ([{"type": "text", "text": prompt.text}] if prompt.text else [])
+        content = content if prompt.place == "after" else content[::-1]
+    return [{"role": "user", "content": content}]
+
+
+@torch.inference_mode()
+def reference(directory: Path, clips: Sequence[Clip], prompt: Prompt) -> Reference:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(directory)
+    text = processor.apply_chat_template(messages(processor, prompt), add_generation_prompt=True)
+    options = {"cap_pixels_per_frame": True} if "qwen" in directory.name else {}
+    inputs = processor(
+        text=[text] * len(clips),
+        videos=[clip.frames for clip in clips],
+        video_metadata=[
+            {
+                "total_num_frames": clip.num_source_frames,
+                "fps": clip.num_source_frames / clip.duration,
+                "duration": clip.duration,
+                "height": clip.frames.shape[1],
+                "width": clip.frames.shape[2],
+                "frames_indices": clip.frame_indices.tolist(),
+            }
+            for clip in clips
+        ],
+        do_sample_frames=False,
+        return_tensors="pt",
+        padding=True,
+        **options,
+    )
+    modality = "video" if "pixel_values_videos" in inputs else "image"
+    pixels = {k: v for k, v in inputs.items() if k.startswith("pixel_values") or k == "video_grid_thw"}
+    encode = getattr(model.model, f"get_{modality}_features")
+    vision = encode(**pixels, output_hidden_states=True, return_dict=True).hidden_states
+    hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    visual = inputs["input_ids"] == getattr(model.config, f"{modality}_token_id")
+    if any("cls_token" in name for name, _ in model.named_parameters()):
+        vision = tuple(state[:, 1:] for state in vision)
+    return Reference(hidden, vision, TokenMasks(inputs["attention_mask"].bool(), visual))
+
+
+def plain_pool(pooling: str, hidden: torch.Tensor, masks: TokenMasks) -> np.ndarray:
+    """The same poolings, said again in numpy, float64."""
+    rows = []
+    for state, attended, visual in zip(hidden.double().numpy(), masks.attended, masks.visual, strict=True):
+        if pooling == "last_token":
+            rows.append(state[np.flatnonzero(attended)[-1]])
+        else:
+            rows.append(state[(visual if pooling == "visual_mean" else attended).numpy()].mean(axis=0))
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("prompt", sorted(PROMPTS))
+def test_llm_features_are_hugging_face_hidden_states_bit_for_bit(tiny_models, clips, family, prompt) -> None:
+    expected = reference(tiny_models[family], clips, PROMPTS[prompt])
+    model, recipe = load(tiny_models[family])
+    features = model.extract(clips)
+    num_layers = model.info.num_layers["llm"]
+    assert len(expected.hidden) == num_layers + 1
+    for layer, hidden in enumerate(expected.hidden):
+        for pooling in POOLINGS:
+            feature = features[f"{prompt}/llm.{layer}/{pooling}"]
+            assert torch.equal(feature, pool_tokens(pooling, hidden, expected.masks)), (layer, pooling)
+            plain = plain_pool(pooling, hidden, expected.masks)
+            np.testing.assert_allclose(feature.numpy(), plain, rtol=1e-5, atol=1e-5)
+    assert list(features) == [str(name) for name in recipe.feature_names]
+
+
+def test_vision_features_are_hugging_face_vision_states(tiny_models, clips, family) -> None:
+    model, _ = load(tiny_models[family])
+    for clip in clips:
+        features = model.extract([clip])
+        expected = reference(tiny_models[family], [clip], PROMPTS["after"])
+        assert len(expected.vision) == model.info.num_layers["vision"] + 1
+        for layer, hidden in enumerate(expected.vision):
+            patches = hidden.reshape(-1, hidden.shape[-1])
+            feature = features[f"video/vision.{layer}/visual_mean"]
+            assert torch.equal(feature[0], patches.mean(dim=0)), layer
+
+
+def test_stopping_early_changes_nothing(tiny_models, clips, family) -> None:
+    whole = load(tiny_models[family])[0].extract(clips)
+    for taps in (["llm.0"], ["llm.1", "vision.1"], ["llm.0", "llm.2"], ["llm.-2"], ["llm.-1"], ["vision.0"]):
+        model, recipe = load(tiny_models[family], taps)
+        top = max((tap.layer for tap in recipe.taps if tap.tower == "llm"), default=0)
+        decoder = model._base.get_decoder()  # type: ignore[attr-defined]
+        assert len(decoder.layers) == top
+        features = model.extract(clips)
+        assert list(features) == [str(name) for name in recipe.feature_names]
+        for name, feature in features.items():
+            assert torch.equal(feature, whole[name]), name
+
+
+def test_vision_taps_alone_do_not_run_the_language_model(tiny_models, clips, family) -> None:
+    model, _ = load(tiny_models[family], ["vision.-1"])
+    ran = []
+    model._base.get_decoder().register_forward_hook(lambda *_: ran.append(1))  # type: ignore[attr-defined]
+    assert all(feature.abs().sum() > 0 for feature in model.extract(clips).values())
+    assert not ran
+
+
+def test_features_do_not_depend_on_neighbours_order_or_length(tiny_models, clips, make_clip, family) -> None:
+    model, recipe = load(tiny_models[family], batch_size=3)
+    mixed = [clips[2], make_clip(90, 160, num_frames=1, seed=5), clips[0], clips[1]]
+    together, shuffled = model.extract(clips), model.extract(mixed)
+    for row, clip in enumerate([*clips, mixed[1]]):
+        alone = model.extract([clip])
+        for name in map(str, recipe.feature_names):
+            scale = float(alone[name].abs().max())
+            others = [shuffled[name][[2, 3, 0, 1][row]]] + ([together[name][row]] if row < 3 else [])
+            for other in others:
+                assert float((other - alone[name][0]).abs().max()) <= NEIGHBOUR_TOLERANCE * scale, name
+
+
+def test_the_same_clip_gives_the_same_bits_every_time(tiny_models, clips, family) -> None:
+    first, second = load(tiny_models[family])[0], load(tiny_models[family])[0]
+    features = first.extract(clips)
+    first.extract(clips[:1])
+    for again in (first.extract(clips), second.extract(clips)):
+        assert all(torch.equal(features[name], again[name]) for name in features)
+
+
+def test_prompt_text_place_and_video_all_matter(tiny_models, clips, family) -> None:
+    model, _ = load(tiny_models[family], ["llm.-1"])
+    tap = f"llm.{model.info.num_layers['llm']}"
+    features = model.extract(clips)
+    after, before, bare = (features[f"{prompt}/{tap}/visual_mean"] for prompt in ("after", "before", "bare"))
+    assert not torch.allclose(after, before, atol=1e-3)  # a prompt before the video is seen by its tokens
+    assert torch.allclose(after, bare, atol=1e-4)  # one after it is not
+    assert not torch.allclose(features[f"after/{tap}/last_token"], features[f"bare/{tap}/last_token"], atol=1e-3)
+    assert not torch.allclose(after[0], after[1], atol=1e-2)
+
+
+def test_timestamps_reach_the_models_that_read_them(tiny_models, clips, family) -> None:
+    model, _ = load(tiny_models[family], ["llm.-1"], ["last_token"])
+    slow = dataclasses.replace(clips[0], duration=48.0, timestamps=clips[0].timestamps * 10)
+    features = model.extract([clips[0], slow])[f"after/llm.{model.info.num_layers['llm']}/last_token"]
+    same = torch.allclose(features[0], features[1], atol=1e-5)
+    assert same != (family in READS_SECONDS)
+
+
+def test_bfloat16_stays_near_float32(tiny_models, clips, family) -> None:
+    exact, half = load(tiny_models[family])[0].extract(clips), load(tiny_models[family], dtype="bfloat16")[0]
+    assert half.info.compute_dtype == "bfloat16"
+    for name, feature in half.extract(clips).items():
+        assert feature.dtype == torch.float32
+        cosine = torch.nn.functional.cosine_similarity(feature, exact[name])
+        assert float(cosine.min()) > 0.99, name
+
+
+def test_another_family_or_content_is_refused(tiny_models, clips, family) -> None:
+    entry = LVLMS[family]
+    for other, directory in tiny_models.items():
+        if other != family:
+            with pytest.raises(ConfigError, match=rf"lvlm\.model: .*{other} model; lvlm.name={family}"):
+                entry.inspect(make_config(directory))
+    config = make_config(tiny_models[family])
+    recipe = recipes.resolve(RecipeConfig(taps=["llm.0"]), entry.inspect(config))
+    with pytest.raises(ConfigError, match=r"lvlm\.model: .*the recipe names content:0"):
+        entry.load(config, dataclasses.replace(recipe, identity="content:0"))
+
+
+def test_a_prompt_may_not_hold_a_place_holder(tiny_models, family) -> None:
+    from transformers import AutoProcessor
+
+    token = AutoProcessor.from_pretrained(tiny_models[family]).video_token
+    entry, config = LVLMS[family], make_config(tiny_models[family])
+    prompts = {"sly": Prompt(f"Compare with {token}")}
+    recipe = recipes.resolve(RecipeConfig(taps=["llm.0"], prompts=prompts), entry.inspect(config))
+    with pytest.raises(ConfigError, match=r"recipe\.prompts\.sly\.text"):
+        entry.load(config, recipe)

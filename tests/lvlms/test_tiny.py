@@ -1,0 +1,103 @@
+"""Tiny models: ordinary directories, the same bytes for a seed, and features that tell videos apart."""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lvlmrec.errors import ConfigError
+from lvlmrec.features import recipe as recipes
+from lvlmrec.features.recipe import RecipeConfig
+from lvlmrec.lvlms import LVLMS, LVLMConfig
+from lvlmrec.lvlms.tiny import write_tiny
+from lvlmrec.video import Clip
+
+NUM_COLOURS = 4
+NUM_FRAMES = 4
+
+
+def read_all(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("family", sorted(LVLMS))
+def test_a_seed_gives_the_same_bytes(tiny_models, tmp_path, family) -> None:
+    random_state, start = torch.random.get_rng_state(), time.process_time()
+    write_tiny(family, tmp_path / "same", seed=0)
+    assert time.process_time() - start < 2
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    write_tiny(family, tmp_path / "other", seed=1)
+    same, other = read_all(tmp_path / "same"), read_all(tmp_path / "other")
+    assert same == read_all(tiny_models[family])
+    assert [name for name in same if same[name] != other[name]] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("family", sorted(LVLMS))
+def test_auto_classes_load_and_generate(tiny_models, clips, family) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(tiny_models[family])
+    model, report = AutoModelForImageTextToText.from_pretrained(tiny_models[family], output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    content = [{"type": "video"}, {"type": "text", "text": "Describe this video."}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    metadata = [{"total_num_frames": 120, "fps": 25.0, "frames_indices": clips[0].frame_indices.tolist()}]
+    inputs = processor(
+        text=[text], videos=[clips[0].frames], video_metadata=metadata, do_sample_frames=False, return_tensors="pt"
+    )
+    length = inputs["input_ids"].shape[1]
+    tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert tokens.shape == (1, length + 3)
+
+
+def test_an_unknown_family_names_the_choices(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="'llava' is not one of internvl, llava_onevision"):
+        write_tiny("llava", tmp_path, seed=0)
+
+
+def coloured_clip(colour: int, rng: np.random.Generator) -> Clip:
+    """A disc of one of `NUM_COLOURS` hues, drifting over a background of any colour, with noise."""
+    height, width = 90, 120
+    hue = (colour + rng.uniform(-0.2, 0.2)) / NUM_COLOURS
+    disc = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.7, 1), rng.uniform(0.7, 1)))
+    y, x = np.mgrid[:height, :width]
+    (top, left), drift = rng.uniform(30, 60, 2), rng.uniform(-5, 5, 2)
+    frames = []
+    for frame in range(NUM_FRAMES):
+        inside = (y - top - drift[0] * frame) ** 2 + (x - left - drift[1] * frame) ** 2 < 25**2
+        frames.append(
+            np.where(inside[..., None], disc, rng.uniform(40, 120, 3)) + rng.normal(0, 10, (height, width, 3))
+        )
+    indices = np.arange(NUM_FRAMES, dtype=np.int64) * 20
+    return Clip(np.stack(frames).clip(0, 255).astype(np.uint8), indices / 25, indices, 80, 3.2)
+
+
+def probe_accuracy(features_BD: np.ndarray, colours_B: np.ndarray) -> float:
+    """Accuracy of a ridge classifier on the second half of the clips, fitted on the first."""
+    features_BD = np.c_[features_BD - features_BD.mean(axis=0), np.ones(len(features_BD))]
+    half = len(features_BD) // 2
+    train, targets = features_BD[:half], np.eye(NUM_COLOURS)[colours_B[:half]]
+    scale = np.trace(train.T @ train) / train.shape[1]
+    weights = np.linalg.solve(train.T @ train + 1e-2 * scale * np.eye(train.shape[1]), train.T @ targets)
+    return float(((features_BD[half:] @ weights).argmax(axis=1) == colours_B[half:]).mean())
+
+
+def test_colour_can_be_read_from_every_tap_of_the_sample_model(tiny_models) -> None:
+    """Chance is 1/4. `llm.0` at the last position is the text's own embedding: no video can be in it."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, NUM_COLOURS, 120)
+    config = dataclasses.replace(LVLMConfig(), model=str(tiny_models["llava_onevision"]), device="cpu", batch_size=8)
+    entry = LVLMS["llava_onevision"]
+    wanted = RecipeConfig(taps=["llm.*", "vision.*"], poolings=["visual_mean", "last_token"])
+    model = entry.load(config, recipes.resolve(wanted, entry.inspect(config)))
+    features = model.extract([coloured_clip(colour, rng) for colour in colours])
+    blind = features.pop("describe/llm.0/last_token")
+    assert torch.equal(blind, blind[:1].expand_as(blind))
+    accuracies = {name: probe_accuracy(feature.double().numpy(), colours) for name, feature in features.items()}
+    assert min(accuracies.values()) > 0.6, accuracies

@@ -1,0 +1,128 @@
+"""What holds for every fusion with every backbone."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from lvlmrec import config
+from lvlmrec.errors import ConfigError
+from lvlmrec.models.backbones import BACKBONES
+from lvlmrec.models.fusions import FUSIONS
+from lvlmrec.models.recommender import ModelConfig
+
+torch.set_num_threads(1)
+NUM_ITEMS, E, D, LENGTH = 12, 8, 5, 6
+PAIRS = list(itertools.product(FUSIONS, BACKBONES))
+SEQUENCES = torch.tensor([[0, 0, 0, 4, 7, 1], [5, 3, 2, 9, 8, 12], [0, 0, 0, 0, 0, 6]])
+
+
+def num_layers_of(fusion):
+    return {"none": 0, "one": 1, "many": 3}[FUSIONS[fusion].layers]
+
+
+def build(fusion, backbone, seed=0):
+    torch.manual_seed(seed)
+    chosen = {"embedding_dim": E, "item_encoder": {"name": fusion}, "backbone": {"name": backbone}}
+    num_layers = num_layers_of(fusion)
+    model = config.load(ModelConfig, [chosen]).build(NUM_ITEMS, LENGTH, num_layers, D)
+    features = torch.randn(NUM_ITEMS + 1, num_layers, D) if num_layers else None
+    return model, features
+
+
+def encode(model, features, sequences):
+    """Queries [B, S, E] as a caller makes them: unique items first, then the sequences of their embeddings."""
+    index, places = sequences.unique(return_inverse=True)
+    items = model.encode_items(index, None if features is None else features[index])
+    return model.encode_sequences(items[places], sequences > 0)
+
+
+@pytest.mark.parametrize("table", [FUSIONS, BACKBONES])
+def test_entries_are_frozen_configurations_that_carry_their_own_name(table):
+    for name, entry in table.items():
+        assert dataclasses.is_dataclass(entry) and entry().name == name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            entry().name = "other"
+    assert all(entry.layers in ("none", "one", "many") for entry in FUSIONS.values())
+
+
+@pytest.mark.parametrize(("fusion", "backbone"), PAIRS)
+def test_shapes_are_as_stated_and_padding_items_are_zero(fusion, backbone):
+    model, features = build(fusion, backbone)
+    index = torch.tensor([0, 3, 3, 12])
+    items = model.encode_items(index, None if features is None else features[index])
+    assert items.shape == (4, E)
+    assert items[0].abs().sum() == 0 and torch.equal(items[1], items[2]) and items[3].abs().sum() > 0
+    queries = encode(model, features, SEQUENCES)
+    assert queries.shape == (3, LENGTH, E) and queries.isfinite().all()
+
+
+@pytest.mark.parametrize(("fusion", "backbone"), PAIRS)
+def test_left_padding_has_no_effect_on_real_positions(fusion, backbone):
+    model, features = build(fusion, backbone)
+    model.double().eval()
+    padded = encode(model, features, SEQUENCES)
+    for row, length in enumerate([3, 6, 1]):
+        alone = encode(model, features, SEQUENCES[row : row + 1, LENGTH - length :])
+        torch.testing.assert_close(padded[row, LENGTH - length :], alone[0], rtol=1e-12, atol=1e-12)
+
+    mask = SEQUENCES > 0
+    noise = torch.randn(3, LENGTH, E, dtype=torch.float64)
+    loud = torch.where(mask[..., None], noise, 1e6 * noise)
+    quiet = torch.where(mask[..., None], noise, 0.0)
+    torch.testing.assert_close(
+        model.encode_sequences(loud, mask)[mask], model.encode_sequences(quiet, mask)[mask], rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(("fusion", "backbone"), PAIRS)
+def test_a_position_depends_on_itself_and_the_past_alone(fusion, backbone):
+    model, features = build(fusion, backbone)
+    model.eval()
+    before = encode(model, features, SEQUENCES)[1]
+    for changed in range(LENGTH):
+        sequences = SEQUENCES.clone()
+        sequences[1, changed] = 11
+        after = encode(model, features, sequences)[1]
+        torch.testing.assert_close(after[:changed], before[:changed])
+        assert not torch.allclose(after[changed], before[changed])
+
+
+@pytest.mark.parametrize(("fusion", "backbone"), PAIRS)
+def test_the_gradient_reaches_every_parameter_and_not_the_padding_row(fusion, backbone):
+    model, features = build(fusion, backbone)
+    model.eval()
+    queries = encode(model, features, SEQUENCES)
+    (queries * torch.randn_like(queries)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+        if name.endswith("ids.weight"):
+            assert parameter.grad[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize(("fusion", "backbone"), PAIRS)
+def test_the_same_seed_gives_the_same_model_and_the_same_output(fusion, backbone):
+    one, features = build(fusion, backbone)
+    same, _ = build(fusion, backbone)
+    other, _ = build(fusion, backbone, seed=1)
+    outputs = [encode(model.eval(), features, SEQUENCES) for model in (one, same, one, other)]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[3])
+
+
+@pytest.mark.parametrize(("fusion", "backbone"), PAIRS)
+def test_features_are_not_part_of_the_state(fusion, backbone):
+    model, _ = build(fusion, backbone)
+    assert not list(model.buffers())
+    fresh, features = build(fusion, backbone, seed=1)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(encode(fresh.eval(), features, SEQUENCES), encode(model.eval(), features, SEQUENCES))
+
+
+@pytest.mark.parametrize(("fusion", "num_layers"), [("fusion", 2), ("replacement", 0), ("dff", 0)])
+def test_features_that_do_not_fit_the_fusion_are_the_users_fault(fusion, num_layers):
+    chosen = config.load(ModelConfig, [{"item_encoder": {"name": fusion}}])
+    with pytest.raises(ConfigError, match=f"item_encoder.name: '{fusion}' reads"):
+        chosen.build(NUM_ITEMS, LENGTH, num_layers, D)

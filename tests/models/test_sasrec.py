@@ -1,0 +1,94 @@
+"""SASRec against its equations, written out here one user, head and position at a time."""
+
+import pytest
+import torch
+
+from lvlmrec.errors import ConfigError
+from lvlmrec.models.backbones.sasrec import SASRec, SASRecConfig, visible_positions
+
+torch.set_num_threads(1)
+E, HEADS, LENGTH = 6, 2, 5
+
+
+def norm(x, weight, bias):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6) * weight + bias
+
+
+def attention(x, p, prefix):
+    """Multi-head causal attention of one user's real positions, x [s, E], with no bias and no padding."""
+    heads = []
+    q, k, v = (x @ p[f"{prefix}{name}.weight"].T for name in ("query", "key", "value"))
+    for columns in torch.arange(E).chunk(HEADS):
+        rows = []
+        for s in range(len(x)):
+            scores = k[: s + 1, columns] @ q[s, columns] / (E // HEADS) ** 0.5
+            share = torch.exp(scores) / torch.exp(scores).sum()
+            rows.append(share @ v[: s + 1, columns])
+        heads.append(torch.stack(rows))
+    return torch.cat(heads, dim=-1) @ p[f"{prefix}output.weight"].T
+
+
+def plain_sasrec(embeddings, p, num_blocks):
+    """One user's real positions alone, embeddings [s, E], the last at position LENGTH - 1."""
+    positions = p["positions.weight"][LENGTH - len(embeddings) :]
+    x = norm(embeddings + positions, p["norm.weight"], p["norm.bias"])
+    for block in range(num_blocks):
+        b = f"blocks.{block}."
+        x = norm(x + attention(x, p, b), p[b + "attention_norm.weight"], p[b + "attention_norm.bias"])
+        inner = (x @ p[b + "inner.weight"].T + p[b + "inner.bias"]).clamp(min=0)
+        outer = inner @ p[b + "outer.weight"].T + p[b + "outer.bias"]
+        x = norm(x + outer, p[b + "feed_forward_norm.weight"], p[b + "feed_forward_norm.bias"])
+    return x
+
+
+def test_values_and_gradients_follow_the_equations_on_padded_users():
+    torch.manual_seed(0)
+    module = SASRec(E, LENGTH, num_blocks=2, num_heads=HEADS, dropout=0.1).double().eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    lengths = [5, 2, 1]
+    embeddings = torch.randn(3, LENGTH, E, dtype=torch.float64)
+    mask = torch.stack([torch.arange(LENGTH) >= LENGTH - n for n in lengths])
+    parameters = dict(module.named_parameters())
+
+    actual = module(embeddings, mask)[mask]
+    rows = [plain_sasrec(e[LENGTH - n :], parameters, 2) for e, n in zip(embeddings, lengths, strict=True)]
+    expected = torch.cat(rows)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+    weights = torch.randn_like(expected)
+    actual_gradients = torch.autograd.grad((actual * weights).sum(), list(parameters.values()))
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), list(parameters.values()))
+    for key, one, other in zip(parameters, actual_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8, msg=key)
+
+
+def test_query_key_value_and_output_have_no_bias_and_the_feed_forward_is_four_times_wider():
+    names = {name: p.shape for name, p in SASRec(E, LENGTH, 1, HEADS, 0.1).named_parameters()}
+    assert not [n for n in names if n.endswith(("query.bias", "key.bias", "value.bias", "output.bias"))]
+    assert names["blocks.0.inner.weight"] == (4 * E, E) and names["blocks.0.outer.weight"] == (E, 4 * E)
+
+
+def test_defaults_are_those_of_the_benchmark():
+    config = SASRecConfig()
+    assert (config.num_blocks, config.num_heads, config.dropout) == (2, 2, 0.1)
+
+
+def test_a_position_sees_the_real_past_and_itself_so_no_row_is_empty():
+    visible = visible_positions(torch.tensor([[False, False, True, True]]))
+    assert visible.int().tolist() == [[[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    module = SASRec(E, LENGTH, 2, HEADS, dropout=0.5)
+    embeddings, mask = torch.randn(2, LENGTH, E), torch.ones(2, LENGTH, dtype=torch.bool)
+    assert not torch.equal(module(embeddings, mask), module(embeddings, mask))
+    module.eval()
+    assert torch.equal(module(embeddings, mask), module(embeddings, mask))
+
+
+def test_heads_that_do_not_divide_the_width_are_the_users_fault():
+    with pytest.raises(ConfigError, match="num_heads: 4 does not divide embedding_dim 6"):
+        SASRecConfig(num_heads=4).build(E, LENGTH)

@@ -1,0 +1,41 @@
+"""Every file in conf/ parses, and the jobs' own layers say what the schema's defaults are."""
+
+from pathlib import Path
+
+import pytest
+
+from lvlmrec.config import CONF, load, to_dict
+from lvlmrec.evaluating import EvaluateConfig
+from lvlmrec.experiment import TrainConfig
+from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.tuning import TuneConfig
+
+JOBS = {"extract": ExtractConfig, "train": TrainConfig, "tune": TuneConfig, "evaluate": EvaluateConfig}
+ROOMS = {"lvlm": "extract", "dataset": "train", "model": "train"}
+LAYERS = sorted(CONF.rglob("*.yaml"))
+
+
+def job_of(layer: Path) -> str:
+    """The job a layer is for: its own name, its folder's, or the first word of a cluster layer."""
+    if layer.parent == CONF:
+        return layer.stem
+    return ROOMS.get(layer.parent.name) or layer.stem.split("_")[0]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda p: str(p.relative_to(CONF)))
+def test_every_layer_parses_and_changes_something(layer: Path) -> None:
+    schema = JOBS[job_of(layer)]
+    resolved = to_dict(load(schema, [layer]))
+    if layer.parent == CONF:
+        assert resolved == to_dict(load(schema, [])), "a job's own layer is the schema's defaults, written out"
+    else:
+        assert resolved != to_dict(load(schema, []))
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda p: str(p.relative_to(CONF)))
+def test_every_layer_begins_with_its_command(layer: Path) -> None:
+    assert f"python rayjobs/{job_of(layer)}.py" in layer.read_text().split("\n\n")[0]
+
+
+def test_every_job_has_its_own_layer() -> None:
+    assert {layer.stem for layer in CONF.glob("*.yaml")} == set(JOBS)

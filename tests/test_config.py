@@ -1,0 +1,118 @@
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lvlmrec.config import describe, flatten, from_arguments, load, option, to_dict, variant
+from lvlmrec.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Base:
+    name: str
+
+
+@dataclass(frozen=True)
+class Attention(Base):
+    name: str = "attention"
+    heads: int = option(2, "heads", minimum=1)
+
+
+@dataclass(frozen=True)
+class Recurrent(Base):
+    name: str = "recurrent"
+    layers: int = option(1, "layers", minimum=1)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str = option("Describe.", "what is asked")
+
+
+@dataclass(frozen=True)
+class Config:
+    workspace: str = option("./workspace", "where things live")
+    input: str = option("${workspace}/videos", "videos")
+    backbone: Base = variant({"attention": Attention, "recurrent": Recurrent}, "attention", "sequence encoder")
+    taps: list[str] = option(["llm.0"], "hidden states")
+    prompts: dict[str, Prompt] = option({"plain": Prompt()}, "prompt bank")
+    dtype: str = option("float16", "stored dtype", choices=("float16", "float32"))
+
+
+def test_layers_then_overrides(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("workspace: /one\ntaps: [llm.1]\ndtype: float32\n")
+    second.write_text("taps: [llm.2, llm.3]\n")
+    config = load(Config, [first, second], ["workspace=/two"])
+    assert (config.workspace, config.input, config.taps, config.dtype) == (
+        "/two",
+        "/two/videos",
+        ["llm.2", "llm.3"],
+        "float32",
+    )
+
+
+def test_the_jobs_own_layer_is_used_only_when_none_is_given(tmp_path: Path) -> None:
+    own, other = tmp_path / "job.yaml", tmp_path / "other.yaml"
+    own.write_text("workspace: /own\n")
+    other.write_text("dtype: float32\n")
+    assert from_arguments(Config, ["dtype=float32"], own).workspace == "/own"
+    assert from_arguments(Config, [str(other)], own).workspace == "./workspace"
+
+
+def test_a_variant_is_chosen_by_its_name() -> None:
+    config = load(Config, [], ["backbone.name=recurrent", "backbone.layers=3"])
+    assert config.backbone == Recurrent(layers=3)
+    with pytest.raises(ConfigError, match=r"backbone\.heads.*unknown key.*choices: layers, name"):
+        load(Config, [], ["backbone.name=recurrent", "backbone.heads=3"])
+
+
+def test_named_things_of_a_layer_replace_the_defaults() -> None:
+    config = load(Config, [], ["prompts.ask.text=Say: what is it?"])
+    assert config.prompts == {"ask": Prompt("Say: what is it?")}
+
+
+def test_a_resolved_configuration_loads_to_itself() -> None:
+    config = load(Config, [], ["backbone.name=recurrent", "taps=[llm.1,llm.-1]"])
+    assert load(Config, [to_dict(config)]) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dtpye=float32"], r"dtpye='float32': unknown key; did you mean dtype\? choices: .*dtype"),
+        (["backbone.haeds=3"], r"backbone\.haeds=3: unknown key; did you mean backbone\.heads\?"),
+        (["backbone.name=gru"], r"backbone\.name: 'gru' is not one of attention, recurrent"),
+        (["dtype=int8"], r"dtype: 'int8' is not one of float16, float32"),
+        (["backbone.heads=0"], r"backbone\.heads: 0 is below 1"),
+        (["backbone.heads=1e3"], r"backbone\.heads: Value '1e3'"),
+        (["backbone=3"], r"backbone: 3 is not a group of keys"),
+        (["taps=3"], r"taps"),
+        (["=3"], r"argument '=3'"),
+        (["nonsense"], r"argument 'nonsense': neither a layer"),
+        (["nowhere.yaml"], r"layer 'nowhere\.yaml': no such file; layers of the project: "),
+        (["input=${nowhere}"], r"input: Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments: list[str], message: str, tmp_path: Path) -> None:
+    own = tmp_path / "job.yaml"
+    own.write_text("")
+    with pytest.raises(ConfigError, match=message) as caught:
+        from_arguments(Config, arguments, own)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["a: [", "- a\n- b\n", "\x00"])
+def test_an_unreadable_layer_is_named(content: str, tmp_path: Path) -> None:
+    layer = tmp_path / "layer.yaml"
+    layer.write_text(content)
+    with pytest.raises(ConfigError, match=r"layer\.yaml"):
+        load(Config, [layer])
+
+
+def test_help_shows_every_key_with_default_and_choices() -> None:
+    text = describe(Config)
+    for key, _ in flatten(to_dict(Config())):
+        assert key.split(".")[0] in text
+    assert "dtype='float16'  stored dtype (float16, float32)" in text
+    assert "backbone.name" in text and "attention, recurrent" in text

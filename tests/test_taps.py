@@ -1,0 +1,43 @@
+import pytest
+
+from lvlmrec.errors import ConfigError
+from lvlmrec.taps import FeatureName, Tap, parse, parse_feature, resolve
+
+LAYERS = {"llm": 4, "vision": 2}
+
+
+def test_negative_taps_count_from_the_top() -> None:
+    assert resolve(["llm.-1", "vision.-3"], LAYERS) == (Tap("llm", 4), Tap("vision", 0))
+
+
+def test_taps_come_sorted_and_once() -> None:
+    assert resolve(["llm.3", "llm.0", "llm.-2"], LAYERS) == (Tap("llm", 0), Tap("llm", 3))
+
+
+def test_a_star_is_every_hidden_state() -> None:
+    assert resolve(["llm.*"], LAYERS) == tuple(Tap("llm", k) for k in range(5))
+
+
+@pytest.mark.parametrize("text", ["llm", "llm.", "llm.x", "audio.1", "llm.1.2", "", "llm.**"])
+def test_what_is_no_tap_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="towers: llm, vision"):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", ["llm.5", "llm.-6", "vision.3"])
+def test_a_tap_outside_the_model_is_refused_with_the_range(text: str) -> None:
+    with pytest.raises(ConfigError, match="out of range; choices"):
+        resolve([text], LAYERS)
+
+
+def test_a_tower_the_model_lacks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no such tower; towers: llm"):
+        resolve(["vision.1"], {"llm": 4})
+
+
+def test_feature_names_read_back() -> None:
+    name = FeatureName("describe", Tap("llm", 14), "visual_mean")
+    assert str(name) == "describe/llm.14/visual_mean"
+    assert parse_feature(str(name)) == name
+    with pytest.raises(ConfigError, match="expected prompt/tap/pooling"):
+        parse_feature("llm.14")
