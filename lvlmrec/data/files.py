@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 
+from lvlmrec import storage
 from lvlmrec.errors import InputError
 
 MALFORMED_SHARE = 0.01  # above it, what was read is not the dataset that was meant
@@ -16,7 +16,7 @@ BOM = b"\xef\xbb\xbf"
 def read_bytes(path: str) -> bytes:
     """The content of a file, without a byte order mark. Raises `InputError` if there is none, or it is empty."""
     try:
-        data = _read(path)
+        data = storage.read_bytes(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     data = data.removeprefix(BOM)
@@ -31,11 +31,11 @@ def find(path: str, endings: Sequence[str], without: Sequence[str] = ()) -> str:
     Names that end in one of `without` do not count. Raises `InputError` naming what was found instead.
     """
     expected = " or ".join(f"*{ending}" for ending in endings)
-    if not _is_dir(path):
+    if not storage.is_dir(path):
         if not path.endswith(tuple(endings)):
             raise InputError(f"dataset.path={path!r}: expected {expected}, or a folder that holds one")
         return path
-    files = _list_files(path)
+    files = [file.uri for file in storage.list_files(path)]
     found = [file for file in files if file.endswith(tuple(endings)) and not file.endswith(tuple(without))]
     if len(found) != 1:
         shown = ", ".join(_name(file) for file in (found or files)[:10]) or "nothing"
@@ -48,7 +48,7 @@ def titles_beside(path: str, ending: str) -> str | None:
     """The titles file in the folder of the interaction file `path`: same name, a title ending in place of `ending`."""
     wanted = [path.removesuffix(ending) + title for title in TITLE_ENDINGS]
     folder = path.rpartition("/")[0]
-    names = {_name(file) for file in _list_files(folder or ".")}
+    names = {_name(file.uri) for file in storage.list_files(folder or ".")}
     found = [file for file in wanted if _name(file) in names]
     if len(found) > 1:
         raise InputError(f"{path}: several titles files beside it: {', '.join(_name(file) for file in found)}")
@@ -73,8 +73,12 @@ def read_titles(path: str) -> tuple[dict[str, str], dict[str, int]]:
     titles: dict[str, str] = {}
     for item_id, title in usable:
         titles.setdefault(item_id, title)
-    report = {"titles_malformed_lines": len(malformed), "titles_duplicate_items": len(usable) - len(titles)}
-    return {item_id: title for item_id, title in titles.items() if title}, report
+    told = {item_id: title for item_id, title in titles.items() if title}
+    return told, {
+        "titles_malformed_lines": len(malformed),
+        "titles_duplicate_items": len(usable) - len(titles),
+        "titles_empty": len(titles) - len(told),
+    }
 
 
 def _quoted_rows(path: str, lines: list[str]) -> list[list[str]]:
@@ -104,15 +108,3 @@ def check_malformed(path: str, malformed: int, lines: int, example: str, expecte
 
 def _name(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _read(path: str) -> bytes:
-    return Path(path).read_bytes()
-
-
-def _list_files(path: str) -> list[str]:
-    return sorted(str(file) for file in Path(path).iterdir() if file.is_file())
-
-
-def _is_dir(path: str) -> bool:
-    return Path(path).is_dir()

@@ -97,17 +97,18 @@ def make(directory: Path, config: MicroWorldConfig) -> None:
     if found is not None and found.pop("digest", None) is not None and found == wanted:
         return
     world = draw(config)
-    _clear(directory, world, ours=found is not None)
-    for name in ("interactions", "videos"):
-        (directory / name).mkdir(parents=True, exist_ok=True)
+    folders = [directory / "interactions", directory / "videos"]
+    if found is None:
+        _refuse_foreign_files(folders, {PAIRS, TITLES, *(f"{item_id}.mp4" for item_id in world.item_ids)})
+    directory.mkdir(parents=True, exist_ok=True)
     _write_marker(directory, wanted)  # without a digest: half-made, and known as ours
+    for folder in folders:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        folder.mkdir()
     _write_interactions(directory / "interactions", world, config.seed)
     _write_factors(directory / "factors.csv", world)
-    phases = np.random.default_rng([config.seed, 2]).random(len(world.item_ids))
-    num_frames = max(1, round(config.clip_seconds * config.fps))
-    for item_id, values, phase in zip(world.item_ids, world.factors.tolist(), phases, strict=True):
-        scene = Scene(*values, float(phase))
-        micro_videos.write(directory / "videos" / f"{item_id}.mp4", scene, config.frame_side, config.fps, num_frames)
+    _write_videos(directory / "videos", world, config)
     _write_marker(directory, wanted | {"digest": _digest(directory)})
 
 
@@ -190,21 +191,11 @@ def _write_marker(directory: Path, content: dict[str, object]) -> None:
     partial.replace(directory / MARKER)
 
 
-def _clear(directory: Path, world: World, ours: bool) -> None:
-    """Remove what an earlier world left; files that no micro-world wrote are never touched."""
-    folders = [directory / "interactions", directory / "videos"]
-    if not ours:
-        expected = {PAIRS, TITLES, *(f"{item_id}.mp4" for item_id in world.item_ids)}
-        foreign = [
-            file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.name not in expected
-        ]
-        if foreign:
-            raise InputError(
-                f"{directory}: holds {min(foreign)}, which is no part of a micro-world; name an empty folder"
-            )
-    for folder in folders:
-        if folder.is_dir():
-            shutil.rmtree(folder)
+def _refuse_foreign_files(folders: list[Path], expected: set[str]) -> None:
+    """Folders without a marker are overwritten only if a micro-world that lost its marker may have filled them."""
+    foreign = [file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.name not in expected]
+    if foreign:
+        raise InputError(f"{min(foreign)}: no part of a micro-world, and would be lost; name an empty folder")
 
 
 def _write_interactions(folder: Path, world: World, seed: int) -> None:
@@ -220,6 +211,15 @@ def _write_interactions(folder: Path, world: World, seed: int) -> None:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)
         for item_id, values in zip(world.item_ids, world.factors.tolist(), strict=True):
             writer.writerow([int(item_id), title(values, rng)])
+
+
+def _write_videos(folder: Path, world: World, config: MicroWorldConfig) -> None:
+    phases = np.random.default_rng([config.seed, 2]).random(len(world.item_ids))
+    num_frames = max(1, round(config.clip_seconds * config.fps))
+    for item_id, values, phase in zip(world.item_ids, world.factors.tolist(), phases.tolist(), strict=True):
+        colour, background, shape, count, motion, tempo = values
+        scene = Scene(colour, background, shape, count, motion, tempo, phase)
+        micro_videos.write(folder / f"{item_id}.mp4", scene, config.frame_side, config.fps, num_frames)
 
 
 def title(values: list[int], rng: np.random.Generator) -> str:
