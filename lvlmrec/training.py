@@ -48,7 +48,7 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
         # Through the object store once, not into every worker's configuration.
         train_loop_config={"experiment": ray.put(experiment), "tracking": tracking},
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=settings.use_gpu),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # the checker sees the older class of this name
             name=experiment.key,  # the same run started again goes on from its last checkpoint
             storage_path=storage.join(storage.absolute(experiment.config.workspace), "runs"),
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
