@@ -1,1 +1,0 @@
-"""Side-by-side scripts, one per claim, and their dated results."""

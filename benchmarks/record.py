@@ -1,0 +1,48 @@
+"""Dated results: what was run, on what machine, what came out."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lvlmrec.tracking import git_revision
+
+FOLDER = Path(__file__).parent / "results"
+PACKAGES = ("ray", "torch", "transformers", "av", "numpy", "torchcodec")
+
+
+def save(name: str, about: str, text: str) -> Path:
+    """Write `results/<date>_<name>.md` with the machine, the versions and the command; returns its path."""
+    command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    lines = [
+        f"# {name}, {datetime.date.today().isoformat()}",
+        "",
+        about.strip().split("\n")[0],
+        "",
+        f"- command: `{command}`",
+        f"- machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; load {load}",
+        f"- versions: {', '.join(_versions())}; revision {git_revision()[:12]}",
+        "",
+        "```",
+        text.strip("\n"),
+        "```",
+        "",
+    ]
+    path = FOLDER / f"{datetime.date.today().isoformat()}_{name}.md"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return found
