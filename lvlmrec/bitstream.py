@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 H264_SLICE, H264_IDR = 1, 5
@@ -44,10 +44,9 @@ PictureReader = Callable[[bytes], Picture | None]
 def picture_reader(codec: str, extradata: bytes | None) -> PictureReader | None:
     """A function from a packet's bytes to its picture, None where FFmpeg's `codec` is not understood here.
 
-    `extradata` is the configuration record of MP4 and Matroska, whose units carry their length.
-
-    The function returns None for a packet that does not hold exactly one whole picture, or holds anything else than
-    pictures, parameter sets, delimiters, filler and messages.
+    `extradata` is the configuration record of MP4 and Matroska, whose units carry their length. The function
+    returns None for a packet that does not hold exactly one whole picture, or holds anything else than pictures,
+    parameter sets, delimiters, filler and messages.
     """
     parse = {"h264": _h264_picture, "hevc": _hevc_picture}.get(codec)
     if parse is None:
@@ -77,14 +76,13 @@ def trusted_pictures(pts: list[int | None], pictures: list[Picture | None], reor
     earlier: list[int] = []
     for time in times:  # FFmpeg's h264 decoder drops frames when the order is deeper than it knows
         insort(earlier, time)
-        if len(earlier) > reorder_depth + 1 and time < earlier[-1 - reorder_depth]:
+        if len(earlier) > reorder_depth and time < earlier[-1 - reorder_depth]:
             return None
     return [
-        Picture(
+        replace(
+            p,
             is_start=p.is_start and p.has_parameters == with_parameters,
             is_droppable=p.is_droppable and p.temporal_id == top_layer,
-            has_parameters=p.has_parameters,
-            temporal_id=p.temporal_id,
         )
         for p in known
     ]

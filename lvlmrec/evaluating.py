@@ -88,7 +88,7 @@ def layer_weights(checkpoint: Checkpoint) -> dict[str, float]:
     weigh = getattr(checkpoint.model.item_encoder, "layer_weights", None)
     if weigh is None or checkpoint.features is None:
         return {}
-    return {name: float(weight) for name, weight in zip(checkpoint.features.names, weigh(), strict=True)}
+    return dict(zip(checkpoint.features.names, weigh().tolist(), strict=True))
 
 
 def write_ranks(uri: str, split: LeaveOneOut, holdout: Holdout, ranks: np.ndarray, cold: np.ndarray) -> None:

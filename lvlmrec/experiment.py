@@ -27,8 +27,8 @@ NOT_LEARNED = ("workspace", "tracking_uri", "cache", "training.num_workers", "tr
 class TrainingConfig:
     """The optimisation, with the protocol's values as defaults."""
 
-    epochs: int = option(20, "passes over the training users, at most", minimum=1)
-    lr: float = option(1e-3, "learning rate of AdamW, constant", minimum=0)
+    epochs: int = option(40, "passes over the training users, at most", minimum=1)
+    lr: float = option(2e-3, "learning rate of AdamW, constant", minimum=0)
     batch_size: int = option(512, "users per step, over all workers", minimum=1)
     num_workers: int = option(1, "data-parallel workers; the result does not depend on it", minimum=1)
     use_gpu: bool = option(False, "one GPU for each worker")

@@ -31,7 +31,8 @@ def ensure(workspace: str, *uris: str) -> None:
         if path.parent == root / "models":
             _ensure_model(path)
         else:
-            print(f"sample: the micro-world in {root}", file=sys.stderr)
+            if not (root / micro_world.MARKER).exists():
+                print(f"sample: rendering the micro-world in {root}", file=sys.stderr)
             micro_world.make(root, micro_world.MicroWorldConfig(seed=SEED))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +14,7 @@ from typing import Any, cast
 import ray
 from ray.train import Checkpoint as RayCheckpoint
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
 from safetensors.torch import load_file
 
@@ -22,6 +25,7 @@ from lvlmrec.fitting import Progress, State, fit, new_state
 from lvlmrec.tracking import Run
 
 MAX_WORKER_FAILURES = 3
+CHECKPOINT_SECONDS = 10.0  # an epoch of a small dataset is over sooner than its checkpoint is written
 
 
 def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
         # Through the object store once, not into every worker's configuration.
         train_loop_config={"experiment": ray.put(experiment), "tracking": tracking},
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=settings.use_gpu),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # the checker sees the older class of this name
             name=experiment.key,  # the same run started again goes on from its last checkpoint
             storage_path=storage.join(storage.absolute(experiment.config.workspace), "runs"),
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
@@ -63,7 +67,8 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What each worker runs: restore, fit, report a checkpoint after every epoch."""
+    """What each worker runs: restore, fit, report a checkpoint from time to time and at the end."""
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report
     experiment: Experiment = ray.get(config["experiment"])
     tracking: Run = config["tracking"]
     context = ray.train.get_context()
@@ -76,15 +81,22 @@ def _worker(config: dict[str, Any]) -> None:
         with resumed.as_directory() as folder:
             state.load(Path(folder))
 
+    settings = experiment.config.training
+    last_saved = time.monotonic()
+
     def report(metrics: dict[str, float], state: State) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            saved = None
-            if leads:
-                state.save(Path(folder))
-                saved = RayCheckpoint.from_directory(folder)
-                tracking.log_metrics(metrics, step=state.progress.epoch)
-                _tell(metrics, experiment.config.training.epochs)
-            ray.train.report(metrics, checkpoint=saved)
+        nonlocal last_saved
+        if leads:
+            tracking.log_metrics(metrics, step=state.progress.epoch)
+            _tell(metrics, settings.epochs)
+        finished = state.progress.finished(settings.epochs, settings.patience)
+        # Every worker must report as often as the others, so the first one's clock decides for all.
+        if broadcast_from_rank_zero(finished or time.monotonic() - last_saved >= CHECKPOINT_SECONDS):
+            with tempfile.TemporaryDirectory() as folder:
+                if leads:
+                    state.save(Path(folder))
+                ray.train.report(metrics, checkpoint=RayCheckpoint.from_directory(folder) if leads else None)
+            last_saved = time.monotonic()
 
     fit(experiment.config, experiment.data, features, state, report, device)
 

@@ -39,6 +39,7 @@ TRUSTED_CONTAINERS = (
     "matroska,webm",
 )  # the others guess timestamps, or often have them wrong
 
+PYAV_ERRORS = (av.FFmpegError, ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
 # reason of a failure whose exception says no more than where it arose
 REASONS = {"open": "not_a_video", "demux": "demux_failed", "decode": "decode_failed", "convert": "convert_failed"}
 
@@ -196,16 +197,7 @@ def _stage(stage: str) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        av.FFmpegError,
-        ArithmeticError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as e:
+    except PYAV_ERRORS as e:
         reason = REASONS[stage]
         if isinstance(e, MemoryError):
             reason = "out_of_memory"

@@ -51,9 +51,8 @@ def main() -> int:
     print("\nlearned layer weights of DFF:")
     for column, weight in evaluated["dff"]["layer_weights"].items():
         print(f"  {column:32s} {weight:.3f} {'#' * round(60 * weight)}")
-    print(
-        f"\nThe sample's LVLM is untrained: this shows the road, not its quality. {time.perf_counter() - started:.0f} s."
-    )
+    seconds = time.perf_counter() - started
+    print(f"\nThe sample's LVLM is untrained: this shows the road, not its quality. {seconds:.0f} s.")
     print("All runs, in a browser:")
     print(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{workspace}/mlflow.db\n")
     print(

@@ -365,7 +365,10 @@ def test_every_real_clip_equals_decoding_everything_or_has_a_named_fault(real_da
             assert is_known or path.name == "fate__video__rv30__sipr_6k5.mp4", (path.name, error)  # cut after 400
             continue
         num_clips += 1
-        frames, total = decode_all(path, 8) if "extradata-reload" not in path.name else (clip.frames, 4)
+        if "extradata-reload" in path.name:  # its size changes, which the plain reference cannot stack
+            assert clip.num_source_frames == 4
+            continue
+        frames, total = decode_all(path, 8)
         rotation = index[path.name]["tags"].partition("rotation=")[2].partition(";")[0] if path.name in index else ""
         frames = np.rot90(frames, int(rotation or 0) // 90, axes=(1, 2))
         frames = frames[:, :, ::-1] if path.name == MIRRORED else frames

@@ -31,23 +31,12 @@ def tiny() -> tuple[Any, Any]:
     side, patch = 56, 14
     size = {"height": side, "width": side}
     tokens_per_frame = (side // patch) ** 2 // 4
+    sizes: dict[str, Any] = {"num_attention_heads": 4}
+    text = sizes | {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128}
+    vision = sizes | {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 96}
     model_config = InternVLConfig(
-        text_config=Qwen2Config(
-            **chat_sizes(words),
-            num_hidden_layers=4,
-            hidden_size=64,
-            intermediate_size=128,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        ).to_dict(),
-        vision_config=InternVLVisionConfig(
-            num_hidden_layers=3,
-            hidden_size=48,
-            intermediate_size=96,
-            num_attention_heads=4,
-            image_size=side,
-            patch_size=patch,
-        ).to_dict(),
+        text_config=Qwen2Config(**chat_sizes(words), **text, num_key_value_heads=2).to_dict(),
+        vision_config=InternVLVisionConfig(**vision, image_size=side, patch_size=patch).to_dict(),
         image_token_id=words.context_image_token_id,
         image_seq_length=tokens_per_frame,
         tie_word_embeddings=False,

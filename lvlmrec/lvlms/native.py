@@ -35,14 +35,14 @@ def load(family: NativeFamily, config: ModelConfig, recipe: Recipe) -> NativeLVL
     torchvision_shim.ensure_importable()
     from transformers import AutoProcessor
 
-    info = family.inspect(config)
+    device, info = _device(config), family.inspect(config)
     if info.identity != recipe.identity:
         raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
     base = _load_base_model(family, config, recipe, info)
     with _reading(config):
         processor = AutoProcessor.from_pretrained(config.model, revision=source.resolve_revision(config))
     processor.tokenizer.padding_side = "left"
-    return NativeLVLM(family, base.to(_device(config)), processor, recipe, info, config.batch_size)
+    return NativeLVLM(family, base.to(device), processor, recipe, info, config.batch_size)
 
 
 class NativeLVLM:

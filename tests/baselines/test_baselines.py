@@ -1,8 +1,5 @@
 """A contract for every baseline, each one's scores by hand, and the real numbers on MicroLens-50K."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -85,16 +82,11 @@ def test_item_knn_keeps_the_nearest_alone():
     assert np.flatnonzero(scores[0] > 0).tolist() == [2] == [int(table[1].argmax())]
 
 
-DATA = Path(os.environ.get("LVLMREC_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-PAIRS = DATA / "microlens_50k" / "MicroLens-50k_pairs.tsv"
-
-
 @pytest.fixture(scope="module")
-def microlens():
+def microlens(real_data):
     """The last 13 items of each user with at least 5, [U, 13] left-padded, items numbered from 1."""
-    if not PAIRS.exists():
-        pytest.skip(f"MicroLens-50K is not at {PAIRS}; set LVLMREC_DATA")
-    rows = [line.rstrip("\n").split("\t")[1].split() for line in PAIRS.open()]
+    text = (real_data / "microlens_50k" / "MicroLens-50k_pairs.tsv").read_text()
+    rows = [line.split("\t")[1].split() for line in text.splitlines()]
     rows = [row[-13:] for row in rows if len(row) >= 5]
     index = {item: i for i, item in enumerate(sorted({item for row in rows for item in row}), start=1)}
     sequences = np.zeros((len(rows), 13), dtype=np.int32)

@@ -4,8 +4,6 @@ import torch
 
 from lvlmrec.evaluation.ranking import rank_from_scores, rank_targets
 
-torch.set_num_threads(1)
-
 
 def brute_force(scores, targets, histories):
     """The rule, one candidate at a time."""

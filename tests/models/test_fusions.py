@@ -5,7 +5,6 @@ import torch
 
 from lvlmrec.models.fusions import FUSIONS
 
-torch.set_num_threads(1)
 NUM_ITEMS, E, L, D = 6, 4, 3, 5
 ITEMS = torch.tensor([3, 1, 6, 3])
 

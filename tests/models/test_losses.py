@@ -7,7 +7,6 @@ import torch
 
 from lvlmrec.models.losses import in_batch_softmax
 
-torch.set_num_threads(1)
 # Items in several users' sequences, an item twice in one sequence (7), padding of every length, a user without a row.
 SEQUENCES = torch.tensor(
     [[0, 0, 3, 9, 7], [7, 3, 7, 2, 5], [0, 0, 0, 9, 11], [2, 9, 4, 3, 11], [0, 0, 0, 0, 8], [0, 5, 7, 2, 9]]

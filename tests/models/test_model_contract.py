@@ -12,7 +12,6 @@ from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.models.fusions import FUSIONS
 from lvlmrec.models.recommender import ModelConfig
 
-torch.set_num_threads(1)
 NUM_ITEMS, E, D, LENGTH = 12, 8, 5, 6
 PAIRS = list(itertools.product(FUSIONS, BACKBONES))
 SEQUENCES = torch.tensor([[0, 0, 0, 4, 7, 1], [5, 3, 2, 9, 8, 12], [0, 0, 0, 0, 0, 6]])

@@ -6,7 +6,6 @@ import torch
 from lvlmrec.errors import ConfigError
 from lvlmrec.models.backbones.sasrec import SASRec, SASRecConfig, visible_positions
 
-torch.set_num_threads(1)
 E, HEADS, LENGTH = 6, 2, 5
 
 
