@@ -48,8 +48,8 @@ _PLACES = (
     ((0.28, 0.7), (0.72, 0.7), (0.5, 0.28)),
     ((0.28, 0.28), (0.72, 0.28), (0.28, 0.72), (0.72, 0.72)),
 )
-_RADIUS = 0.19  # of the frame's side
-_REACH = 0.07  # how far an object moves from its place, of the frame's side
+_RADII = (0.36, 0.22, 0.21, 0.2)  # for 1 to 4 objects, in shares of the frame's side: about the same area in all
+_REACH = 0.05  # how far an object moves from its place, of the frame's side
 _SMOOTHING = 4  # a shape is drawn this much larger and scaled down
 
 
@@ -82,7 +82,7 @@ def write(path: Path, scene: Scene, side: int, fps: int, num_frames: int) -> Non
 
 def frames(scene: Scene, side: int, num_frames: int) -> Iterator[Image.Image]:
     """The frames of a clip, RGB."""
-    background, mask = _background(scene.background, side), _mask(scene.shape, side)
+    background, mask = _background(scene.background, side), _mask(scene.shape, round(2 * _RADII[scene.count] * side))
     colour = list(COLOURS.values())[scene.colour]
     edge = Image.new("RGB", mask.size, (0, 0, 0) if scene.background != len(BACKGROUNDS) - 1 else (255, 255, 255))
     inner = mask.resize((round(mask.width * 0.86),) * 2)
@@ -119,9 +119,8 @@ def _background(background: int, side: int) -> Image.Image:
     return Image.fromarray(np.where(odd[:, :, None] == 1, second, first).astype(np.uint8))
 
 
-def _mask(shape: int, side: int) -> Image.Image:
-    """The shape as an antialiased mask, about twice `_RADIUS` wide."""
-    size = round(2 * _RADIUS * side)
+def _mask(shape: int, size: int) -> Image.Image:
+    """The shape as an antialiased mask of `size` pixels."""
     r = size * _SMOOTHING / 2
     image = Image.new("L", (size * _SMOOTHING,) * 2, 0)
     draw = ImageDraw.Draw(image)

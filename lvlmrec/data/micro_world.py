@@ -22,7 +22,7 @@ from lvlmrec.data import micro_videos
 from lvlmrec.data.micro_videos import BACKGROUNDS, COLOURS, COUNTS, MOTIONS, SHAPES, TEMPI, Scene
 from lvlmrec.errors import InputError
 
-FORMAT = 1  # counted up when the same configuration makes another world
+FORMAT = 2  # counted up when the same configuration makes another world
 MARKER = "micro_world.json"
 PAIRS, TITLES = "MicroLens-sample_pairs.tsv", "MicroLens-sample_titles.csv"
 
@@ -36,10 +36,10 @@ FACTORS = {
 }
 NUM_COMMUNITIES = 10
 # what a match is worth to a user, in the logit of the choice
-_TASTE = {"colour": 4.0, "background": 4.0, "shape": 2.2, "count": 1.6, "motion": 0.3, "tempo": 0.3}
-_COMMUNITY_TASTE = 3.0
+_TASTE = {"colour": 4.4, "background": 4.4, "shape": 2.6, "count": 1.6, "motion": 0.3, "tempo": 0.3}
+_COMMUNITY_TASTE = 2.8
 _NEAR = 0.35  # share of a match that the next value of the ring gets
-_DRIFT = 0.2  # chance per interaction that a taste moves on to the next value of its ring
+_DRIFT = 0.16  # chance per interaction that a taste moves on to the next value of its ring
 _POPULARITY_SPREAD = 1.0  # standard deviation of log popularity
 _SHORTEST = 5  # interactions of a user at least: the split drops shorter histories
 _COLD_ITEMS = 0.11  # share of the catalogue
