@@ -97,9 +97,10 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
             for block in _dataset(plan).iter_batches(batch_size=None, batch_format="pyarrow"):
                 tally.add(block)
     seconds = time.perf_counter() - started
-    if tally.written == 0 and tally.reasons and all(stage in ("model", "cast") for stage, _ in tally.reasons):
-        raise JobFailed(f"every video was rejected by the model: {tally.last_message}")
     index = store.commit(plan.feature_set)
+    if index.empty and tally.model_message:
+        store.forget_rejected(plan.feature_set)  # it was not the videos' fault: the next run tries them again
+        raise JobFailed(f"every video was rejected by the model: {tally.model_message}")
     rejected = store.read_rejected(plan.feature_set)
     rejected = rejected[rejected[ITEM_ID].isin(plan.item_ids) & ~rejected[ITEM_ID].isin(index[ITEM_ID])]
     actor_seconds = seconds * plan.config.pool.max_actors
@@ -163,7 +164,7 @@ class _Tally:
         self.written = 0
         self.forward_seconds = 0.0
         self.reasons: Counter[tuple[str, str]] = Counter()
-        self.last_message = ""
+        self.model_message = ""
         self.started = self.told = time.perf_counter()
 
     def add(self, block: pa.Table) -> None:
@@ -171,7 +172,9 @@ class _Tally:
         self.written += len(block) - len(bad)
         self.reasons.update((row[STAGE], row[ERROR]) for row in bad)
         self.forward_seconds += pc.sum(block[stages.FORWARD_SECONDS]).as_py() or 0.0
-        self.last_message = bad[-1][MESSAGE] if bad else self.last_message
+        for row in bad:
+            if row[STAGE] in stages.MODEL_STAGES:
+                self.model_message = row[MESSAGE]
         done = self.written + sum(self.reasons.values())
         now = time.perf_counter()
         if now - self.told >= PROGRESS_SECONDS or done == self.total:

@@ -25,6 +25,7 @@ from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.video import Clip, VideoError
 
 FORWARD_SECONDS = "forward_seconds"
+MODEL_STAGES = ("model", "cast")
 FAILURE = {STAGE: pa.string(), ERROR: pa.string(), MESSAGE: pa.string()}
 CLIP = {
     "frames": pa.large_binary(),
@@ -91,8 +92,12 @@ class Extractor:
                 return pa.concat_tables(
                     [self._features(rows.slice(i, 1)) for i in range(len(rows))], promote_options="default"
                 )
-            kind = "cast" if isinstance(error, store.CastError) else "model"
-            failure = {STAGE: kind, ERROR: type(error).__name__, MESSAGE: _one_line(error)}
+            model, cast = MODEL_STAGES
+            failure = {
+                STAGE: cast if isinstance(error, store.CastError) else model,
+                ERROR: type(error).__name__,
+                MESSAGE: _one_line(error),
+            }
             row = {ITEM_ID: rows[ITEM_ID][0].as_py(), URI: rows[URI][0].as_py(), **failure}
             return pa.Table.from_pylist([row], schema=_extracted(self.recipe))
 

@@ -178,6 +178,11 @@ def read_rejected(uri: str) -> pd.DataFrame:
     return pa.concat_tables(tables).to_pandas().drop_duplicates(ITEM_ID).reset_index(drop=True)
 
 
+def forget_rejected(uri: str) -> None:
+    """Drop the rejections of a feature set, so that its items are tried again."""
+    storage.remove(storage.join(uri, REJECTED))
+
+
 def pending_index(uri: str) -> pd.DataFrame:
     """The index as `commit` would write it: what is committed, then the whole parts that no index lists yet."""
     index = read_index(uri)

@@ -1,0 +1,184 @@
+"""The whole extraction on a local Ray: real videos, a tiny model, real actors."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lvlmrec import storage
+from lvlmrec.config import load
+from lvlmrec.errors import ConfigError, InputError, JobFailed
+from lvlmrec.extraction import pipeline
+from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.features import store
+from lvlmrec.lvlms import LVLMS
+from lvlmrec.video import sample_clip
+from tests.videos import write_video
+
+GOOD = [f"good{i}" for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "llava_onevision"
+    LVLMS["llava_onevision"].write_tiny(directory, seed=0)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six good videos of different sizes and lengths, two broken files and an empty one."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i, name in enumerate(GOOD):
+        write_video(folder / f"{name}.mp4", num_frames=4 + 5 * i, size=(64 + 16 * i, 96 - 8 * i))
+    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "truncated.mp4").write_bytes((folder / "good5.mp4").read_bytes()[:600])
+    (folder / "empty.mp4").write_bytes(b"")
+    return folder
+
+
+def extract(*overrides: str) -> dict[str, Any]:
+    return pipeline.run(pipeline.plan(load(ExtractConfig, [], list(overrides))), lambda metrics, step: None)
+
+
+def rows_of(uri: str) -> dict[str, dict[str, Any]]:
+    """Every committed item with its row, as a reader of the index sees it."""
+    rows = {}
+    for _, entry in store.read(uri).index.iterrows():
+        table = storage.read_table(f"{uri}/parts/{entry['part']}")
+        rows[entry["item_id"]] = table.slice(entry["row"], 1).to_pylist()[0]
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+class TestExtraction:
+    def overrides(self, tmp_path: Path, model: Path, videos: Path) -> list[str]:
+        return [
+            f"workspace={tmp_path}",
+            f"input={videos}",
+            f"lvlm.model={model}",
+            "recipe.frames=8",
+            "recipe.taps=[llm.*]",
+        ]
+
+    def test_every_video_is_written_or_rejected_with_a_reason(self, tmp_path: Path, model: Path, videos: Path) -> None:
+        result = extract(*self.overrides(tmp_path, model, videos))
+        assert {key: result[key] for key in ("items", "written", "skipped", "rejected")} == {
+            "items": 9,
+            "written": 6,
+            "skipped": 0,
+            "rejected": 3,
+        }
+        rejected = store.read_rejected(result["feature_set"])
+        assert sorted(rejected["item_id"]) == ["empty", "noise", "truncated"]
+        assert (rejected[["stage", "error", "message"]] != "").all(axis=None)
+        rows = rows_of(result["feature_set"])
+        assert sorted(rows) == GOOD
+        assert rows["good0"]["num_distinct_frames"] == 4
+        assert rows["good5"]["num_distinct_frames"] == 8
+
+    def test_the_features_are_those_of_the_adapter(self, tmp_path: Path, model: Path, videos: Path) -> None:
+        config = load(ExtractConfig, [], [*self.overrides(tmp_path, model, videos), "recipe.dtype=float32"])
+        plan = pipeline.plan(config)
+        result = pipeline.run(plan, lambda metrics, step: None)
+        lvlm = LVLMS["llava_onevision"].load(config.lvlm, plan.recipe)
+        rows = rows_of(result["feature_set"])
+        for item in GOOD:
+            clip = sample_clip(videos / f"{item}.mp4", 8, 1280)
+            for name, values in lvlm.extract([clip]).items():
+                np.testing.assert_allclose(rows[item][name], values[0].numpy(), rtol=0, atol=1e-6)
+
+    def test_a_rerun_does_only_what_is_missing(self, tmp_path: Path, model: Path, videos: Path) -> None:
+        folder = tmp_path / "videos"
+        folder.mkdir()
+        for name in ("good0", "good1", "noise"):
+            (folder / f"{name}.mp4").write_bytes((videos / f"{name}.mp4").read_bytes())
+        overrides = [*self.overrides(tmp_path, model, videos), f"input={folder}"]
+        first = extract(*overrides)
+        before = {f.uri: f.modified for f in storage.list_files(first["feature_set"], recursive=True)}
+        again = extract(*overrides)
+        assert (again["written"], again["skipped"], again["rejected"], again["rejected_now"]) == (0, 3, 1, 0)
+        assert {f.uri: f.modified for f in storage.list_files(first["feature_set"], recursive=True)} == before
+        (folder / "good2.mp4").write_bytes((videos / "good2.mp4").read_bytes())
+        more = extract(*overrides)
+        assert (more["written"], more["skipped"]) == (1, 3)
+        assert sorted(rows_of(more["feature_set"])) == ["good0", "good1", "good2"]
+
+    def test_parts_of_a_run_killed_before_its_commit_are_adopted(
+        self, tmp_path: Path, model: Path, videos: Path
+    ) -> None:
+        overrides = [*self.overrides(tmp_path, model, videos), "pool.videos_per_part=2"]
+        first = extract(*overrides)
+        undisturbed = rows_of(first["feature_set"])
+        (Path(first["feature_set"]) / "index.parquet").unlink()
+        lost = sorted((Path(first["feature_set"]) / "parts").iterdir())[0]
+        items_lost = len(pq.read_table(lost))
+        lost.unlink()
+        again = extract(*overrides)
+        assert (again["written"], again["skipped"]) == (items_lost, 9 - items_lost)
+        assert rows_of(again["feature_set"]) == undisturbed
+
+    def test_batches_blocks_and_actors_change_nothing(self, tmp_path: Path, model: Path, videos: Path) -> None:
+        plain = extract(*self.overrides(tmp_path / "a", model, videos), "lvlm.batch_size=1")
+        pool = ["pool.max_actors=2", "pool.min_actors=2", "pool.videos_per_block=2", "pool.videos_per_part=1"]
+        other = extract(*self.overrides(tmp_path / "b", model, videos), "lvlm.batch_size=3", *pool)
+        assert rows_of(plain["feature_set"]) == rows_of(other["feature_set"])
+
+    def test_from_object_storage_to_object_storage(
+        self, bucket: str, tmp_path: Path, model: Path, videos: Path
+    ) -> None:
+        import ray
+
+        ray.shutdown()  # workers take the environment, and with it the endpoint, from the driver that starts them
+        for name in ("good0", "good1", "noise"):
+            storage.write_bytes(f"{bucket}/videos/{name}.mp4", (videos / f"{name}.mp4").read_bytes())
+        remote = [f"input={bucket}/videos", f"store={bucket}/features"]
+        with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
+            result = extract(*self.overrides(tmp_path, model, videos), *remote)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        assert (result["written"], result["rejected"]) == (2, 1)
+        local = extract(*self.overrides(tmp_path, model, videos))
+        expected = rows_of(local["feature_set"])
+        assert rows_of(result["feature_set"]) == {name: expected[name] for name in ("good0", "good1")}
+
+    def test_when_nothing_fits_the_model_the_run_fails(self, tmp_path: Path, videos: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        broken = tmp_path / "broken"
+        LVLMS["llava_onevision"].write_tiny(broken, seed=0)
+        weights = load_file(broken / "model.safetensors")
+        name = next(name for name in weights if name.endswith("layers.0.mlp.down_proj.weight") and "vision" not in name)
+        weights[name] = weights[name] * 1e6
+        save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(JobFailed, match=r"every video was rejected by the model: .*overflows float16"):
+            extract(*self.overrides(tmp_path, broken, videos))
+
+
+def test_what_is_wrong_is_said_before_anything_starts(tmp_path: Path, model: Path, videos: Path) -> None:
+    def plan(*overrides: str) -> None:
+        base = [f"workspace={tmp_path}", f"input={videos}", f"lvlm.model={model}"]
+        pipeline.plan(load(ExtractConfig, [], [*base, *overrides]))
+
+    with pytest.raises(InputError, match="no such manifest"):
+        plan("input=/nowhere")
+    with pytest.raises(ConfigError, match=r"lvlm\.model"):
+        plan("lvlm.model=/nowhere")
+    with pytest.raises(ConfigError, match=r"lvlm\.model"):
+        plan("lvlm.name=qwen2_vl")
+    with pytest.raises(ConfigError, match=r"'llm\.99': out of range"):
+        plan("recipe.taps=[llm.99]")
+    with pytest.raises(InputError, match=r"pool\.max_actors: 1 is below pool\.min_actors=2"):
+        plan("pool.min_actors=2")

@@ -1,0 +1,193 @@
+"""Every job as a user runs it: on the sample with nothing given, submitted to a cluster, and with bad input."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+
+from lvlmrec import storage
+from lvlmrec.features import store
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(job: str, *arguments: str) -> dict[str, Any]:
+    """The JSON of the last line of stdout of a job that must succeed."""
+    command = [sys.executable, str(ROOT / "rayjobs" / f"{job}.py"), *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(process.stdout.splitlines()[-1])
+    assert result["job"] == job
+    return result
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="module")
+def extracted(workspace: Path) -> dict[str, Any]:
+    return run("extract", f"workspace={workspace}")
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Path, extracted: dict[str, Any]) -> dict[str, Any]:
+    encoder = ["model.item_encoder.name=dff", f"features={extracted['feature_set']}"]
+    return run("train", f"workspace={workspace}", "training.epochs=2", "training.num_workers=2", *encoder)
+
+
+@pytest.mark.slow
+def test_extract_on_the_sample(workspace: Path, extracted: dict[str, Any]) -> None:
+    assert (extracted["items"], extracted["written"], extracted["rejected"]) == (360, 360, 0)
+    assert extracted["videos_per_second"] > 0 and 0 < extracted["busy_fraction"] <= 1
+    index = store.read(extracted["feature_set"]).index
+    assert index["item_id"].is_unique and len(index) == 360
+    again = run("extract", f"workspace={workspace}")
+    assert (again["written"], again["skipped"]) == (0, 360)
+
+
+@pytest.mark.slow
+def test_train_evaluate_and_what_tracking_keeps(workspace: Path, trained: dict[str, Any]) -> None:
+    assert trained["epochs"] == 2 and len(trained["feature_columns"]) == 4
+    assert 0 < trained["validation"]["hr@10"] < 1
+    result = run("evaluate", f"workspace={workspace}", f"checkpoint={trained['checkpoint']}")
+    assert result["users"] == 2400
+    assert set(result["test"]) >= {"hr@10", "ndcg@10", "mrr@10", "hr@20", "ndcg@20", "mrr@20"}
+    assert result["slices"]["warm"]["users"] + result["slices"]["cold"]["users"] == 2400
+    assert set(result["baselines"]) == {"popularity", "item_knn", "markov"}
+    assert sum(result["layer_weights"].values()) == pytest.approx(1)
+    ranks = pd.read_parquet(result["ranks"])
+    assert (ranks["item_rank"] <= 10).mean() == pytest.approx(result["test"]["hr@10"])
+    client = mlflow.MlflowClient(f"sqlite:///{workspace}/mlflow.db")
+    run_of = {result["job"]: client.get_run(result["run_id"]) for result in (trained, result)}
+    assert {run.info.status for run in run_of.values()} == {"FINISHED"}
+    assert len(client.get_metric_history(trained["run_id"], "validation/hr_at_10")) == 2
+    assert run_of["train"].data.params["model.item_encoder.name"] == "dff"
+    assert run_of["train"].data.tags["feature_set"] != "none"
+    assert run_of["train"].data.tags["mlflow.source.git.commit"]
+
+
+@pytest.mark.slow
+def test_tune_on_the_sample(workspace: Path, extracted: dict[str, Any]) -> None:
+    encoder = ["model.item_encoder.name=dff", f"features={extracted['feature_set']}"]
+    budget = ["search.trials=3", "training.epochs=3", "search.grace_epochs=1", "search.embedding_dims=[16,32]"]
+    result = run("tune", f"workspace={workspace}", *encoder, *budget)
+    assert (result["trials"], result["failed"]) == (3, 0)
+    assert set(result["best"]["config"]) == {"training.lr", "model.embedding_dim", "taps"}
+    client = mlflow.MlflowClient(f"sqlite:///{workspace}/mlflow.db")
+    experiment = client.get_experiment_by_name("lvlmrec")
+    children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{result['run_id']}'")
+    assert len(children) == 3
+    assert {child.info.status for child in children} == {"FINISHED"}
+    best = max(child.data.metrics["best/hr_at_10"] for child in children)
+    assert result["best"]["validation"]["hr@10"] == best
+
+
+@pytest.mark.slow
+def test_a_submitted_job_ends_with_the_index_of_a_direct_run(tmp_path: Path) -> None:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    videos = ["good/1002.mp4", "good/10034.mp4"]
+    from tests.videos import write_video
+
+    for name in videos:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_video(tmp_path / name)
+    common = [f"input={tmp_path / 'good'}", f"workspace={tmp_path / 'w'}", "recipe.taps=[llm.0,llm.-1]"]
+    direct = run("extract", *common, f"store={tmp_path / 'direct'}")
+    ray = Path(sys.executable).parent / "ray"
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / "ray")}
+    head = subprocess.Popen(
+        [str(ray), "start", "--head", "--block", "--port=0", "--dashboard-port=18265", "--num-cpus=2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+    try:
+        client = _job_client(JobSubmissionClient)
+        arguments = " ".join([*common, f"store={tmp_path / 'submitted'}"])
+        excludes = {"working_dir": str(ROOT), "excludes": [".venv", ".git", "workspace", ".mypy_cache"]}
+        job = client.submit_job(entrypoint=f"python rayjobs/extract.py {arguments}", runtime_env=excludes)
+        status = _ended(client, job)
+        logs = client.get_job_logs(job)
+        assert status == JobStatus.SUCCEEDED, logs[-3000:]
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+    submitted = store.find(str(tmp_path / "submitted"))
+    assert submitted.rsplit("/", 1)[1] == direct["feature_set"].rsplit("/", 1)[1]
+    pd.testing.assert_frame_equal(store.read(submitted).index, store.read(direct["feature_set"]).index)
+    for part in storage.list_files(f"{submitted}/parts"):
+        other = storage.read_bytes(part.uri.replace("/submitted/", "/direct/"))
+        assert storage.read_bytes(part.uri) == other
+
+
+def _job_client(kind: Any) -> Any:
+    import time
+
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            client = kind("http://127.0.0.1:18265")
+            client.list_jobs()
+            return client
+        except (ConnectionError, RuntimeError):
+            assert time.monotonic() < deadline, "the job server did not start"
+            time.sleep(1)
+
+
+def _ended(client: Any, job: str) -> Any:
+    import time
+
+    deadline = time.monotonic() + 240
+    while not (status := client.get_job_status(job)).is_terminal():
+        assert time.monotonic() < deadline, client.get_job_logs(job)[-3000:]
+        time.sleep(1)
+    return status
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "said"),
+    [
+        ("extract", ["recipe.frmes=4"], "did you mean recipe.frames? choices: "),
+        ("extract", ["lvlm.name=llava"], "lvlm.name: 'llava' is not one of internvl, llava_onevision"),
+        ("extract", ["lvlm.model=/nowhere/model", "input={videos}"], "lvlm.model"),
+        ("extract", ["input=/nowhere/videos"], "input '/nowhere/videos': no such manifest, folder or prefix"),
+        ("extract", ["input={broken}"], "broken.parquet': unreadable manifest"),
+        ("train", ["model.item_encoder.name=dfff"], "model.item_encoder.name: 'dfff' is not one of dff, fusion, id"),
+        ("train", ["dataset.path=/nowhere"], "/nowhere"),
+        ("evaluate", ["checkpoint=/nowhere"], "checkpoint '/nowhere': no checkpoint there; train first"),
+        ("evaluate", ["baselines=[best]"], "baselines: 'best' is not one of item_knn, markov, popularity"),
+        ("tune", ["search.trials=0"], "search.trials: 0 is below 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    job: str,
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"")
+    (tmp_path / "broken.parquet").write_bytes(b"nothing")
+    places = {"videos": tmp_path / "videos", "broken": tmp_path / "broken.parquet"}
+    given = [argument.format(**places) for argument in arguments]
+    tracking = f"tracking_uri=sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setattr(sys, "argv", [job, f"workspace={tmp_path}", tracking, *given])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "rayjobs" / f"{job}.py"), run_name="__main__")
+    out, err = capfd.readouterr()
+    assert ended.value.code == 2
+    assert out == ""
+    assert said in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith(f"{job}: ")
