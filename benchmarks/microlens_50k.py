@@ -39,8 +39,8 @@ def main() -> None:
     text = (
         f"{table(head, rows)}\n\n{evaluated['users']} users, {trained['catalogue']} items; "
         f"{cold['users']} test targets are cold, HR@10 on them {cold['hr@10']:.4f}\n"
-        f"SASRec: best epoch {trained['best_epoch']} of {trained['epochs']}, {trained['seconds_per_epoch']:.1f} s each, "
-        f"{trained['parameters']:,} parameters"
+        f"SASRec: best epoch {trained['best_epoch']} of {trained['epochs']}, "
+        f"{trained['seconds_per_epoch']:.1f} s each, {trained['parameters']:,} parameters"
     )
     print(text)
     if arguments.save:
