@@ -23,11 +23,11 @@ $(READY): pyproject.toml
 demo: setup
 	$(BIN)/python rayjobs/demo.py workspace=$(WORKSPACE)
 
-test: setup
-	$(BIN)/python -m pytest
+test: test-fast
+	$(BIN)/python -m pytest -m "slow or gpu"
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 lint: setup
 	$(BIN)/ruff format --check .
