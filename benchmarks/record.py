@@ -17,7 +17,8 @@ PACKAGES = ("ray", "torch", "transformers", "av", "numpy", "torchcodec")
 
 def save(name: str, about: str, text: str) -> Path:
     """Write `results/<date>_<name>.md` with the machine, the versions and the command; returns its path."""
-    command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    shown = ["FOLDER" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *shown])
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     lines = [
         f"# {name}, {datetime.date.today().isoformat()}",
