@@ -1,5 +1,6 @@
 """The training loop: the same result whatever the workers and the interruptions, early stopping, learning."""
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_any_number_of_workers_gives_the_same_result(world: Path, tmp_path: Path
             },
         }.items()
     }
-    mp.spawn(worker, (tmp_path, cases), nprocs=3)
+    multiprocessing.set_forkserver_preload(["tests.test_fitting"])  # torch is imported once for all three
+    mp.start_processes(worker, (tmp_path, cases), nprocs=3, start_method="forkserver")
     for name, case in cases.items():
         alone = Fitting(case)
         expected = weights(alone.run())
