@@ -101,7 +101,9 @@ def _features(uri: str, config: TrainConfig, item_ids: list[str], result: Mappin
     features = load_features(config, item_ids)
     # The recipe, not the feature set's digest: the set may have grown since.
     if features is not None and store.read(config.features).recipe.fingerprint != result["recipe"]:
-        raise InputError(f"features {config.features!r}: not of the recipe {result['recipe']} that {uri!r} learned from")
+        raise InputError(
+            f"features {config.features!r}: not of the recipe {result['recipe']} that {uri!r} learned from"
+        )
     if features is None or config.feature_scaling == "none":
         return features
     scaling = load(storage.read_bytes(storage.join(uri, "scaling.safetensors")))

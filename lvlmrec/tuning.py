@@ -67,9 +67,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C would end the sweep as if it were complete
     with nullcontext() if ray.is_initialized() else ray.init():
         trainable = tune.with_resources(
-            tune.with_parameters(
-                _trial, experiment=experiment, folder=storage.join(runs, f"trials-{experiment.key}")
-            ),
+            tune.with_parameters(_trial, experiment=experiment, folder=storage.join(runs, f"trials-{experiment.key}")),
             {"CPU": search.cpus_per_trial, "GPU": search.gpus_per_trial},
         )
         tuner = tune.Tuner(
@@ -87,9 +85,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
                     reduction_factor=search.reduction,
                 ),
             ),
-            run_config=tune.RunConfig(
-                name=f"tune-{parent.id}", storage_path=runs, callbacks=[trial_runs], verbose=0
-            ),
+            run_config=tune.RunConfig(name=f"tune-{parent.id}", storage_path=runs, callbacks=[trial_runs], verbose=0),
         )
         try:
             results = tuner.fit()

@@ -91,5 +91,3 @@ def test_a_checkpoint_holds_no_address_of_a_tracking_server(world: Path, tmp_pat
     assert {file.name for file in files} == {"config.json", "item_ids.json", "model.safetensors", "result.json"}
     assert not any(b"secret" in file.read_bytes() for file in files)
     assert json.loads((Path(uri) / "config.json").read_text())["training"]["lr"] == 0.01
-
-

@@ -104,9 +104,7 @@ def test_an_encoder_of_one_layer_gets_the_deepest(world: Path, tmp_path: Path) -
     assert names == {"id": (), "fusion": columns[-1:], "dff": columns}
 
 
-def test_training_never_opens_the_test_split(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_never_opens_the_test_split(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def closed(self: LeaveOneOut) -> Holdout:
         raise AssertionError("the test split was opened")
 

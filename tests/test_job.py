@@ -101,7 +101,9 @@ def test_a_wrong_configuration_is_one_line_and_status_2(start: Start, capsys, ar
     ],
     ids=["input", "config", "failed", "interrupted", "terminated"],
 )
-def test_an_error_is_one_line_and_its_status(start: Start, capsys, error: BaseException, status: int, line: str) -> None:
+def test_an_error_is_one_line_and_its_status(
+    start: Start, capsys, error: BaseException, status: int, line: str
+) -> None:
     def body(config: Config, run: Run) -> dict[str, Any]:
         raise error
 
