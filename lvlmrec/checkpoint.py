@@ -21,6 +21,7 @@ from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.errors import InputError
 from lvlmrec.experiment import TrainConfig, TrainingData, build_model, load_features
+from lvlmrec.features import store
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.models.recommender import Recommender
 
@@ -48,9 +49,11 @@ def publish(
     result: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint; its result last."""
+    settings = configs.to_dict(config)
+    del settings["tracking_uri"]  # it may hold a password
     files = {
         "model.safetensors": save(dict(weights)),
-        "config.json": json.dumps(configs.to_dict(config), indent=2).encode(),
+        "config.json": json.dumps(settings, indent=2).encode(),
         "item_ids.json": json.dumps(data.item_ids.tolist()).encode(),
     }
     if features is not None and features.mean is not None and features.std is not None:
@@ -81,20 +84,26 @@ def latest(uri: str) -> str:
 def load_checkpoint(uri: str, overrides: Mapping[str, Any]) -> Checkpoint:
     """Open a checkpoint; `overrides` are keys of its configuration that may have moved since (dataset, features).
 
-    Raises `InputError` when there is none, or when its features are gone.
+    Raises `InputError` when there is none, or when its features are gone or made by another recipe.
     """
     uri = latest(uri)
     dotted = [f"{key}={json.dumps(value)}" for key, value in overrides.items() if value]
     config = configs.load(TrainConfig, [json.loads(storage.read_bytes(storage.join(uri, "config.json")))], dotted)
     item_ids = json.loads(storage.read_bytes(storage.join(uri, "item_ids.json")))
-    features = _features(uri, config, item_ids)
+    result = read_result(uri) or {}
+    features = _features(uri, config, item_ids, result)
     model = build_model(config.model, len(item_ids), config.dataset.max_length, features)
     model.load_state_dict(load(storage.read_bytes(storage.join(uri, "model.safetensors"))))
-    return Checkpoint(uri, config, item_ids, model.eval(), features, read_result(uri) or {})
+    return Checkpoint(uri, config, item_ids, model.eval(), features, result)
 
 
-def _features(uri: str, config: TrainConfig, item_ids: list[str]) -> FeatureArray | None:
+def _features(uri: str, config: TrainConfig, item_ids: list[str], result: Mapping[str, Any]) -> FeatureArray | None:
     features = load_features(config, item_ids)
+    # The recipe, not the feature set's digest: the set may have grown since.
+    if features is not None and store.read(config.features).recipe.fingerprint != result["recipe"]:
+        raise InputError(
+            f"features {config.features!r}: not of the recipe {result['recipe']} that {uri!r} learned from"
+        )
     if features is None or config.feature_scaling == "none":
         return features
     scaling = load(storage.read_bytes(storage.join(uri, "scaling.safetensors")))

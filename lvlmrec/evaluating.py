@@ -50,12 +50,15 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     Raises `InputError` when the dataset is not the one that the checkpoint was trained on.
     """
     overrides = {"dataset.path": config.dataset_path, "features": config.features, "workspace": config.workspace}
+    if not storage.is_remote(config.workspace):
+        overrides["cache"] = storage.join(config.workspace, "cache")  # that of the training may be on another machine
     checkpoint = load_checkpoint(config.checkpoint, overrides)
     split, _ = load_split(checkpoint.config.dataset)
-    if list(split.item_ids) != checkpoint.item_ids:
+    if split.fingerprint() != checkpoint.result["dataset"]:
         raise InputError(
-            f"checkpoint {checkpoint.uri!r}: trained on {len(checkpoint.item_ids)} items, dataset "
-            f"{checkpoint.config.dataset.path!r} has {len(split.item_ids)} or other ones; set dataset_path to its own"
+            f"dataset {checkpoint.config.dataset.path!r} ({len(split.user_ids)} users, {len(split.item_ids)} items): "
+            f"not the one that {checkpoint.uri!r} was trained on ({checkpoint.result['users']} users, "
+            f"{len(checkpoint.item_ids)} items); set dataset_path to its own"
         )
     holdout = split.test()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

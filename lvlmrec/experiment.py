@@ -15,12 +15,14 @@ from lvlmrec import data, storage
 from lvlmrec.config import option
 from lvlmrec.data import DatasetConfig
 from lvlmrec.data.split import Holdout, LeaveOneOut, leave_one_out
+from lvlmrec.errors import InputError
 from lvlmrec.features import compact, store
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.models.recommender import ModelConfig, Recommender
 
 # What decides where and how fast a run happens, not what it learns.
 NOT_LEARNED = ("workspace", "tracking_uri", "cache", "training.num_workers", "training.use_gpu")
+SEARCH = "search."  # what a search tries decides nothing about a single one of its trials
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,13 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     features = load_features(config, data.item_ids.tolist(), every_layer=every_layer)
     if features is not None and config.feature_scaling == "standardize":
         features = features.standardized(np.flatnonzero(data.train_counts))
-    learned = {k: v for k, v in configs.flatten(configs.to_dict(config)) if k not in NOT_LEARNED}
+    flat = configs.flatten(configs.to_dict(config))
+    learned = {k: v for k, v in flat if k not in NOT_LEARNED and not k.startswith(SEARCH)}
     learned |= {"dataset.path": fingerprint, "features": features.digest if features else ""}
     key = hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
-    tags = {"dataset": fingerprint, "feature_set": features.digest if features else "none", "key": key}
-    return Experiment(config, data, features, key, tags, report)
+    recipe = store.read(config.features).recipe.fingerprint if features else "none"
+    tags = {"dataset": fingerprint, "feature_set": features.digest if features else "none", "recipe": recipe}
+    return Experiment(config, data, features, key, {**tags, "key": key}, report)
 
 
 def load_split(config: DatasetConfig) -> tuple[LeaveOneOut, dict[str, int]]:
@@ -121,6 +125,8 @@ def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: 
     layers = config.model.item_encoder.layers
     if layers == "none":
         return None
+    if storage.is_remote(config.cache):
+        raise InputError(f"cache {config.cache!r}: features are memory-mapped, so it is a local folder; set cache")
     feature_set = store.read(config.features)
     names = compact.choose_columns(feature_set, config.feature_columns, "many" if every_layer else layers)
     array = compact.compact(feature_set, names, item_ids, config.cache)
@@ -134,8 +140,9 @@ def build_model(config: ModelConfig, num_items: int, max_length: int, features: 
 
 
 def summary(experiment: Experiment) -> dict[str, Any]:
-    """Facts of a run for its tags and its result."""
+    """Facts of a run for its result."""
     return {
+        **experiment.tags,
         "users": len(experiment.data.sequences),
         "catalogue": len(experiment.data.item_ids),
         "feature_columns": list(experiment.features.names) if experiment.features else [],

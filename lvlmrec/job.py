@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
         return 0
     for noisy in ("ray.data", "ray.train", "ray.tune", "mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # the job's own lines say how it goes
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # as Ray does: the run ends as KILLED
     try:
         resolved: Any = config.from_arguments(schema, arguments, config.CONF / f"{name}.yaml")
         with tracking.tracked(resolved.tracking_uri, resolved.workspace, name, config.to_dict(resolved)) as run:
@@ -36,7 +38,7 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
     except (InputError, JobFailed) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         print(f"{name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 1
     except Exception:

@@ -6,6 +6,9 @@ so that workers of a cluster and trials of a sweep can write to runs that anothe
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +27,9 @@ from lvlmrec.errors import InputError
 EXPERIMENT = "lvlmrec"
 MAX_PARAMS_PER_CALL = 100
 MAX_PARAM_LENGTH = 6000
+# Of a server that does not answer a user should hear at once; MLflow asks it for minutes.
+FIRST_CALL = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+SECRETS = re.compile(r"(?<=://)([^/\s:@]*:)[^/\s@]+(?=@)|([?&](?:password|token|secret)=)[^&\s]+", re.IGNORECASE)
 NAMES_REFUSED = str.maketrans({"@": "_at_"})  # hr@10: MLflow refuses the at sign in metric names
 
 
@@ -42,18 +48,18 @@ class Run:
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Every key of a resolved configuration as a parameter, and the whole as an artifact."""
-        params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in flatten(config)]
+        params = [Param(key, masked(str(value))[:MAX_PARAM_LENGTH]) for key, value in flatten(config)]
         for start in range(0, len(params), MAX_PARAMS_PER_CALL):
             _client(self.tracking_uri).log_batch(self.id, params=params[start : start + MAX_PARAMS_PER_CALL])
         self.log_json("config.json", config)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Labels of the run: fingerprints, URIs, why it stopped."""
-        _client(self.tracking_uri).log_batch(self.id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+        _client(self.tracking_uri).log_batch(self.id, tags=[RunTag(k, masked(str(v))) for k, v in tags.items()])
 
     def log_json(self, name: str, content: Mapping[str, Any]) -> None:
         """A JSON artifact."""
-        _client(self.tracking_uri).log_dict(self.id, dict(content), name)
+        _client(self.tracking_uri).log_text(self.id, masked(json.dumps(content, indent=2)), name)
 
     def log_file(self, path: Path) -> None:
         """A file as an artifact."""
@@ -66,16 +72,14 @@ class Run:
 
 def start(tracking_uri: str, workspace: str, name: str, tags: Mapping[str, str], parent: Run | None = None) -> Run:
     """Open a run. Raises `InputError` when the tracking server or database cannot be reached."""
+    tracking_uri = _absolute(tracking_uri)
     try:
-        client = _client(tracking_uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            artifacts = str(Path(workspace, "artifacts").absolute()) if _is_database(tracking_uri) else None
-            experiment_id = client.create_experiment(EXPERIMENT, artifact_location=artifacts)
-        else:
-            experiment_id = experiment.experiment_id
-    except MlflowException as error:
-        raise InputError(f"tracking_uri {tracking_uri!r}: {' '.join(str(error).split())[:200]}") from error
+        with _first_call():
+            client = _client(tracking_uri)
+            experiment_id = _experiment(client, tracking_uri, workspace)
+    except Exception as error:  # MLflow lets through what SQLAlchemy, requests or the file system raised
+        reason = " ".join(masked(str(error)).split())[:200]
+        raise InputError(f"tracking_uri {masked(tracking_uri)!r}: {reason}") from error
     labels = {"mlflow.source.git.commit": git_revision(), **tags}
     if parent is not None:
         labels["mlflow.parentRunId"] = parent.id
@@ -89,7 +93,7 @@ def tracked(tracking_uri: str, workspace: str, job: str, config: Mapping[str, An
     try:
         run.log_config(config)
         yield run
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into the latter
         run.finish("KILLED")
         raise
     except BaseException as error:
@@ -97,6 +101,15 @@ def tracked(tracking_uri: str, workspace: str, job: str, config: Mapping[str, An
         run.finish("FAILED")
         raise
     run.finish("FINISHED")
+
+
+def masked(text: str) -> str:
+    """`text` without the passwords of the URIs in it.
+
+    >>> masked("postgresql://ann:secret@host/db")
+    'postgresql://ann:***@host/db'
+    """
+    return SECRETS.sub(lambda match: f"{match[1] or match[2]}***", text)
 
 
 def git_revision() -> str:
@@ -109,6 +122,32 @@ def git_revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return result.stdout.strip()
+
+
+def _experiment(client: mlflow.MlflowClient, tracking_uri: str, workspace: str) -> str:
+    """The id of the experiment; a database keeps its artifacts in the workspace, a server where it was told to."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    artifacts = str(Path(workspace, "artifacts").absolute()) if _is_database(tracking_uri) else None
+    return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+
+
+@contextmanager
+def _first_call() -> Iterator[None]:
+    ours = {name: value for name, value in FIRST_CALL.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _absolute(tracking_uri: str) -> str:
+    """A database file by its absolute path: the workers of a run have other working directories."""
+    path = tracking_uri.removeprefix("sqlite:///")
+    return f"sqlite:///{Path(path).absolute()}" if path != tracking_uri and path else tracking_uri
 
 
 def _client(tracking_uri: str) -> mlflow.MlflowClient:

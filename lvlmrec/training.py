@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from lvlmrec import checkpoint, storage
 from lvlmrec.errors import JobFailed
 from lvlmrec.experiment import Experiment, load_features, summary
+from lvlmrec.features.compact import FeatureArray
 from lvlmrec.fitting import Progress, State, fit, new_state
 from lvlmrec.tracking import Run
 
@@ -101,11 +103,12 @@ def _worker(config: dict[str, Any]) -> None:
     fit(experiment.config, experiment.data, features, state, report, device)
 
 
-def _local_features(experiment: Experiment) -> Any:
+def _local_features(experiment: Experiment) -> FeatureArray | None:
     """The features as the driver prepared them, compacted anew where this machine does not have the file yet."""
     features = experiment.features
     if features is not None and not features.path.exists():
-        load_features(experiment.config, experiment.data.item_ids.tolist())
+        local = load_features(experiment.config, experiment.data.item_ids.tolist())
+        return replace(features, path=local.path) if local else None
     return features
 
 

@@ -2,11 +2,15 @@
 
 Every trial is a plain function of one process: a recommender is small, and the features are one memory-mapped file
 that all trials share. Each trial is a child run of the sweep, written from the driver, so that a trial which the
-scheduler stops still ends with the right status.
+scheduler stops still ends with the right status. Each trial also keeps what it reported in a file of its own: the
+same search started again samples the same trials and repeats none of their epochs that it need not.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,6 +22,7 @@ import torch
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lvlmrec import storage, tracking
 from lvlmrec.config import option
@@ -57,9 +62,12 @@ class TuneConfig(TrainConfig):
 def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, Any]:
     """Search, and give the best configuration by its best validation epoch. Raises `JobFailed` if no trial ended."""
     search = config.search
+    runs = storage.join(storage.absolute(config.workspace), "runs")
+    trial_runs = TrialRuns(parent, config.workspace, config.training.epochs)
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C would end the sweep as if it were complete
     with nullcontext() if ray.is_initialized() else ray.init():
         trainable = tune.with_resources(
-            tune.with_parameters(_trial, experiment=experiment),
+            tune.with_parameters(_trial, experiment=experiment, folder=storage.join(runs, f"trials-{experiment.key}")),
             {"CPU": search.cpus_per_trial, "GPU": search.gpus_per_trial},
         )
         tuner = tune.Tuner(
@@ -69,7 +77,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
                 metric=OBJECTIVE,
                 mode="max",
                 num_samples=search.trials,
-                max_concurrent_trials=search.max_concurrent,
+                search_alg=BasicVariantGenerator(max_concurrent=search.max_concurrent, random_state=config.seed),
                 scheduler=ASHAScheduler(
                     time_attr="epoch",
                     max_t=config.training.epochs,
@@ -77,14 +85,13 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
                     reduction_factor=search.reduction,
                 ),
             ),
-            run_config=tune.RunConfig(
-                name=f"tune-{parent.id}",
-                storage_path=storage.join(storage.absolute(config.workspace), "runs"),
-                callbacks=[TrialRuns(parent, config.workspace, config.training.epochs)],
-                verbose=0,
-            ),
+            run_config=tune.RunConfig(name=f"tune-{parent.id}", storage_path=runs, callbacks=[trial_runs], verbose=0),
         )
-        results = tuner.fit()
+        try:
+            results = tuner.fit()
+        except BaseException:
+            trial_runs.interrupt()
+            raise
     return _outcome(results, search.trials)
 
 
@@ -129,8 +136,19 @@ def configured(config: TrainConfig, sampled: dict[str, Any]) -> TrainConfig:
     return replace(config, model=model, training=training)
 
 
-def _trial(sampled: dict[str, Any], experiment: Experiment) -> None:
-    """One trial: a whole training run in this process, reporting each epoch."""
+def _trial(sampled: dict[str, Any], experiment: Experiment, folder: str) -> None:
+    """One trial: a whole training run in this process, reporting each epoch.
+
+    What an earlier, interrupted search reported of the same trial is reported again; training, which is
+    deterministic, starts over only if the trial needs more epochs than that.
+    """
+    name = hashlib.blake2b(json.dumps(sampled, sort_keys=True).encode(), digest_size=8).hexdigest()
+    record = storage.join(folder, f"{name}.json")
+    history = _read_history(record)
+    for reported in history:
+        tune.report(reported)
+    if history and history[-1]["finished"]:
+        return
     config = configured(experiment.config, sampled)
     features = experiment.features
     if features is not None:
@@ -138,10 +156,23 @@ def _trial(sampled: dict[str, Any], experiment: Experiment) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def report(metrics: dict[str, float], state: State) -> None:
-        best = {f"best/{name}": value for name, value in state.progress.best.items()}
-        tune.report({**metrics, **best, "best_epoch": state.progress.best_epoch})
+        progress = state.progress
+        if progress.epoch <= len(history):
+            return
+        best = {f"best/{name}": value for name, value in progress.best.items()}
+        finished = progress.finished(config.training.epochs, config.training.patience)
+        history.append({**metrics, **best, "best_epoch": progress.best_epoch, "finished": finished})
+        storage.write_bytes(record, json.dumps(history).encode())
+        tune.report(history[-1])
 
     fit(config, experiment.data, features, new_state(config, experiment.data, features, device), report, device)
+
+
+def _read_history(record: str) -> list[dict[str, Any]]:
+    try:
+        return json.loads(storage.read_bytes(record))
+    except FileNotFoundError:
+        return []
 
 
 class TrialRuns(tune.Callback):
@@ -150,24 +181,30 @@ class TrialRuns(tune.Callback):
     def __init__(self, parent: Run, workspace: str, epochs: int) -> None:
         self.parent, self.workspace, self.epochs = parent, workspace, epochs
         self.runs: dict[str, Run] = {}
+        self.ended: set[str] = set()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        if trial.trial_id in self.runs:  # a trial that is started again goes on in its run
-            return
+        self._run(trial)
+
+    def _run(self, trial: Trial) -> Run:
+        """The trial's run, opened when it starts or, if it cannot, when it fails; a restarted trial goes on in it."""
+        if trial.trial_id in self.runs:
+            return self.runs[trial.trial_id]
         run = tracking.start(
             self.parent.tracking_uri, self.workspace, f"trial-{trial.trial_id}", {"job": "trial"}, self.parent
         )
         run.log_config(trial.config)
         self.runs[trial.trial_id] = run
+        return run
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **info: Any) -> None:
         numbers = {key: value for key, value in result.items() if key.startswith(("validation/", "train_", "epoch"))}
-        self.runs[trial.trial_id].log_metrics(numbers, step=int(result["epoch"]))
+        self._run(trial).log_metrics(numbers, step=int(result["epoch"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         result = trial.last_result
         best = {key: value for key, value in result.items() if key.startswith("best/")}
-        self.runs[trial.trial_id].log_metrics(best, step=int(result.get("epoch", 0)))
+        self._run(trial).log_metrics(best, step=int(result.get("epoch", 0)))
         self._finish(trial, "FINISHED")
         ended = sum(t.is_finished() for t in trials) + (not trial.is_finished())
         print(
@@ -179,13 +216,19 @@ class TrialRuns(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._finish(trial, "FAILED")
 
+    def interrupt(self) -> None:
+        """Close the runs of the trials that were going on."""
+        for trial_id in set(self.runs) - self.ended:
+            self.runs[trial_id].finish("KILLED")
+
     def _finish(self, trial: Trial, status: str) -> None:
-        epoch = int(trial.last_result.get("epoch", 0)) if trial.last_result else 0
+        result = trial.last_result or {}
         reason = "error" if status == "FAILED" else "last epoch or patience"
-        if status == "FINISHED" and not trial.last_result.get("done", False):
+        if status == "FINISHED" and not result.get("finished", False):
             reason = "stopped by the scheduler"
-        self.runs[trial.trial_id].set_tags({"stop_reason": reason, "epochs": str(epoch)})
-        self.runs[trial.trial_id].finish(status)
+        self._run(trial).set_tags({"stop_reason": reason, "epochs": str(int(result.get("epoch", 0)))})
+        self._run(trial).finish(status)
+        self.ended.add(trial.trial_id)
 
 
 def _outcome(results: tune.ResultGrid, trials: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shared by all tests: Ray without tokens, one torch thread, the real data's folder, an S3 server process."""
+"""Shared by all tests: Ray without tokens, one torch thread, real and toy data, an S3 server, a tracking database."""
 
 import os
 
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.toy import write_world
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -70,3 +72,15 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{time.monotonic_ns()}"
     boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy world's interactions and features; nothing may write there."""
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow database for all tests: making its tables takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"

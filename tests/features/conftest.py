@@ -1,31 +1,11 @@
-"""A small recipe and feature sets of random vectors."""
+"""Feature sets of random vectors in the test's own folder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
-from lvlmrec.features import store
-from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig, resolve
-
-INFO = LVLMInfo("llava_onevision", "content:1", "float32", {"llm": 4, "vision": 2}, {"llm": 8, "vision": 6})
-
-
-def recipe_of(dtype: str = "float16") -> Recipe:
-    return resolve(RecipeConfig(taps=["llm.0", "llm.2", "llm.-1", "vision.-1"], dtype=dtype), INFO)
-
-
-def vectors(recipe: Recipe, items: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Features that depend on item and column alone."""
-    features = {}
-    for column, name in enumerate(recipe.feature_names):
-        rows = []
-        for item in items:
-            generator = torch.Generator().manual_seed(1000 * column + sum(map(ord, item)))
-            rows.append(torch.randn(recipe.width[name.tap.tower], generator=generator))
-        features[str(name)] = torch.stack(rows)
-    return features
+from tests.feature_sets import recipe_of, write_set
 
 
 @pytest.fixture
@@ -33,14 +13,6 @@ def make_set(tmp_path: Path) -> Callable[..., str]:
     """Write a feature set in parts of the given items; committed unless told otherwise."""
 
     def make(parts: Sequence[Sequence[str]], dtype: str = "float16", commit: bool = True) -> str:
-        recipe = recipe_of(dtype)
-        uri = store.locate(str(tmp_path / "store"), "tiny", recipe)
-        store.create(uri, recipe)
-        for items in parts:
-            rows = store.feature_table(recipe, list(items), [8] * len(items), vectors(recipe, items))
-            store.write_part(uri, recipe, rows)
-        if commit:
-            store.commit(uri)
-        return uri
+        return write_set(tmp_path / "store", parts, recipe_of(dtype), commit)
 
     return make

@@ -9,7 +9,7 @@ from lvlmrec.errors import InputError
 from lvlmrec.features import store
 from lvlmrec.features.compact import choose_columns, compact
 from lvlmrec.features.recipe import DTYPES
-from tests.features.conftest import recipe_of, vectors
+from tests.feature_sets import recipe_of, vectors
 
 MakeSet = Callable[..., str]
 ITEMS = [f"item{i}" for i in range(40)]

@@ -13,7 +13,7 @@ from lvlmrec import storage
 from lvlmrec.errors import InputError
 from lvlmrec.features import store
 from lvlmrec.features.recipe import DTYPES
-from tests.features.conftest import recipe_of, vectors
+from tests.feature_sets import recipe_of, vectors
 
 MakeSet = Callable[..., str]
 

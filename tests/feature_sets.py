@@ -1,0 +1,38 @@
+"""A small recipe, and feature sets of random vectors that depend on item and column alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lvlmrec.features import store
+from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig, resolve
+
+INFO = LVLMInfo("llava_onevision", "content:1", "float32", {"llm": 4, "vision": 2}, {"llm": 8, "vision": 6})
+
+
+def recipe_of(dtype: str = "float16") -> Recipe:
+    return resolve(RecipeConfig(taps=["llm.0", "llm.2", "llm.-1", "vision.-1"], dtype=dtype), INFO)
+
+
+def vectors(recipe: Recipe, items: Sequence[str]) -> dict[str, torch.Tensor]:
+    features = {}
+    for column, name in enumerate(recipe.feature_names):
+        rows = []
+        for item in items:
+            generator = torch.Generator().manual_seed(1000 * column + sum(map(ord, item)))
+            rows.append(torch.randn(recipe.width[name.tap.tower], generator=generator))
+        features[str(name)] = torch.stack(rows)
+    return features
+
+
+def write_set(folder: Path, parts: Sequence[Sequence[str]], recipe: Recipe, commit: bool = True) -> str:
+    """A feature set of `recipe` in the store `folder`, one part for each list of items."""
+    uri = store.locate(str(folder), "tiny", recipe)
+    store.create(uri, recipe)
+    for items in parts:
+        rows = store.feature_table(recipe, list(items), [8] * len(items), vectors(recipe, items))
+        store.write_part(uri, recipe, rows)
+    if commit:
+        store.commit(uri)
+    return uri

@@ -1,0 +1,148 @@
+"""What names a run, and what training gets to see."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lvlmrec import experiment
+from lvlmrec.data.split import Holdout, LeaveOneOut
+from lvlmrec.errors import InputError
+from lvlmrec.experiment import TrainConfig
+from tests.feature_sets import recipe_of, write_set
+from tests.toy import ITEM_IDS, Fitting, train_config, walks, write_pairs, write_world
+
+
+def key(config: TrainConfig) -> str:
+    return experiment.prepare(config).key
+
+
+@pytest.fixture
+def dff(world: Path, tmp_path: Path) -> str:
+    return key(train_config(world, tmp_path, model__item_encoder__name="dff"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"training__num_workers": 3},
+        {"training__use_gpu": "true"},
+        {"tracking_uri": "http://somewhere:5000"},
+        {"cache": "./elsewhere"},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_the_key_ignores_where_and_how_fast(
+    world: Path, tmp_path: Path, dff: str, values: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert key(train_config(world, tmp_path / "other", model__item_encoder__name="dff", **values)) == dff
+
+
+def test_the_key_ignores_where_dataset_and_features_lie(world: Path, tmp_path: Path, dff: str) -> None:
+    moved = shutil.copytree(world, tmp_path / "moved")
+    assert key(train_config(moved, tmp_path, model__item_encoder__name="dff")) == dff
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": 1},
+        {"training__lr": 0.02},
+        {"training__epochs": 3},
+        {"training__batch_size": 32},
+        {"training__patience": 2},
+        {"training__precision": "bfloat16"},
+        {"model__embedding_dim": 32},
+        {"model__backbone__dropout": 0.5},
+        {"model__item_encoder__name": "fusion"},
+        {"dataset__max_length": 5},
+        {"dataset__min_interactions": 7},
+        {"feature_scaling": "none"},
+        {"feature_control": "shuffled"},
+        {"feature_columns": "[describe/llm.0/visual_mean]"},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_the_key_knows_all_that_is_learned_from(world: Path, tmp_path: Path, dff: str, values: dict) -> None:
+    assert key(train_config(world, tmp_path, **{"model__item_encoder__name": "dff", **values})) != dff
+
+
+def test_the_key_knows_the_data_themselves(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "world")
+    before = key(train_config(world, tmp_path, model__item_encoder__name="dff"))
+    rows = walks()
+    rows[0][0], rows[0][1] = rows[0][1], rows[0][0]
+    write_pairs(world / "interactions", rows)
+    interactions = key(train_config(world, tmp_path, model__item_encoder__name="dff"))
+    shutil.rmtree(world / "features")
+    write_set(world / "features", [ITEM_IDS], recipe_of("float32"))
+    features = key(train_config(world, tmp_path, model__item_encoder__name="dff"))
+    assert len({before, interactions, features}) == 3
+
+
+def test_features_of_another_catalogue_are_refused(world: Path, tmp_path: Path) -> None:
+    other = write_set(tmp_path / "store", [[f"other{i}" for i in range(60)]], recipe_of())
+    config = train_config(world, tmp_path, features=other, model__item_encoder__name="dff")
+    with pytest.raises(InputError, match=r"100\.0%.*another catalogue.*other0"):
+        experiment.prepare(config)
+
+
+def test_a_remote_cache_is_refused(world: Path, tmp_path: Path) -> None:
+    config = train_config(world, tmp_path, cache="s3://bucket/cache", model__item_encoder__name="dff")
+    with pytest.raises(InputError, match="cache 's3://bucket/cache'"):
+        experiment.prepare(config)
+
+
+def test_an_encoder_of_one_layer_gets_the_deepest(world: Path, tmp_path: Path) -> None:
+    names = {}
+    for encoder in ("id", "fusion", "dff"):
+        features = experiment.prepare(train_config(world, tmp_path, model__item_encoder__name=encoder)).features
+        names[encoder] = features.names if features else ()
+    columns = tuple(f"describe/llm.{layer}/visual_mean" for layer in (0, 2, 4))
+    assert names == {"id": (), "fusion": columns[-1:], "dff": columns}
+
+
+def test_training_never_opens_the_test_split(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(self: LeaveOneOut) -> Holdout:
+        raise AssertionError("the test split was opened")
+
+    monkeypatch.setattr(LeaveOneOut, "test", closed)
+    Fitting(experiment.prepare(train_config(world, tmp_path, model__item_encoder__name="dff"))).run()
+
+
+def test_other_test_interactions_change_nothing_that_training_sees(tmp_path: Path) -> None:
+    rows = walks()
+    other = [list(row) for row in rows]
+    for row in other:  # another last item that the user does not have; every item stays in the catalogue
+        row[-1] = next(item for item in ITEM_IDS if item not in row)
+    histories = []
+    seen = []
+    for name, content in {"one": rows, "two": other}.items():
+        write_pairs(tmp_path / name / "interactions", content)
+        write_set(tmp_path / name / "features", [ITEM_IDS], recipe_of())
+        config = train_config(tmp_path / name, tmp_path, model__item_encoder__name="dff")
+        prepared = experiment.prepare(config)
+        fitting = Fitting(prepared)
+        fitting.run()
+        histories.append([{k: v for k, v in epoch.items() if k != "epoch_seconds"} for epoch in fitting.history])
+        seen.append(prepared)
+    one, two = (prepared.data for prepared in seen)
+    assert [row[-1] for row in rows] != [row[-1] for row in other]
+    assert one.item_ids.tolist() == two.item_ids.tolist()
+    for name in ("sequences", "train_counts"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    for name in ("inputs", "targets", "histories"):
+        np.testing.assert_array_equal(getattr(one.validation, name), getattr(two.validation, name))
+    assert histories[0] == histories[1]
+
+
+def test_the_summary_counts_what_was_left_out(tmp_path: Path) -> None:
+    rows = [*walks(), ["v1", "v2"]]  # the last user is too short
+    write_pairs(tmp_path / "interactions", rows)
+    summary = experiment.summary(experiment.prepare(train_config(tmp_path, tmp_path)))
+    assert summary["users"] == 150
+    assert summary["catalogue"] == 60
+    assert summary["dataset_report"]["users_too_short"] == 1
+    assert summary["recipe"] == summary["feature_set"] == "none"

@@ -1,0 +1,199 @@
+"""Training on Ray: the same as in one process, whatever dies on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from lvlmrec import experiment, tracking, training
+from lvlmrec.errors import JobFailed
+from lvlmrec.experiment import Experiment
+from lvlmrec.tracking import Run
+from lvlmrec.training import _worker as product_worker
+from tests.conftest import ROOT
+from tests.toy import Fitting, arguments, fitted, settings, train_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def run(tracking_uri: str, tmp_path: Path) -> Run:
+    return tracking.start(tracking_uri, str(tmp_path), "train", {})
+
+
+def weights(prepared: Experiment) -> dict[str, torch.Tensor]:
+    return load_file(Path(prepared.checkpoint, "model.safetensors"))
+
+
+def assert_bit_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def hit_rates(run: Run) -> dict[int, float]:
+    history = mlflow.MlflowClient(run.tracking_uri).get_metric_history(run.id, "validation/hr_at_10")
+    return {point.step: point.value for point in history}
+
+
+def two_workers(world: Path, workspace: Path) -> Experiment:
+    config = train_config(
+        world, workspace, model__item_encoder__name="dff", training__num_workers=2, training__epochs=5
+    )
+    return experiment.prepare(config)
+
+
+def saving_worker(config: dict[str, Any]) -> None:
+    """A checkpoint after every epoch, and epochs long enough to be interrupted."""
+    training.CHECKPOINT_SECONDS = 0.0
+    tell = training._tell
+
+    def slow_tell(metrics: dict[str, float], epochs: int) -> None:
+        tell(metrics, epochs)
+        time.sleep(0.3)
+
+    training._tell = slow_tell
+    product_worker(config)
+
+
+def dying_worker(config: dict[str, Any]) -> None:
+    """A checkpoint after every epoch; once, after the third, a worker that does not lead is killed."""
+    training.CHECKPOINT_SECONDS = 0.0
+    marker = Path(ray.get(config["experiment"]).config.workspace, "killed")
+    fit = training.fit
+
+    def deadly_fit(config: Any, data: Any, features: Any, state: Any, report: Any, device: Any) -> None:
+        def deadly_report(metrics: dict[str, float], state: Any) -> None:
+            report(metrics, state)
+            if metrics["epoch"] == 3 and ray.train.get_context().get_world_rank() == 1 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        fit(config, data, features, state, deadly_report, device)
+
+    training.fit = deadly_fit
+    product_worker(config)
+
+
+def failing_worker(config: dict[str, Any]) -> None:
+    raise RuntimeError("the disk is full")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_ray: None, world: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The experiment, its result and its run."""
+    workspace = tmp_path_factory.mktemp("undisturbed")
+    run = tracking.start(tracking_uri, str(workspace), "train", {})
+    prepared = two_workers(world, workspace)
+    return prepared, training.run(prepared, run), run
+
+
+def test_two_workers_measure_what_one_process_measures(undisturbed: Any) -> None:
+    prepared, result, run = undisturbed
+    alone = Fitting(prepared)
+    state = alone.run()
+    assert result["validation"] == pytest.approx(state.progress.best, abs=1e-9)
+    assert (result["epochs"], result["best_epoch"]) == (state.progress.epoch, state.progress.best_epoch)
+    assert hit_rates(run) == {epoch["epoch"]: epoch["validation/hr@10"] for epoch in alone.history}
+    assert result["parameters"] == sum(value.numel() for value in state.best_weights.values())
+    assert result["checkpoint"] == prepared.checkpoint
+    for name, value in weights(prepared).items():
+        torch.testing.assert_close(value, state.best_weights[name], rtol=2e-3, atol=2e-5)
+
+
+def test_a_finished_run_is_not_repeated(undisturbed: Any, run: Run) -> None:
+    prepared, result, _ = undisturbed
+    before = weights(prepared)
+    again = training.run(prepared, run)
+    assert again == result | {"reused": True}
+    assert not result["reused"]
+    assert_bit_equal(weights(prepared), before)
+    assert hit_rates(run) == {}
+    best = mlflow.MlflowClient(run.tracking_uri).get_run(run.id).data.metrics
+    assert best["best/hr_at_10"] == result["validation"]["hr@10"]
+
+
+def test_a_killed_worker_changes_nothing(
+    undisturbed: Any, world: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_worker", dying_worker)
+    prepared = two_workers(world, tmp_path)
+    result = training.run(prepared, run)
+    assert (tmp_path / "killed").exists()
+    assert prepared.key == undisturbed[0].key
+    assert_bit_equal(weights(prepared), weights(undisturbed[0]))
+    assert result["validation"] == undisturbed[1]["validation"]
+    assert set(hit_rates(run)) == {1, 2, 3, 4, 5}
+
+
+def test_workers_that_cannot_work_fail_the_job(
+    local_ray: None, world: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_worker", failing_worker)
+    monkeypatch.setattr(training, "MAX_WORKER_FAILURES", 0)
+    with pytest.raises(JobFailed, match="the disk is full"):
+        training.run(experiment.prepare(train_config(world, tmp_path)), run)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+# The job's own script, but with a checkpoint after every epoch.
+DRIVER = """
+import runpy, sys
+from lvlmrec import training
+from tests.test_training import saving_worker
+training._worker = saving_worker
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_a_killed_driver_started_again_ends_as_if_nothing_had_been(
+    world: Path, tmp_path: Path, tracking_uri: str
+) -> None:
+    values = settings(
+        world, tmp_path, tracking_uri=tracking_uri, model__backbone__dropout=0.3, training__epochs=12, cache="./cache"
+    )
+    script = str(ROOT / "rayjobs" / "train.py")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DRIVER, script, *arguments(values)]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as first:
+        assert first.stderr is not None
+        seen = [line for line in iter(first.stderr.readline, "") if not wait_for_epoch(line, 4, first)]
+    assert first.returncode == -signal.SIGKILL, "".join(seen[-20:])
+    assert not (tmp_path / "checkpoints").exists()
+
+    again = subprocess.run(
+        [sys.executable, script, *arguments(values)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    result = json.loads(again.stdout.splitlines()[-1])
+    assert result["epochs"] == 12
+    assert "epoch 12/12" in again.stderr
+    assert "epoch 1/12" not in again.stderr, "it did not resume, it started over"
+    _, state = fitted(train_config(world, tmp_path, model__backbone__dropout=0.3, training__epochs=12))
+    assert result["validation"] == state.progress.best
+    assert_bit_equal(load_file(Path(result["checkpoint"], "model.safetensors")), state.best_weights)
+
+
+def wait_for_epoch(line: str, epoch: int, process: subprocess.Popen) -> bool:
+    """Kill `process` when it tells of `epoch`."""
+    if f"epoch {epoch}/" in line:
+        process.kill()
+    return False
