@@ -20,6 +20,22 @@ CHAT_TEMPLATE = (
 
 def tiny() -> tuple[Any, Any]:
     """6 layers x 128 over 3 vision layers x 96; 84 px frames of 6 x 6 patches, 9 tokens per frame."""
+    text = {
+        "num_hidden_layers": 6,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    vision = {"num_hidden_layers": 3, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
+    return sized(text, vision, side=84)
+
+
+def sized(text: dict[str, Any], vision: dict[str, Any], side: int) -> tuple[Any, Any]:
+    """Configuration and processor of a model of any size, over frames of `side` px, a multiple of 14.
+
+    `text` and `vision` are sizes of transformers' Qwen2Config and SiglipVisionConfig.
+    """
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionImageProcessor,
@@ -32,26 +48,11 @@ def tiny() -> tuple[Any, Any]:
     from lvlmrec.lvlms.tiny import chat_sizes, tokenizer
 
     words = tokenizer({"image_token": "<image>", "video_token": "<video>"})
-    side, patch = 84, 14
+    patch = 14
     size = {"height": side, "width": side}
     model_config = LlavaOnevisionConfig(
-        text_config=Qwen2Config(
-            **chat_sizes(words),
-            num_hidden_layers=6,
-            hidden_size=128,
-            intermediate_size=256,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        ),
-        vision_config=SiglipVisionConfig(
-            num_hidden_layers=3,
-            hidden_size=96,
-            intermediate_size=192,
-            num_attention_heads=4,
-            image_size=side,
-            patch_size=patch,
-            vision_use_head=False,
-        ),
+        text_config=Qwen2Config(**chat_sizes(words) | text),
+        vision_config=SiglipVisionConfig(**vision, image_size=side, patch_size=patch, vision_use_head=False),
         image_token_index=words.image_token_id,
         video_token_index=words.video_token_id,
         image_grid_pinpoints=[[side, side]],

@@ -1,7 +1,8 @@
-"""One adapter for the families native to transformers: one forward per prompt, all taps pooled inside it.
+"""One adapter for the families native to transformers: all taps of a prompt pooled inside one forward.
 
 The vision tower runs once per batch of clips, its result serves every prompt. The decoder ends at the highest tap:
-layers above it are never loaded, and no head turns states into logits.
+layers above it are never loaded, and no head turns states into logits. Prompts that follow the video share the
+decoder's work on it, see `prefix.py`; a prompt before the video, or a single one, has a forward of its own.
 
 Legend: B clips, F frames, S sequence positions, D width.
 """
@@ -9,6 +10,7 @@ Legend: B clips, F frames, S sequence positions, D width.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,9 +21,9 @@ from torch import Tensor, nn
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import VISION_PROMPT, LVLMInfo, Prompt, Recipe
-from lvlmrec.lvlms import source, torchvision_shim
+from lvlmrec.lvlms import prefix, source, torchvision_shim
 from lvlmrec.lvlms.family import NativeFamily
-from lvlmrec.lvlms.pooling import TokenMasks, pool_patches, pool_tokens
+from lvlmrec.lvlms.pooling import PooledPrefix, TokenMasks, pool_patches, pool_prefix, pool_suffix, pool_tokens
 from lvlmrec.lvlms.protocol import ModelConfig
 from lvlmrec.taps import FeatureName, Tap
 from lvlmrec.video import Clip
@@ -89,9 +91,11 @@ class NativeLVLM:
         self._pool = pool_vision
         vision = self._encode_video(inputs)
         if self._has_llm_taps:
+            bank: dict[str, dict[str, Tensor]] = {}
             for name, text in self._texts.items():
                 texts = [text.replace(self._processor.video_token, video_text) for video_text in video_texts]
-                pooled |= self._read_prompt(name, self._tokenize(texts), inputs, vision)
+                bank[name] = self._tokenize(texts)
+            pooled |= self._read_bank(bank, inputs, vision)
         return {name: pooled_BD.cpu() for name, pooled_BD in pooled.items()}
 
     def _process(self, clips: Sequence[Clip]) -> tuple[dict[str, Any], list[str]]:
@@ -125,23 +129,87 @@ class NativeLVLM:
             tokens["mm_token_type_ids"] = torch.tensor(types)
         return self._to_device(tokens)
 
+    def _read_bank(
+        self, bank: Mapping[str, dict[str, Tensor]], inputs: Mapping[str, Any], vision: Any
+    ) -> dict[str, Tensor]:
+        """The pooled features of all prompts, those after the video together when they share it."""
+        after = {name: tokens for name, tokens in bank.items() if self._recipe.prompts[name].place == "after"}
+        length = prefix.shared_length(list(after.values()), self._visual_token_id()) if len(after) > 1 else 0
+        pooled = self._read_after(after, length, inputs, vision) if length else {}
+        for name, tokens in bank.items():
+            if not length or name not in after:
+                pooled |= self._read_prompt(name, tokens, inputs, vision)
+        return pooled
+
     def _read_prompt(
         self, prompt: str, tokens: Mapping[str, Tensor], inputs: Mapping[str, Any], vision: Any
     ) -> dict[str, Tensor]:
         """One forward of the decoder: the pooled features of one prompt."""
         pooled: dict[str, Tensor] = {}
-        masks = TokenMasks(tokens["attention_mask"].bool(), tokens["input_ids"] == self._visual_token_id())
+        masks = self._masks(tokens)
 
         def pool_llm(tap: Tap, hidden_BSD: Tensor) -> None:
             for pooling in self._recipe.poolings:
                 pooled[str(FeatureName(prompt, tap, pooling))] = pool_tokens(pooling, hidden_BSD, masks)
 
         self._pool = pool_llm
+        self._forward(tokens, inputs, vision)
+        return pooled
+
+    def _read_after(
+        self, bank: Mapping[str, dict[str, Tensor]], length: int, inputs: Mapping[str, Any], vision: Any
+    ) -> dict[str, Tensor]:
+        """Prompts whose first `length` positions are the same: those once, then at most `batch_size` ends at once."""
+        names, decoder = list(bank), self._base.get_decoder()
+        masks = {name: self._masks(tokens) for name, tokens in bank.items()}
+        calls = {
+            name: prefix.capture(decoder, functools.partial(self._forward, tokens, inputs, vision))
+            for name, tokens in bank.items()
+        }
+        num_clips = len(masks[names[0]].attended)
+        shared: dict[Tap, PooledPrefix] = {}
+        prefix_masks = TokenMasks(masks[names[0]].attended[:, :length], masks[names[0]].visual[:, :length])
+
+        def pool_shared(tap: Tap, hidden_BCD: Tensor) -> None:
+            shared[tap] = pool_prefix(self._recipe.poolings, hidden_BCD, prefix_masks)
+
+        self._pool = pool_shared
+        cache = prefix.run_prefix(decoder, calls[names[0]], length)
+        at_once = max(1, self._batch_size // num_clips)
+        pooled: dict[str, Tensor] = {}
+        for start in range(0, len(names), at_once):
+            group = names[start : start + at_once]
+            attended_RQ = prefix.suffix_mask([masks[name].attended for name in group], length)
+            self._pool = functools.partial(self._pool_ends, pooled, group, shared, attended_RQ)
+            prefix.run_suffixes(decoder, [calls[name] for name in group], length, cache)
+        return pooled
+
+    def _pool_ends(
+        self,
+        pooled: dict[str, Tensor],
+        prompts: Sequence[str],
+        shared: Mapping[Tap, PooledPrefix],
+        attended_RQ: Tensor,
+        tap: Tap,
+        hidden_RQD: Tensor,
+    ) -> None:
+        """Join the ends of `prompts` to what was pooled over their common start."""
+        num_clips = len(attended_RQ) // len(prompts)
+        ends = zip(prompts, hidden_RQD.split(num_clips), attended_RQ.split(num_clips), strict=True)
+        for prompt, hidden_BQD, attended_BQ in ends:
+            for pooling in self._recipe.poolings:
+                feature = pool_suffix(pooling, shared[tap], hidden_BQD, attended_BQ)
+                pooled[str(FeatureName(prompt, tap, pooling))] = feature
+
+    def _forward(self, tokens: Mapping[str, Tensor], inputs: Mapping[str, Any], vision: Any) -> None:
+        """The base model from tokens and projected video on; hooks pool the taps on the way."""
         if hasattr(self._base, "rope_deltas"):
             self._base.rope_deltas = None  # Qwen-VL keeps those of the forward before
         layout = {key: value for key, value in inputs.items() if not key.startswith("pixel_values")}
         self._base(**tokens, **layout, mm_encoder_outputs={self._family.modality: vision}, use_cache=False)
-        return pooled
+
+    def _masks(self, tokens: Mapping[str, Tensor]) -> TokenMasks:
+        return TokenMasks(tokens["attention_mask"].bool(), tokens["input_ids"] == self._visual_token_id())
 
     def _visual_token_id(self) -> int:
         return int(getattr(self._base.config, f"{self._family.modality}_token_id"))

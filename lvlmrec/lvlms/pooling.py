@@ -5,7 +5,7 @@ Legend: B clips, S sequence positions, P patch tokens of one clip, D hidden widt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,31 @@ def pool_tokens(pooling: str, hidden_BSD: Tensor, masks: TokenMasks) -> Tensor:
     if pooling == "last_token":
         return last_position(hidden_BSD, masks.attended)
     raise ConfigError(f"recipe.poolings: {pooling!r} is not one of {', '.join(POOLINGS)}")
+
+
+@dataclass(frozen=True)
+class PooledPrefix:
+    """What is known of a sequence after its start: pooling -> float32 [B, D], and the positions attended, [B, 1]."""
+
+    pooled: Mapping[str, Tensor]
+    num_attended: Tensor
+
+
+def pool_prefix(poolings: Sequence[str], hidden_BCD: Tensor, masks: TokenMasks) -> PooledPrefix:
+    """Pool the start of a sequence, which holds every visual token but not the last one."""
+    pooled = {pooling: pool_tokens(pooling, hidden_BCD, masks) for pooling in poolings if pooling != "last_token"}
+    return PooledPrefix(pooled, masks.attended.sum(dim=1, keepdim=True))
+
+
+def pool_suffix(pooling: str, prefix: PooledPrefix, hidden_BQD: Tensor, attended_BQ: Tensor) -> Tensor:
+    """As `pool_tokens` of the whole sequence, from its pooled start and the hidden state [B, Q, D] of its end."""
+    if pooling == "last_token":
+        return last_position(hidden_BQD, attended_BQ)
+    if pooling == "all_mean":
+        num_suffix_B1 = attended_BQ.sum(dim=1, keepdim=True)
+        share_B1 = num_suffix_B1 / (prefix.num_attended + num_suffix_B1)
+        return prefix.pooled[pooling].lerp(masked_mean(hidden_BQD, attended_BQ), share_B1)
+    return prefix.pooled[pooling]  # of visual tokens alone
 
 
 def pool_patches(patches: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from lvlmrec.errors import ConfigError
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import POOLINGS, Prompt, Recipe, RecipeConfig
-from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
+from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig, prefix
 from lvlmrec.lvlms.pooling import TokenMasks, pool_tokens
 from lvlmrec.video import Clip
 
@@ -23,7 +23,10 @@ PROMPTS = {
     "after": Prompt("What is shown?", "after"),
     "before": Prompt("Look at the cat.", "before"),
     "bare": Prompt("", "after"),
+    "long": Prompt("What is shown, and why does the person in the video look so surprised by the music?", "after"),
 }
+AFTER_AND_BEFORE = ("after", "before", "bare", "long")
+BANK_TOLERANCE = 1e-6  # share of a feature's largest entry, float32; measured on CPU: see the assertion
 # Share of a feature's largest entry. Kernels sum in another order for another batch shape; nothing else may differ.
 # Measured on CPU: 3.5e-7 and 8e-3 with clips of different sizes (Qwen-VL pads them), 0 with equal ones.
 NEIGHBOUR_TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
@@ -41,12 +44,14 @@ def load(
     directory: Path,
     taps: tuple[str, ...] = ("llm.*", "vision.*"),
     poolings: tuple[str, ...] = POOLINGS,
+    prompts: tuple[str, ...] = ("after", "before", "bare"),
     **changes: object,
 ) -> tuple[LVLM, Recipe]:
     """A loaded model, shared by the tests that ask for the same one."""
     config = make_config(directory, **changes)
     entry = LVLMS[config.name]
-    recipe = recipes.resolve(RecipeConfig(taps=[*taps], prompts=PROMPTS, poolings=[*poolings]), entry.inspect(config))
+    bank = {name: PROMPTS[name] for name in prompts}
+    recipe = recipes.resolve(RecipeConfig(taps=[*taps], prompts=bank, poolings=[*poolings]), entry.inspect(config))
     return entry.load(config, recipe), recipe
 
 
@@ -126,7 +131,7 @@ def plain_pool(pooling: str, hidden: torch.Tensor, masks: TokenMasks) -> np.ndar
 @pytest.mark.parametrize("prompt", sorted(PROMPTS))
 def test_llm_features_are_hugging_face_hidden_states_bit_for_bit(tiny_models, clips, family, prompt) -> None:
     expected = reference(tiny_models[family], clips, PROMPTS[prompt])
-    model, recipe = load(tiny_models[family])
+    model, recipe = load(tiny_models[family], prompts=(prompt,))  # a single prompt has a forward of its own
     features = model.extract(clips)
     num_layers = model.info.num_layers["llm"]
     assert len(expected.hidden) == num_layers + 1
@@ -137,6 +142,28 @@ def test_llm_features_are_hugging_face_hidden_states_bit_for_bit(tiny_models, cl
             plain = plain_pool(pooling, hidden, expected.masks)
             np.testing.assert_allclose(feature.numpy(), plain, rtol=1e-5, atol=1e-5)
     assert list(features) == [str(name) for name in recipe.feature_names]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_a_bank_of_prompts_gives_what_separate_forwards_give(
+    tiny_models, clips, make_clip, family, batch_size, monkeypatch
+) -> None:
+    shared = []
+    run_prefix = prefix.run_prefix
+    monkeypatch.setattr(prefix, "run_prefix", lambda *a: (shared.append(a[2]), run_prefix(*a))[1])
+    clips = [*clips, make_clip(90, 160, num_frames=1, seed=5)]
+    model, recipe = load(tiny_models[family], prompts=AFTER_AND_BEFORE, batch_size=batch_size)
+    features = model.extract(clips)
+    assert len(shared) == (4 if batch_size == 1 else 2)  # once for each batch of clips
+    for prompt in AFTER_AND_BEFORE:
+        alone = load(tiny_models[family], prompts=(prompt,), batch_size=batch_size)[0].extract(clips)
+        for name in set(alone) & set(features):
+            difference = float((features[name] - alone[name]).abs().max() / alone[name].abs().max())
+            assert difference <= BANK_TOLERANCE, (name, difference)
+    for tap in (name.tap for name in recipe.feature_names if name.tap.tower == "llm"):
+        means = [features[f"{prompt}/{tap}/visual_mean"] for prompt in ("after", "long", "bare")]
+        assert torch.equal(means[0], means[1])
+        assert torch.equal(means[0], means[2])
 
 
 def test_vision_features_are_hugging_face_vision_states(tiny_models, clips, family) -> None:
