@@ -1,0 +1,276 @@
+"""Does the extraction keep its accelerator fed, and does its memory stay flat as the catalogue grows?
+
+    RAY_AUTH_MODE=disabled python -m benchmarks.pipeline [--part busy|memory|both] [--save]
+
+Everything is the extract job's own pipeline, from manifest to commit; only the model is a stand-in: `extract` sleeps a
+fixed time per batch, as waiting for a GPU is to the CPU, and returns zeros.
+
+busy    336x336 clips of 2 s, 16 frames (5.4 MB each through the object store), 0.4 s per batch of 4: the 9 to 10
+        videos/s that a 7B model could reach on a large GPU at half of its peak.
+        busy_fraction             sum of the stand-in's seconds / (actors x seconds from its first call to its last)
+        decode_videos_per_second  what one decoder manages alone: starved below bare_loop_videos_per_second
+        throughput_vs_bare_loop   the same clips, already decoded, in a loop over the same stand-in: the upper bound
+        job_busy_fraction         what the job itself reports: its wall time includes starting Ray's workers and actors
+memory  32x32 clips of 8 frames, 1,000 and then 20,000 items, no sleep. Proportional set size (shared memory counted
+        once) of this driver and everything Ray started, every second; rss_mb is the highest.
+
+The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from benchmarks import report
+from lvlmrec.extraction import pipeline
+from lvlmrec.extraction.pipeline import ExtractConfig, PoolConfig
+from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig
+from lvlmrec.lvlms import LVLMConfig
+from lvlmrec.lvlms.protocol import ModelConfig
+from lvlmrec.video import Clip, sample_clip
+
+WIDTH, BATCH = 1024, 4
+NUM_DISTINCT_CLIPS = 16
+PACKAGES = ("ray", "av", "torch", "pyarrow", "numpy")
+SECONDS_PER_BATCH, CALLS = "STAND_IN_SECONDS", "STAND_IN_CALLS"  # environment of the workers
+
+
+class StandIn:
+    """A model that takes a fixed time per batch and appends `start end` of each to a file."""
+
+    def __init__(self, info: LVLMInfo, recipe: Recipe, seconds_per_batch: float, calls: Path) -> None:
+        self.info, self.recipe = info, recipe
+        self.seconds_per_batch, self.calls = seconds_per_batch, calls
+
+    def extract(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
+        started = time.time()
+        time.sleep(self.seconds_per_batch)
+        with self.calls.open("a") as file:
+            file.write(f"{started} {time.time()}\n")
+        return {str(name): torch.zeros(len(clips), WIDTH) for name in self.recipe.feature_names}
+
+
+class StandInFamily:
+    """The entry of `LVLMS` that loads it."""
+
+    name = "stand_in"
+
+    def inspect(self, config: ModelConfig) -> LVLMInfo:
+        layers, width = {"llm": 28, "vision": 26}, {"llm": WIDTH, "vision": WIDTH}
+        return LVLMInfo(self.name, "stand-in", config.dtype, layers, width)
+
+    def load(self, config: ModelConfig, recipe: Recipe) -> StandIn:
+        seconds, calls = float(os.environ[SECONDS_PER_BATCH]), Path(os.environ[CALLS])
+        return StandIn(self.inspect(config), recipe, seconds, calls)
+
+    def write_tiny(self, directory: Path, seed: int) -> None:
+        raise NotImplementedError("a stand-in has no files")
+
+
+def register() -> None:
+    """Runs in this process and first thing in each of Ray's workers."""
+    from lvlmrec import lvlms  # inside: a worker that unpickles this function must change its own table, not a copy
+
+    lvlms.LVLMS["stand_in"] = StandInFamily()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["busy", "memory", "both"], default="both")
+    parser.add_argument("--busy-items", type=int, default=400)
+    parser.add_argument("--seconds-per-batch", type=float, default=0.4)
+    parser.add_argument("--memory-items", type=int, nargs="+", default=[1_000, 20_000])
+    parser.add_argument("--save", action="store_true", help="write a dated file under benchmarks/results/")
+    arguments = parser.parse_args()
+    register()
+    torch.set_num_threads(1)
+    load_before = report.load()
+    result: dict[str, Any] = {}
+    if arguments.part != "memory":
+        result |= busy(arguments.busy_items, arguments.seconds_per_batch)
+    if arguments.part != "busy":
+        runs = {str(items): memory(items) for items in arguments.memory_items}
+        result |= {"rss_mb": {items: run["peak"]["all"] for items, run in runs.items()}, "memory": runs}
+    if arguments.save:
+        explanation = (__doc__ or "").split("\n\n", 2)[2]
+        body = f"```json\n{json.dumps(result, indent=1)}\n```\n\n```\n{explanation}```"
+        title = "The extraction's pipeline with a stand-in accelerator"
+        print(report.save("pipeline", title, PACKAGES, [load_before, report.load()], body), file=sys.stderr)
+    print(json.dumps(result))
+    return 0
+
+
+def busy(num_items: int, seconds_per_batch: float) -> dict[str, Any]:
+    """How much of its time one stand-in works, once it has begun."""
+    with workspace() as folder:
+        config = make_input(folder, num_items, side=336, num_clip_frames=60, frames=16)
+        plan, job, _ = extract(config, folder, seconds_per_batch)
+        calls = np.loadtxt(folder / "calls").reshape(-1, 2)
+        wall = calls[:, 1].max() - calls[0, 0]
+        gaps = np.maximum(calls[1:, 0] - calls[:-1, 1], 0)
+        capacity, loop = bare_loops(plan.recipe, folder, seconds_per_batch)
+    return {
+        "busy_fraction": round(float((calls[:, 1] - calls[:, 0]).sum() / wall), 4),
+        "throughput_vs_bare_loop": round(num_items / wall / loop, 4),
+        "videos_per_second": round(num_items / wall, 2),
+        "bare_loop_videos_per_second": round(loop, 2),
+        "decode_videos_per_second": round(capacity, 2),
+        "seconds_per_batch": seconds_per_batch,
+        "gap_ms": {"median": round(1000 * float(np.median(gaps)), 1), "largest": round(1000 * float(gaps.max()), 1)},
+        "job_busy_fraction": job["busy_fraction"],
+        "job_seconds": job["seconds"],
+        "seconds_before_first_batch": round(float(calls[0, 0]) - job["began"], 1),
+        "busy_items": num_items,
+    }
+
+
+def bare_loops(recipe: Recipe, folder: Path, seconds_per_batch: float) -> tuple[float, float]:
+    """Videos per second of one decoder alone, and of the stand-in alone over clips decoded before."""
+    paths = sorted((folder / "clips").iterdir())
+    started = time.perf_counter()
+    clips = [sample_clip(path, recipe.frames, recipe.frame_max_side) for path in paths]
+    decoding = time.perf_counter() - started
+    stand_in = StandIn(StandInFamily().inspect(LVLMConfig()), recipe, seconds_per_batch, folder / "bare_calls")
+    started = time.perf_counter()
+    for k in range(0, len(clips), BATCH):
+        stand_in.extract(clips[k : k + BATCH])
+    return len(clips) / decoding, len(clips) / (time.perf_counter() - started)
+
+
+def memory(num_items: int) -> dict[str, Any]:
+    """Highest and typical memory of a run, in MB, by part of the system."""
+    with workspace() as folder:
+        config = make_input(folder, num_items, side=32, num_clip_frames=8, frames=8)
+        _, job, samples = extract(config, folder, seconds_per_batch=0.0)
+    peak = max(samples, key=lambda sample: sum(sample.values()))
+    second_half = samples[len(samples) // 2 :]
+    return {
+        "peak": {"all": round(sum(peak.values())), **{name: round(mb) for name, mb in sorted(peak.items())}},
+        "median_of_second_half": round(statistics.median(sum(sample.values()) for sample in second_half)),
+        "seconds": job["seconds"],
+        "written": job["written"],
+    }
+
+
+def make_input(folder: Path, num_items: int, side: int, num_clip_frames: int, frames: int) -> ExtractConfig:
+    """A manifest of `num_items` over a few clips made here, and the configuration that extracts it."""
+    clips = [write_clip(folder / "clips" / f"{k:02}.mp4", side, num_clip_frames, k) for k in range(NUM_DISTINCT_CLIPS)]
+    rows = {
+        "item_id": [f"item{i:07}" for i in range(num_items)],
+        "uri": [str(clips[i % len(clips)]) for i in range(num_items)],
+    }
+    pq.write_table(pa.table(rows), folder / "manifest.parquet")
+    return ExtractConfig(
+        workspace=str(folder),
+        input=str(folder / "manifest.parquet"),
+        store=str(folder / "features"),
+        lvlm=LVLMConfig(name="stand_in", model="", batch_size=BATCH),
+        recipe=RecipeConfig(frames=frames, taps=["llm.14", "llm.-1"]),
+        pool=PoolConfig(decode_tasks=2),
+    )
+
+
+def write_clip(path: Path, side: int, num_frames: int, seed: int) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    scene = np.kron(rng.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+        for k in range(num_frames):
+            picture = np.ascontiguousarray(scene[k % side : k % side + side, :side])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def extract(
+    config: ExtractConfig, folder: Path, seconds_per_batch: float
+) -> tuple[pipeline.Plan, dict[str, Any], list[Counter[str]]]:
+    """The job's own pipeline on a Ray of its own. Returns the plan, the job's result, and the memory while it ran."""
+    environment = {SECONDS_PER_BATCH: str(seconds_per_batch), CALLS: str(folder / "calls")}
+    runtime = {"worker_process_setup_hook": register, "env_vars": environment}
+    ray.init(_temp_dir=str(folder / "ray"), include_dashboard=False, runtime_env=runtime, log_to_driver=False)
+    try:
+        began = time.time()
+        plan = pipeline.plan(config)
+        with sampled_memory() as samples:
+            job = pipeline.run(plan, lambda metrics, step: None)
+    finally:
+        ray.shutdown()
+    assert job["written"] == len(plan.item_ids), job
+    return plan, job | {"began": began}, samples
+
+
+@contextmanager
+def sampled_memory() -> Iterator[list[Counter[str]]]:
+    """Fills the list with MB of proportional set size by part, every second, until the block ends."""
+    samples: list[Counter[str]] = []
+    is_over = threading.Event()
+
+    def sample() -> None:
+        while not is_over.wait(1.0):
+            samples.append(memory_by_part())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def memory_by_part() -> Counter[str]:
+    this = psutil.Process()
+    parts: Counter[str] = Counter()
+    for process in [this, *this.children(recursive=True)]:
+        try:
+            megabytes = process.memory_full_info().pss / 2**20
+            command = " ".join(process.cmdline())
+        except psutil.Error:  # ended meanwhile
+            continue
+        parts["driver" if process == this else part_of(command)] += megabytes
+    return parts
+
+
+def part_of(command: str) -> str:
+    if "ray::" in command or "default_worker" in command:
+        return "workers"
+    if "extraction.isolation" in command:
+        return "decoders"
+    return "raylet and object store" if "raylet/raylet" in command else "rest of Ray"
+
+
+@contextmanager
+def workspace() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="bp-"))  # short: Ray's sockets live below it
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
