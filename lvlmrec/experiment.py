@@ -115,9 +115,9 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
 
 def load_split(config: DatasetConfig) -> tuple[LeaveOneOut, dict[str, int]]:
     """The dataset's leave-one-out split, and the counts of everything left out on the way."""
-    interactions = data.load(config).interactions
-    split = leave_one_out(interactions, config.max_length, config.min_interactions)
-    return split, {**interactions.report, **split.report}
+    dataset = data.load(config)
+    split = leave_one_out(dataset.interactions, config.max_length, config.min_interactions)
+    return split, {**dataset.report, **split.report}
 
 
 def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: bool = False) -> FeatureArray | None:
@@ -146,5 +146,6 @@ def summary(experiment: Experiment) -> dict[str, Any]:
         "users": len(experiment.data.sequences),
         "catalogue": len(experiment.data.item_ids),
         "feature_columns": list(experiment.features.names) if experiment.features else [],
+        "items_without_features": int(experiment.features.missing[1:].sum()) if experiment.features else 0,
         "dataset_report": {reason: count for reason, count in experiment.report.items() if count},
     }
