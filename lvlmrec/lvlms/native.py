@@ -167,15 +167,15 @@ class NativeLVLM:
         """Prompts whose first `length` positions are the same: those once, then at most `batch_size` ends at once."""
         names, decoder = list(bank), self._base.get_decoder()
         masks = {name: self._masks(tokens) for name, tokens in bank.items()}
-        calls = {
-            name: prefix.capture(decoder, functools.partial(self._forward, tokens, inputs, vision))
-            for name, tokens in bank.items()
-        }
         visual = [pooling for pooling in self._recipe.poolings if not reads_text(pooling)]
         first = masks[names[0]]
         start_masks = TokenMasks(first.attended[:, :length], first.visual[:, :length])
         starts: dict[Tap, Start] = {}
         pooled: dict[str, Tensor] = {}
+
+        def call_of(name: str) -> prefix.Call:
+            # Not kept for all prompts at once: each holds the embedded video.
+            return prefix.capture(decoder, functools.partial(self._forward, bank[name], inputs, vision))
 
         def pool_starts(tap: Tap, hidden_BCD: Tensor) -> None:
             starts[tap] = pool_start(hidden_BCD, start_masks.attended)
@@ -183,7 +183,7 @@ class NativeLVLM:
                 pooled.update({str(FeatureName(name, tap, column)): feature for name in names})
 
         self._pool = pool_starts
-        cache = prefix.run_prefix(decoder, calls[names[0]], length)
+        cache = prefix.run_prefix(decoder, call_of(names[0]), length)
         if len(visual) == len(self._recipe.poolings):
             return pooled
         at_once = max(1, self._batch_size // len(first.attended))
@@ -191,7 +191,7 @@ class NativeLVLM:
             group = names[begin : begin + at_once]
             attended_RQ = prefix.suffix_mask([masks[name].attended for name in group], length)
             self._pool = functools.partial(self._pool_ends, pooled, group, starts, attended_RQ)
-            prefix.run_suffixes(decoder, [calls[name] for name in group], length, cache)
+            prefix.run_suffixes(decoder, [call_of(name) for name in group], length, cache)
         return pooled
 
     def _pool_ends(
