@@ -3,7 +3,9 @@
 `llm.k` is the language model's hidden state k in the count of Hugging Face's `output_hidden_states`: `llm.0`
 is what enters the first layer, `llm.n` what leaves the last of n layers *after* the final norm.
 `vision.k` counts the vision tower's layers likewise. Negative numbers count from the top: `llm.-1` = `llm.n`;
-`llm.*` is every hidden state of the language model.
+`llm.*` is every hidden state of the language model. `llm.-1.pre_norm` is the last one *before* the final norm; no
+other has one. `projector` is what the multimodal projector makes of the video: the visual tokens of `llm.0`, read once
+per video instead of once per prompt.
 """
 
 from __future__ import annotations
@@ -15,17 +17,24 @@ from dataclasses import dataclass
 from lvlmrec.errors import ConfigError
 
 TOWERS = ("llm", "vision")
+PROJECTOR = "projector"
 
 
 @dataclass(frozen=True, order=True)
 class Tap:
-    """One hidden state: `tower` is `llm` or `vision`, `layer` counts from 0 (the input of layer 1)."""
+    """One hidden state: `tower` is `llm` or `vision`, `layer` counts from 0 (the input of layer 1).
+
+    The projector is a tower of its own with the one state 0. `pre_norm` is the last state before the final norm.
+    """
 
     tower: str
     layer: int
+    pre_norm: bool = False
 
     def __str__(self) -> str:
-        return f"{self.tower}.{self.layer}"
+        if self.tower == PROJECTOR:
+            return PROJECTOR
+        return f"{self.tower}.{self.layer}{'.pre_norm' if self.pre_norm else ''}"
 
 
 @dataclass(frozen=True)
@@ -42,12 +51,15 @@ class FeatureName:
 
 def parse(text: str) -> Tap:
     """`llm.14` or `vision.-1` as a tap that may still be negative. Raises `ConfigError`."""
-    match = re.fullmatch(r"(\w+)\.(-?\d+)", text)
-    if match is None or match[1] not in TOWERS:
+    if text == PROJECTOR:
+        return Tap(PROJECTOR, 0)
+    match = re.fullmatch(r"(\w+)\.(-?\d+)(\.pre_norm)?", text)
+    if match is None or match[1] not in TOWERS or (match[3] and match[1] != "llm"):
         raise ConfigError(
-            f"tap {text!r}: expected TOWER.LAYER such as llm.14, llm.-1 or llm.*; towers: {', '.join(TOWERS)}"
+            f"tap {text!r}: expected TOWER.LAYER such as llm.14, llm.-1 or llm.*; towers: {', '.join(TOWERS)}; "
+            f"or llm.-1.pre_norm, or {PROJECTOR}"
         )
-    return Tap(match[1], int(match[2]))
+    return Tap(match[1], int(match[2]), match[3] is not None)
 
 
 def resolve(texts: Iterable[str], num_layers: Mapping[str, int]) -> tuple[Tap, ...]:
@@ -61,6 +73,9 @@ def resolve(texts: Iterable[str], num_layers: Mapping[str, int]) -> tuple[Tap, .
             resolved.update(Tap(text[:-2], layer) for layer in range(num_layers[text[:-2]] + 1))
             continue
         tap = parse(text)
+        if tap.tower == PROJECTOR:
+            resolved.add(tap)
+            continue
         top = num_layers.get(tap.tower)
         if top is None:
             raise ConfigError(f"tap {text!r}: this model has no such tower; towers: {', '.join(sorted(num_layers))}")
@@ -69,7 +84,9 @@ def resolve(texts: Iterable[str], num_layers: Mapping[str, int]) -> tuple[Tap, .
             raise ConfigError(
                 f"tap {text!r}: out of range; choices: {tap.tower}.0 to {tap.tower}.{top} or -{top + 1} to -1"
             )
-        resolved.add(Tap(tap.tower, layer))
+        if tap.pre_norm and layer != top:
+            raise ConfigError(f"tap {text!r}: no norm follows; only llm.{top}.pre_norm (llm.-1.pre_norm) has one")
+        resolved.add(Tap(tap.tower, layer, tap.pre_norm))
     return tuple(sorted(resolved))
 
 

@@ -1,5 +1,6 @@
 """A small recipe, and feature sets of random vectors that depend on item and column alone."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig, resolve
 INFO = LVLMInfo("llava_onevision", "content:1", "float32", {"llm": 4, "vision": 2}, {"llm": 8, "vision": 6})
 
 
-def recipe_of(dtype: str = "float16") -> Recipe:
-    return resolve(RecipeConfig(taps=["llm.0", "llm.2", "llm.-1", "vision.-1"], dtype=dtype), INFO)
+def recipe_of(dtype: str = "float16", poolings: Sequence[str] = ("visual_mean",)) -> Recipe:
+    taps = ["llm.0", "llm.2", "llm.-1", "vision.-1"]
+    return resolve(RecipeConfig(taps=taps, poolings=list(poolings), dtype=dtype), INFO)
 
 
 def vectors(recipe: Recipe, items: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -21,7 +23,7 @@ def vectors(recipe: Recipe, items: Sequence[str]) -> dict[str, torch.Tensor]:
         rows = []
         for item in items:
             generator = torch.Generator().manual_seed(1000 * column + sum(map(ord, item)))
-            rows.append(torch.randn(recipe.width[name.tap.tower], generator=generator))
+            rows.append(torch.randn(math.prod(recipe.shape(name)), generator=generator))
         features[str(name)] = torch.stack(rows)
     return features
 

@@ -18,10 +18,26 @@ def test_a_star_is_every_hidden_state() -> None:
     assert resolve(["llm.*"], LAYERS) == tuple(Tap("llm", k) for k in range(5))
 
 
-@pytest.mark.parametrize("text", ["llm", "llm.", "llm.x", "audio.1", "llm.1.2", "", "llm.**"])
+@pytest.mark.parametrize(
+    "text", ["llm", "llm.", "llm.x", "audio.1", "llm.1.2", "", "llm.**", "vision.1.pre_norm", "llm.1.post"]
+)
 def test_what_is_no_tap_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="towers: llm, vision"):
         parse(text)
+
+
+def test_the_state_before_the_final_norm_is_a_tap_of_its_own() -> None:
+    taps = resolve(["llm.-1.pre_norm", "llm.-1"], LAYERS)
+    assert [str(tap) for tap in taps] == ["llm.4", "llm.4.pre_norm"]
+    assert parse(str(taps[1])) == taps[1]
+    with pytest.raises(ConfigError, match=r"only llm\.4\.pre_norm"):
+        resolve(["llm.3.pre_norm"], LAYERS)
+
+
+def test_the_projector_is_a_tap() -> None:
+    (tap,) = resolve(["projector"], LAYERS)
+    assert str(tap) == "projector"
+    assert parse_feature("video/projector/visual_mean").tap == tap
 
 
 @pytest.mark.parametrize("text", ["llm.5", "llm.-6", "vision.3"])

@@ -107,9 +107,10 @@ def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str
     """The feature columns that an item encoder reads.
 
     `patterns` are shell patterns such as `describe/llm.*/visual_mean`; none means every `llm` tap of the first
-    prompt and pooling. An encoder with `layers="one"` takes the deepest of them. Raises `InputError`.
+    prompt and pooling. An encoder with `layers="one"` takes the deepest of them. Columns of several tokens per item
+    are never chosen. Raises `InputError`.
     """
-    names = feature_set.feature_names
+    names = [str(name) for name in feature_set.recipe.vector_names]
     if patterns:
         chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     else:
@@ -120,7 +121,7 @@ def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str
         ]
     if not chosen:
         raise InputError(f"feature_columns {list(patterns)!r}: match no column; columns: {', '.join(names)}")
-    widths = {feature_set.recipe.width[parse_feature(name).tap.tower] for name in chosen}
+    widths = {feature_set.recipe.shape(parse_feature(name))[-1] for name in chosen}
     if len(widths) > 1:
         raise InputError(f"feature_columns {list(patterns)!r}: match features of different widths {sorted(widths)}")
     chosen.sort(key=lambda name: (parse_feature(name).prompt, parse_feature(name).pooling, parse_feature(name).tap))
@@ -152,7 +153,7 @@ def compact(feature_set: FeatureSet, names: Sequence[str], item_ids: Sequence[st
 
 def _write(feature_set: FeatureSet, names: Sequence[str], found, folder: Path) -> None:  # type: ignore[no-untyped-def]
     """Fill the array part by part in a folder of its own, then rename it: others see it whole or not at all."""
-    dim = feature_set.recipe.width[parse_feature(names[0]).tap.tower]
+    (dim,) = feature_set.recipe.shape(parse_feature(names[0]))
     element = store.schema(feature_set.recipe).field(names[0]).type.value_type.to_pandas_dtype()
     working = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     working.mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from lvlmrec.errors import ConfigError
 from lvlmrec.taps import FeatureName, Tap
 
 POOLINGS = ("visual_mean", "all_mean", "last_token")
+MERGED = "merged_"  # merged_16: the visual tokens merged down to 16, and how many each of them stands for
+SIZES = ".sizes"
 DTYPES = ("float16", "bfloat16", "float32")
 PLACES = ("after", "before")
 VISION_PROMPT = "video"  # the prompt part of a vision tap's name: no prompt reaches the vision tower
@@ -37,11 +40,13 @@ class RecipeConfig:
         1280, "larger frames are scaled down to this many pixels on the longer side", minimum=16
     )
     taps: list[str] = option(
-        ["llm.0", "llm.2", "llm.4", "llm.-1"], "hidden states to read: llm.14, llm.-1, llm.*, vision.-1"
+        ["llm.0", "llm.2", "llm.4", "llm.-1"],
+        "hidden states to read: llm.14, llm.-1, llm.*, llm.-1.pre_norm, vision.-1, projector",
     )
     prompts: dict[str, Prompt] = option({"describe": Prompt()}, "the prompt bank: name -> text, place")
     poolings: list[str] = option(
-        ["visual_mean"], "how the tokens of a hidden state become one vector", choices=POOLINGS
+        ["visual_mean"],
+        "how the tokens of a hidden state become one vector: visual_mean, all_mean, last_token; or a few: merged_16",
     )
     dtype: str = option("float16", "dtype of the stored features", choices=DTYPES)
 
@@ -78,13 +83,27 @@ class Recipe:
 
     @property
     def feature_names(self) -> tuple[FeatureName, ...]:
-        """The feature columns, in order. Vision taps appear once, pooled by mean, whatever the prompts."""
-        vision = [FeatureName(VISION_PROMPT, tap, "visual_mean") for tap in self.taps if tap.tower == "vision"]
+        """The feature columns, in order. Taps before the decoder appear once, pooled by mean, whatever the prompts."""
+        video = [FeatureName(VISION_PROMPT, tap, "visual_mean") for tap in self.taps if tap.tower != "llm"]
         llm = [tap for tap in self.taps if tap.tower == "llm"]
+        columns = [column for pooling in self.poolings for column in columns_of(pooling)]
         return (
-            *vision,
-            *(FeatureName(p, tap, pooling) for p in self.prompts for tap in llm for pooling in self.poolings),
+            *video,
+            *(FeatureName(prompt, tap, column) for prompt in self.prompts for tap in llm for column in columns),
         )
+
+    @property
+    def vector_names(self) -> tuple[FeatureName, ...]:
+        """The feature columns that hold one vector, of the width of their tap."""
+        return tuple(name for name in self.feature_names if num_merged(name.pooling) is None)
+
+    def shape(self, name: FeatureName) -> tuple[int, ...]:
+        """The shape of one item's value in a column: [D], of merged tokens [K, D], of their sizes [K]."""
+        width = self.width["llm" if name.tap.tower == taps.PROJECTOR else name.tap.tower]
+        num_tokens = num_merged(name.pooling)
+        if num_tokens is None:
+            return (width,)
+        return (num_tokens,) if name.pooling.endswith(SIZES) else (num_tokens, width)
 
     @property
     def fingerprint(self) -> str:
@@ -112,6 +131,17 @@ class Recipe:
         return Recipe(**values)
 
 
+def num_merged(pooling: str) -> int | None:
+    """K of `merged_K` and `merged_K.sizes`; None for what makes one vector."""
+    match = re.fullmatch(rf"{MERGED}([1-9]\d*)({re.escape(SIZES)})?", pooling)
+    return None if match is None else int(match[1])
+
+
+def columns_of(pooling: str) -> tuple[str, ...]:
+    """The last part of the names of a pooling's columns."""
+    return (pooling,) if num_merged(pooling) is None else (pooling, pooling + SIZES)
+
+
 def resolve(config: RecipeConfig, info: LVLMInfo) -> Recipe:
     """The recipe of `config` for the model that `info` describes. Raises `ConfigError`."""
     if not config.prompts:
@@ -121,6 +151,10 @@ def resolve(config: RecipeConfig, info: LVLMInfo) -> Recipe:
             raise ConfigError(f"recipe.prompts.{name}: a prompt's name has no '/' and is not {VISION_PROMPT!r}")
     if not config.taps or not config.poolings:
         raise ConfigError("recipe.taps and recipe.poolings: expected at least one of each")
+    for pooling in config.poolings:
+        if pooling not in POOLINGS and (num_merged(pooling) is None or pooling.endswith(SIZES)):
+            choices = ", ".join(sorted(POOLINGS))
+            raise ConfigError(f"recipe.poolings: {pooling!r} is not one of {choices}, {MERGED}K such as {MERGED}16")
     return Recipe(
         family=info.family,
         identity=info.identity,

@@ -2,7 +2,8 @@
 
     <store>/<name>-<fingerprint>/
       recipe.json        what the features are
-      parts/*.parquet    item_id, num_distinct_frames, and one fixed-size-list column per feature
+      parts/*.parquet    item_id, num_distinct_frames, and one fixed-size-list column per feature; of several tokens
+                         per item, [K, D], the rows one after another
       rejected/*.parquet item_id, uri, stage, error, message
       index.parquet      item_id -> part, row; written last, atomically: readers see only what it lists
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,7 +29,8 @@ import torch
 from lvlmrec import storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, STAGE, URI
 from lvlmrec.errors import InputError
-from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe import SIZES, Recipe
+from lvlmrec.taps import FeatureName
 
 INDEX = "index.parquet"
 RECIPE = "recipe.json"
@@ -113,25 +116,25 @@ def read(uri: str) -> FeatureSet:
 
 def schema(recipe: Recipe) -> pa.Schema:
     """The schema of a part: item_id, num_distinct_frames, and the features with dtype and shape in their metadata."""
-    element = pa.from_numpy_dtype(_numpy_dtype(recipe.dtype))
     fields = [pa.field(ITEM_ID, pa.string()), pa.field(NUM_DISTINCT_FRAMES, pa.int32())]
     for name in recipe.feature_names:
-        width = recipe.width[name.tap.tower]
-        metadata = {DTYPE_KEY: recipe.dtype.encode(), SHAPE_KEY: str(width).encode()}
-        fields.append(pa.field(str(name), pa.list_(element, width), metadata=metadata))
+        dtype, shape = _stored_dtype(recipe, name), recipe.shape(name)
+        metadata = {DTYPE_KEY: dtype.encode(), SHAPE_KEY: ",".join(map(str, shape)).encode()}
+        element = pa.from_numpy_dtype(_numpy_dtype(dtype))
+        fields.append(pa.field(str(name), pa.list_(element, math.prod(shape)), metadata=metadata))
     return pa.schema(fields)
 
 
 def feature_table(
     recipe: Recipe, item_ids: Sequence[str], num_distinct_frames: Sequence[int], features: Mapping[str, torch.Tensor]
 ) -> pa.Table:
-    """Rows of a part; `features[name]` is [len(item_ids), D]. Raises `CastError`.
+    """Rows of a part; `features[name]` is [len(item_ids), product of the shape]. Raises `CastError`.
 
     `num_distinct_frames` below `recipe.frames` says that the video was short and frames were repeated.
     """
     arrays = [pa.array(item_ids, pa.string()), pa.array(num_distinct_frames, pa.int32())]
-    for name in map(str, recipe.feature_names):
-        values = cast(features[name], recipe.dtype, name)
+    for name in recipe.feature_names:
+        values = cast(features[str(name)], _stored_dtype(recipe, name), str(name))
         arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
     return pa.Table.from_arrays(arrays, schema=schema(recipe))
 
@@ -222,6 +225,11 @@ def _write_named(uri: str, folder: str, item_ids: Sequence[str], table: pa.Table
         store_schema=True,
     )
     return name
+
+
+def _stored_dtype(recipe: Recipe, name: FeatureName) -> str:
+    """Counts keep float32: in float16 they are exact up to 2048 only."""
+    return "float32" if name.pooling.endswith(SIZES) else recipe.dtype
 
 
 def _numpy_dtype(dtype: str) -> np.dtype:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,12 +24,13 @@ from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import VISION_PROMPT, LVLMInfo, Prompt, Recipe
 from lvlmrec.lvlms import prefix, source, torchvision_shim
 from lvlmrec.lvlms.family import NativeFamily
-from lvlmrec.lvlms.pooling import PooledPrefix, TokenMasks, pool_patches, pool_prefix, pool_suffix, pool_tokens
+from lvlmrec.lvlms.pooling import Start, TokenMasks, pool_columns, pool_end, pool_patches, pool_start, reads_text
 from lvlmrec.lvlms.protocol import ModelConfig
-from lvlmrec.taps import FeatureName, Tap
+from lvlmrec.taps import PROJECTOR, FeatureName, Tap
 from lvlmrec.video import Clip
 
 UNKNOWN_FPS = 24.0  # transformers' own assumption about a video without a duration
+_PROJECTOR = Tap(PROJECTOR, 0)
 _PROBE = "Where does this text stand?"
 
 
@@ -70,7 +72,8 @@ class NativeLVLM:
         for row, clip in enumerate(clips):
             rows_by_length[len(clip.frames)].append(row)
         features = {
-            str(name): torch.empty(len(clips), self.info.width[name.tap.tower]) for name in self._recipe.feature_names
+            str(name): torch.empty(len(clips), math.prod(self._recipe.shape(name)))
+            for name in self._recipe.feature_names
         }
         for rows in rows_by_length.values():
             for start in range(0, len(rows), self._batch_size):
@@ -90,6 +93,8 @@ class NativeLVLM:
 
         self._pool = pool_vision
         vision = self._encode_video(inputs)
+        if _PROJECTOR in self._recipe.taps:
+            pooled[str(FeatureName(VISION_PROMPT, _PROJECTOR, "visual_mean"))] = _pool_projected(vision, len(clips))
         if self._has_llm_taps:
             bank: dict[str, dict[str, Tensor]] = {}
             for name, text in self._texts.items():
@@ -149,8 +154,8 @@ class NativeLVLM:
         masks = self._masks(tokens)
 
         def pool_llm(tap: Tap, hidden_BSD: Tensor) -> None:
-            for pooling in self._recipe.poolings:
-                pooled[str(FeatureName(prompt, tap, pooling))] = pool_tokens(pooling, hidden_BSD, masks)
+            for column, feature in pool_columns(self._recipe.poolings, hidden_BSD, masks).items():
+                pooled[str(FeatureName(prompt, tap, column))] = feature
 
         self._pool = pool_llm
         self._forward(tokens, inputs, vision)
@@ -162,33 +167,38 @@ class NativeLVLM:
         """Prompts whose first `length` positions are the same: those once, then at most `batch_size` ends at once."""
         names, decoder = list(bank), self._base.get_decoder()
         masks = {name: self._masks(tokens) for name, tokens in bank.items()}
-        calls = {
-            name: prefix.capture(decoder, functools.partial(self._forward, tokens, inputs, vision))
-            for name, tokens in bank.items()
-        }
-        num_clips = len(masks[names[0]].attended)
-        shared: dict[Tap, PooledPrefix] = {}
-        prefix_masks = TokenMasks(masks[names[0]].attended[:, :length], masks[names[0]].visual[:, :length])
-
-        def pool_shared(tap: Tap, hidden_BCD: Tensor) -> None:
-            shared[tap] = pool_prefix(self._recipe.poolings, hidden_BCD, prefix_masks)
-
-        self._pool = pool_shared
-        cache = prefix.run_prefix(decoder, calls[names[0]], length)
-        at_once = max(1, self._batch_size // num_clips)
+        visual = [pooling for pooling in self._recipe.poolings if not reads_text(pooling)]
+        first = masks[names[0]]
+        start_masks = TokenMasks(first.attended[:, :length], first.visual[:, :length])
+        starts: dict[Tap, Start] = {}
         pooled: dict[str, Tensor] = {}
-        for start in range(0, len(names), at_once):
-            group = names[start : start + at_once]
+
+        def call_of(name: str) -> prefix.Call:
+            # Not kept for all prompts at once: each holds the embedded video.
+            return prefix.capture(decoder, functools.partial(self._forward, bank[name], inputs, vision))
+
+        def pool_starts(tap: Tap, hidden_BCD: Tensor) -> None:
+            starts[tap] = pool_start(hidden_BCD, start_masks.attended)
+            for column, feature in pool_columns(visual, hidden_BCD, start_masks).items():
+                pooled.update({str(FeatureName(name, tap, column)): feature for name in names})
+
+        self._pool = pool_starts
+        cache = prefix.run_prefix(decoder, call_of(names[0]), length)
+        if len(visual) == len(self._recipe.poolings):
+            return pooled
+        at_once = max(1, self._batch_size // len(first.attended))
+        for begin in range(0, len(names), at_once):
+            group = names[begin : begin + at_once]
             attended_RQ = prefix.suffix_mask([masks[name].attended for name in group], length)
-            self._pool = functools.partial(self._pool_ends, pooled, group, shared, attended_RQ)
-            prefix.run_suffixes(decoder, [calls[name] for name in group], length, cache)
+            self._pool = functools.partial(self._pool_ends, pooled, group, starts, attended_RQ)
+            prefix.run_suffixes(decoder, [call_of(name) for name in group], length, cache)
         return pooled
 
     def _pool_ends(
         self,
         pooled: dict[str, Tensor],
         prompts: Sequence[str],
-        shared: Mapping[Tap, PooledPrefix],
+        starts: Mapping[Tap, Start],
         attended_RQ: Tensor,
         tap: Tap,
         hidden_RQD: Tensor,
@@ -197,8 +207,8 @@ class NativeLVLM:
         num_clips = len(attended_RQ) // len(prompts)
         ends = zip(prompts, hidden_RQD.split(num_clips), attended_RQ.split(num_clips), strict=True)
         for prompt, hidden_BQD, attended_BQ in ends:
-            for pooling in self._recipe.poolings:
-                feature = pool_suffix(pooling, shared[tap], hidden_BQD, attended_BQ)
+            for pooling in filter(reads_text, self._recipe.poolings):
+                feature = pool_end(pooling, starts[tap], hidden_BQD, attended_BQ)
                 pooled[str(FeatureName(prompt, tap, pooling))] = feature
 
     def _forward(self, tokens: Mapping[str, Tensor], inputs: Mapping[str, Any], vision: Any) -> None:
@@ -227,7 +237,11 @@ class NativeLVLM:
         vision_layers = self._base.get_submodule(self._family.vision_layers)
         for tap in self._recipe.taps:
             layers = vision_layers if tap.tower == "vision" else decoder.layers
-            if tap == Tap("llm", self.info.num_layers["llm"]):
+            if tap == _PROJECTOR:
+                continue  # read off the tower's output
+            if tap.pre_norm:
+                decoder.norm.register_forward_pre_hook(self._input_hook(tap))
+            elif tap == Tap("llm", self.info.num_layers["llm"]):
                 decoder.norm.register_forward_hook(self._output_hook(tap))
             elif tap.layer > 0:
                 # Hugging Face counts what a layer returns, before Qwen3-VL's deepstack adds to it
@@ -318,6 +332,14 @@ def _render(processor: Any, name: str, prompt: Prompt) -> str:
     if not prompt.text or video_first == (prompt.place == "after"):
         return render(in_order({"type": "video"}, prompt.text))
     return render(["\n".join(in_order(placeholder, prompt.text))])
+
+
+def _pool_projected(vision: Any, num_clips: int) -> Tensor:
+    """float32 [B, D]: the mean of each clip's projected tokens, given as [B, N, D], [B * F, N, D] or B x [N, D]."""
+    projected = vision.pooler_output
+    if not isinstance(projected, tuple):
+        projected = projected.reshape(num_clips, -1, projected.shape[-1])
+    return pool_patches(projected)
 
 
 def _at_least(frames_FHWC: np.ndarray, num_frames: int) -> np.ndarray:

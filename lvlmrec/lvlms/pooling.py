@@ -5,14 +5,15 @@ Legend: B clips, S sequence positions, P patch tokens of one clip, D hidden widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import POOLINGS
+from lvlmrec.features.recipe import POOLINGS, columns_of, num_merged
+from lvlmrec.lvlms.merging import merge_tokens
 
 
 @dataclass(frozen=True)
@@ -50,29 +51,43 @@ def pool_tokens(pooling: str, hidden_BSD: Tensor, masks: TokenMasks) -> Tensor:
     raise ConfigError(f"recipe.poolings: {pooling!r} is not one of {', '.join(POOLINGS)}")
 
 
+def pool_columns(poolings: Sequence[str], hidden_BSD: Tensor, masks: TokenMasks) -> dict[str, Tensor]:
+    """Column -> float32 [B, size]: the columns of every pooling, merged tokens [K, D] one after another."""
+    columns: dict[str, Tensor] = {}
+    for pooling in poolings:
+        num_kept = num_merged(pooling)
+        if num_kept is None:
+            columns[pooling] = pool_tokens(pooling, hidden_BSD, masks)
+        else:
+            tokens_BKD, sizes_BK = merge_tokens(hidden_BSD, masks.visual, num_kept)
+            columns |= dict(zip(columns_of(pooling), (tokens_BKD.flatten(1), sizes_BK), strict=True))
+    return columns
+
+
+def reads_text(pooling: str) -> bool:
+    """Whether a pooling reads more than visual tokens."""
+    return pooling in ("all_mean", "last_token")
+
+
 @dataclass(frozen=True)
-class PooledPrefix:
-    """What is known of a sequence after its start: pooling -> float32 [B, D], and the positions attended, [B, 1]."""
+class Start:
+    """What the poolings of a whole sequence need of its start: float32 [B, D] mean, and [B, 1] how many it is of."""
 
-    pooled: Mapping[str, Tensor]
-    num_attended: Tensor
-
-
-def pool_prefix(poolings: Sequence[str], hidden_BCD: Tensor, masks: TokenMasks) -> PooledPrefix:
-    """Pool the start of a sequence, which holds every visual token but not the last one."""
-    pooled = {pooling: pool_tokens(pooling, hidden_BCD, masks) for pooling in poolings if pooling != "last_token"}
-    return PooledPrefix(pooled, masks.attended.sum(dim=1, keepdim=True))
+    mean: Tensor
+    count: Tensor
 
 
-def pool_suffix(pooling: str, prefix: PooledPrefix, hidden_BQD: Tensor, attended_BQ: Tensor) -> Tensor:
-    """As `pool_tokens` of the whole sequence, from its pooled start and the hidden state [B, Q, D] of its end."""
+def pool_start(hidden_BCD: Tensor, attended_BC: Tensor) -> Start:
+    """Pool the start of a sequence."""
+    return Start(masked_mean(hidden_BCD, attended_BC), attended_BC.sum(dim=1, keepdim=True))
+
+
+def pool_end(pooling: str, start: Start, hidden_BQD: Tensor, attended_BQ: Tensor) -> Tensor:
+    """As `pool_tokens` of a whole sequence, for what `reads_text`, from its start and the hidden state of its end."""
     if pooling == "last_token":
         return last_position(hidden_BQD, attended_BQ)
-    if pooling == "all_mean":
-        num_suffix_B1 = attended_BQ.sum(dim=1, keepdim=True)
-        share_B1 = num_suffix_B1 / (prefix.num_attended + num_suffix_B1)
-        return prefix.pooled[pooling].lerp(masked_mean(hidden_BQD, attended_BQ), share_B1)
-    return prefix.pooled[pooling]  # of visual tokens alone
+    count_B1 = attended_BQ.sum(dim=1, keepdim=True)
+    return start.mean.lerp(masked_mean(hidden_BQD, attended_BQ), count_B1 / (start.count + count_B1))
 
 
 def pool_patches(patches: Sequence[Tensor]) -> Tensor:

@@ -39,9 +39,11 @@ class LVLM(Protocol):
     def extract(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
         """The recipe's features of `clips`: `str(FeatureName)` -> float32 [B, D] on the CPU, in the order of `clips`.
 
+        Merged tokens [K, D] lie in one row, one after another; `Recipe.shape` tells.
         Pooled means are accumulated and returned in float32 whatever the compute dtype, so that they are rounded
         once, where they are stored. A clip's features are the same for any batch up to the order of summation:
-        2e-6 of a feature's largest entry in float32, 2e-2 in bfloat16.
+        2e-6 of a feature's largest entry in float32, 2e-2 in bfloat16. Of merged tokens this holds for their mean
+        weighted by size; which tokens were merged can turn on a last bit.
         """
 
 

@@ -12,7 +12,12 @@ from tests.feature_sets import recipe_of, write_set
 def make_set(tmp_path: Path) -> Callable[..., str]:
     """Write a feature set in parts of the given items; committed unless told otherwise."""
 
-    def make(parts: Sequence[Sequence[str]], dtype: str = "float16", commit: bool = True) -> str:
-        return write_set(tmp_path / "store", parts, recipe_of(dtype), commit)
+    def make(
+        parts: Sequence[Sequence[str]],
+        dtype: str = "float16",
+        commit: bool = True,
+        poolings: Sequence[str] = ("visual_mean",),
+    ) -> str:
+        return write_set(tmp_path / "store", parts, recipe_of(dtype, poolings), commit)
 
     return make

@@ -84,6 +84,15 @@ def test_columns_are_chosen_by_pattern_and_by_what_the_encoder_reads(make_set: M
         choose_columns(feature_set, ["*"], "many")
 
 
+def test_columns_of_several_tokens_are_never_chosen(make_set: MakeSet) -> None:
+    features = store.read(make_set([["a"]], poolings=("merged_3", "visual_mean")))
+    means = [f"describe/llm.{layer}/visual_mean" for layer in (0, 2, 4)]
+    assert choose_columns(features, [], "many") == means
+    assert choose_columns(features, ["describe/*"], "many") == means
+    with pytest.raises(InputError, match="match no column"):
+        choose_columns(features, ["*/merged_3"], "many")
+
+
 def test_the_shuffled_control_permutes_whole_rows(make_set: MakeSet, tmp_path: Path) -> None:
     array = compact(store.read(make_set([ITEMS])), LLM, ITEMS, str(tmp_path / "cache"))
     every = np.arange(1, 41)

@@ -30,6 +30,24 @@ def test_names_have_one_column_per_prompt_tap_and_pooling_and_vision_once() -> N
     ]
 
 
+def test_merged_tokens_are_two_columns_with_shapes_of_their_own() -> None:
+    recipe = make("taps=[llm.1,projector]", "poolings=[merged_16,visual_mean]")
+    assert {str(name): recipe.shape(name) for name in recipe.feature_names} == {
+        "video/projector/visual_mean": (8,),
+        "describe/llm.1/merged_16": (16, 8),
+        "describe/llm.1/merged_16.sizes": (16,),
+        "describe/llm.1/visual_mean": (8,),
+    }
+    assert [str(n) for n in recipe.vector_names] == ["video/projector/visual_mean", "describe/llm.1/visual_mean"]
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+@pytest.mark.parametrize("pooling", ["merged_0", "merged_", "merged_x", "merged_16.sizes", "merged_-4"])
+def test_what_is_no_number_of_tokens_is_refused(pooling: str) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.poolings: .*merged_K such as merged_16"):
+        make(f"poolings=[{pooling}]")
+
+
 def test_a_recipe_reads_back_from_json() -> None:
     recipe = make("prompts={a: {text: x, place: before}}")
     assert Recipe.from_json(recipe.to_json()) == recipe

@@ -47,6 +47,20 @@ def test_bfloat16_keeps_its_bits_and_says_so(make_set: MakeSet) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_merged_tokens_are_stored_row_by_row_with_their_sizes(make_set: MakeSet, dtype: str) -> None:
+    uri = make_set([["a", "b"]], dtype, poolings=("merged_3", "visual_mean"))
+    table = pq.read_table(part_of(uri))
+    tokens, sizes = table.schema.field("describe/llm.2/merged_3"), table.schema.field("describe/llm.2/merged_3.sizes")
+    assert tokens.metadata == {store.SHAPE_KEY: b"3,8", store.DTYPE_KEY: dtype.encode()}
+    assert sizes.metadata == {store.SHAPE_KEY: b"3", store.DTYPE_KEY: b"float32"}
+    expected = vectors(recipe_of(dtype, ("merged_3", "visual_mean")), ["a", "b"])
+    read = duckdb.sql(f"""select "{sizes.name}" as v from '{part_of(uri)}' order by item_id""").fetchall()
+    np.testing.assert_array_equal(np.array([row[0] for row in read], np.float32), expected[sizes.name].numpy())
+    values = np.stack(table[tokens.name].to_numpy())
+    np.testing.assert_array_equal(values, store.cast(expected[tokens.name], dtype, tokens.name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_parts_are_written_without_dictionary_and_statistics(make_set: MakeSet, dtype: str) -> None:
     columns = pq.ParquetFile(part_of(make_set([["a", "b"]], dtype))).metadata.row_group(0)
     for i in range(columns.num_columns):
