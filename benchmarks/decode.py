@@ -31,10 +31,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 
 from benchmarks import report
 from lvlmrec.video import sample_clip, sample_indices
@@ -112,9 +113,13 @@ def with_pyav(path: str) -> np.ndarray:
 
 
 def with_transformers(path: str) -> np.ndarray:
+    from lvlmrec.lvlms import torchvision_shim
+
+    torchvision_shim.ensure_importable()
     from transformers.video_utils import load_video
 
-    return load_video(path, num_frames=NUM_FRAMES, backend="pyav")[0]
+    frames: np.ndarray = load_video(cast(Any, path), num_frames=NUM_FRAMES, backend="pyav")[0]
+    return frames
 
 
 def with_torchcodec(path: str, seek_mode: Any) -> np.ndarray:
@@ -190,7 +195,7 @@ def write_clip(kind: ClipKind, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     working = path.with_suffix(".tmp.mp4")
     with av.open(str(working), "w") as container:
-        stream = container.add_stream(kind.codec, rate=FPS, options=kind.options)
+        stream = cast(VideoStream, container.add_stream(kind.codec, rate=FPS, options=kind.options))
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.codec_context.gop_size = FPS * SECONDS // kind.num_keyframes
         for picture in pictures():

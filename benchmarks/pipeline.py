@@ -141,6 +141,7 @@ def busy(num_items: int, seconds_per_batch: float) -> dict[str, Any]:
         "job_busy_fraction": job["busy_fraction"],
         "job_seconds": job["seconds"],
         "seconds_before_first_batch": round(float(calls[0, 0]) - job["began"], 1),
+        "seconds_after_last_batch": round(job["ended"] - float(calls[:, 1].max()), 1),
         "busy_items": num_items,
     }
 
@@ -165,6 +166,7 @@ def memory(num_items: int) -> dict[str, Any]:
         _, job, samples = extract(config, folder, seconds_per_batch=0.0)
     peak = max(samples, key=lambda sample: sum(sample.values()))
     second_half = samples[len(samples) // 2 :]
+    print(f"memory: {num_items} items, peak {sum(peak.values()):.0f} MB", file=sys.stderr)
     return {
         "peak": {"all": round(sum(peak.values())), **{name: round(mb) for name, mb in sorted(peak.items())}},
         "median_of_second_half": round(statistics.median(sum(sample.values()) for sample in second_half)),
@@ -217,10 +219,11 @@ def extract(
         plan = pipeline.plan(config)
         with sampled_memory() as samples:
             job = pipeline.run(plan, lambda metrics, step: None)
+            ended = time.time()
     finally:
         ray.shutdown()
     assert job["written"] == len(plan.item_ids), job
-    return plan, job | {"began": began}, samples
+    return plan, job | {"began": began, "ended": ended}, samples
 
 
 @contextmanager
@@ -256,11 +259,11 @@ def memory_by_part() -> Counter[str]:
 
 
 def part_of(command: str) -> str:
+    if "raylet/raylet" in command:  # first: its arguments name the worker's program too
+        return "raylet and object store"
     if "ray::" in command or "default_worker" in command:
         return "workers"
-    if "extraction.isolation" in command:
-        return "decoders"
-    return "raylet and object store" if "raylet/raylet" in command else "rest of Ray"
+    return "decoders" if "extraction.isolation" in command else "rest of Ray"
 
 
 @contextmanager

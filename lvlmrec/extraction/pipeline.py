@@ -88,7 +88,10 @@ def plan(config: ExtractConfig) -> Plan:
 def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, Any]:
     """Extract what the plan lists, commit, and say what was done.
 
-    `log(metrics, step)` is called as the work goes on. Raises `JobFailed` when every item failed in the model.
+    `log(metrics, step)` is called as the work goes on. `busy_fraction` in the result is `forward_seconds`, summed over
+    all batches (`stages.Extractor`), / (`actors` x `seconds`): `actors` is the pool's maximum, and `seconds` the whole
+    wall time, with Ray's start, the loading of the model and the writing of the last part.
+    Raises `JobFailed` when every item failed in the model.
     """
     started = time.perf_counter()
     tally = _Tally(len(plan.todo), log)
@@ -116,6 +119,8 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
         },
         "seconds": round(seconds, 3),
         "videos_per_second": round(len(plan.todo) / seconds, 3) if len(plan.todo) else 0.0,
+        "forward_seconds": round(tally.forward_seconds, 3),
+        "actors": plan.config.pool.max_actors,
         "busy_fraction": round(tally.forward_seconds / actor_seconds, 4) if len(plan.todo) else 0.0,
         "features": len(plan.recipe.feature_names),
         "manifest": plan.manifest_report,
@@ -145,7 +150,8 @@ def _dataset(plan: Plan) -> ray.data.Dataset:
         batch_format="pyarrow",
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor,
-        compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+        # one forward at a time; the second call fetches its clips and hands on its features meanwhile
+        compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors, max_concurrent_calls_per_actor=2),
     )
     return features.map_batches(
         cast(Any, stages.write),

@@ -24,7 +24,7 @@ from lvlmrec.features.recipe import Recipe
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.video import Clip, VideoError
 
-FORWARD_SECONDS = "forward_seconds"
+FORWARD_SECONDS = "forward_seconds"  # a row's share of its batch's time in the model; see `Extractor`
 MODEL_STAGES = ("model", "cast")
 FAILURE = {STAGE: pa.string(), ERROR: pa.string(), MESSAGE: pa.string()}
 CLIP = {
@@ -66,18 +66,22 @@ def decode(rows: pa.Table, recipe: Recipe, config: DecodeConfig) -> Iterator[pa.
 
 
 class Extractor:
-    """A pool's actor: one frozen LVLM, clips in, features out."""
+    """A pool's actor: one frozen LVLM, clips in, features out.
+
+    `forward_seconds` of the rows of a batch add up to the seconds that it spent in the model's `extract`, failed
+    attempts included. The model's own preprocessing is in it; decoding, fetching, casting and waiting are not.
+    """
 
     def __init__(self, lvlm: LVLMConfig, recipe: Recipe) -> None:
         self.recipe = recipe
         self.lvlm = LVLMS[lvlm.name].load(lvlm, recipe)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        started = time.perf_counter()
+        self.forward_seconds = 0.0
         failed = rows.filter(pc.is_valid(rows[ERROR])).select([ITEM_ID, URI, *FAILURE])
         decoded = rows.filter(pc.is_null(rows[ERROR]))
         tables = [self._features(decoded)] if len(decoded) else []
-        seconds = (time.perf_counter() - started) / len(rows)
+        seconds = self.forward_seconds / len(rows)
         table = pa.concat_tables([_extracted(self.recipe).empty_table(), *tables, failed], promote_options="default")
         return table.set_column(
             table.column_names.index(FORWARD_SECONDS), FORWARD_SECONDS, pa.array([seconds] * len(table))
@@ -103,7 +107,11 @@ class Extractor:
 
     def _forward(self, rows: pa.Table) -> pa.Table:
         clips = [_clip(row) for row in _python_rows(rows)]
-        features = self.lvlm.extract(clips)
+        started = time.perf_counter()
+        try:
+            features = self.lvlm.extract(clips)
+        finally:
+            self.forward_seconds += time.perf_counter() - started
         item_ids = rows[ITEM_ID].to_pylist()
         table = store.feature_table(self.recipe, item_ids, [clip.num_distinct_frames for clip in clips], features)
         return table.append_column(URI, rows[URI].cast(pa.string()))
