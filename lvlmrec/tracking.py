@@ -19,7 +19,6 @@ from typing import Any
 
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
 
 from lvlmrec.config import flatten
 from lvlmrec.errors import InputError

@@ -142,7 +142,7 @@ def test_another_dataset_is_refused(world: Path, workspace: Path, trained: dict,
     else:
         rows[0][-1] = next(item for item in rows[1] if item not in rows[0])
     write_pairs(tmp_path, rows)
-    with pytest.raises(InputError, match="not the one that .* was trained on"):
+    with pytest.raises(InputError, match=r"not the one that .* was trained on"):
         evaluate(workspace, trained["id"], dataset_path=tmp_path)
 
 
