@@ -15,7 +15,7 @@ import json
 
 import numpy as np
 import torch
-from record import save
+from record import fenced, save
 
 from lvlmrec import config as configs
 from lvlmrec import experiment, fitting, sample
@@ -90,7 +90,7 @@ def main() -> None:
     text = "\n".join([table(head, rows), "", *tests, "", f"mean HR@10: {means}"])
     print(f"\n{text}")
     if arguments.save:
-        print(save("cold_items", __doc__ or "", text))
+        print(save("cold_items", __doc__ or "", fenced(text)))
     print(json.dumps({"hr@10": means}))
 
 

@@ -1,6 +1,6 @@
 """CPU time of sampling 16 frames of a video: lvlmrec against the ways that others take.
 
-    python -m benchmarks.decode [--rounds 5] [--clips DIR] [--save]
+    python benchmarks/decode.py [--rounds 5] [--clips DIR] [--save]
 
 Clips are made here: 60 s of 1280x720 at 30 frames per second, a panned textured scene with grain and moving squares;
 h264 (x264's own defaults) with 12 and with 36 key frames, HEVC and AV1. Per clip the methods take turns, in one
@@ -14,7 +14,7 @@ torchcodec    VideoDecoder(num_ffmpeg_threads=1).get_frames_at, seek_mode exact 
 
 torchcodec is optional. It needs FFmpeg's shared libraries; those in PyAV's wheel do, linked under their usual names:
     ln -s .../av.libs/libavcodec-*.so.62.* links/libavcodec.so.62    (and avdevice, avfilter, avformat, avutil, ...)
-    LD_LIBRARY_PATH=links:.../av.libs python -m benchmarks.decode
+    LD_LIBRARY_PATH=links:.../av.libs python benchmarks/decode.py
 Then both decode with the very same FFmpeg, and the difference is what is decoded.
 
 The last line of stdout is JSON: the worst ratio over the h264 clips, and the figures of each clip.
@@ -36,8 +36,8 @@ from typing import Any, cast
 import av
 import numpy as np
 from av.video.stream import VideoStream
+from record import markdown_table, save
 
-from benchmarks import report
 from lvlmrec.video import sample_clip, sample_indices
 
 WIDTH, HEIGHT, FPS, SECONDS = 1280, 720, 30, 60
@@ -72,15 +72,13 @@ def main() -> int:
     arguments = parser.parse_args()
     methods = available_methods()
     paths = {kind.name: write_clip(kind, arguments.clips) for kind in CLIPS}
-    load_before = report.load()
     results = {name: measure(str(path), methods, arguments.rounds) for name, path in paths.items()}
-    body = report.table(*rows_of(results, methods)) + f"\n\n{NUM_FRAMES} frames of each clip; CPU in ms, medians of "
+    body = markdown_table(*rows_of(results, methods)) + f"\n\n{NUM_FRAMES} frames of each clip; CPU in ms, medians of "
     body += f"{arguments.rounds} rounds. Equal: bit-equal to decode all in every round, else the largest difference.\n"
     body += "\n".join(f"- {name}: {path.stat().st_size / 1e6:.1f} MB" for name, path in paths.items())
     print(body, file=sys.stderr)
     if arguments.save:
-        title = "CPU time of sampling a clip"
-        print(report.save("decode", title, PACKAGES, [load_before, report.load()], body), file=sys.stderr)
+        print(save("decode", __doc__ or "", body), file=sys.stderr)
     print(json.dumps(summary(results)))
     return 0 if all(result["lvlmrec"]["max_difference"] == 0 for result in results.values()) else 1
 

@@ -1,6 +1,6 @@
 """What the extractor is worth beside the plain Hugging Face loop, on one CPU thread.
 
-    python -m benchmarks.extraction [--rounds 5] [--save]
+    python benchmarks/extraction.py [--rounds 5] [--save]
 
 A LLaVA-OneVision with random weights, 8 layers x 512, whose vision tower (19 % of the operations) and vocabulary have
 the share of the work that they have in the 7B model; 16 frames, 785 video tokens. Every variant gives the same pooled
@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from record import save
 
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, RecipeConfig
@@ -60,7 +61,6 @@ PROMPTS = {
 TAPS = {"half": (2, 4), "88": (4, 7)}
 POOLINGS = ("visual_mean", "last_token")
 TOLERANCE = 1e-5  # share of a feature's largest entry
-RESULTS = Path(__file__).parent / "results"
 
 Variant = Callable[[], dict[str, torch.Tensor]]
 
@@ -81,9 +81,7 @@ def main() -> None:
         result = state_of_machine() | measure(folder, arguments.rounds)
         result["peak_mb"] = {name: peak_in_a_child(name, folder) for name in VARIANTS}
     if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"extraction-{datetime.date.today().isoformat()}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        print(save("extraction", __doc__ or "", f"```json\n{json.dumps(result, indent=1)}\n```"), file=sys.stderr)
     for name, seconds in result["cpu_seconds"].items():
         print(f"{name:18}{seconds:8.2f} s {result['peak_mb'][name]}", file=sys.stderr)
     print(json.dumps(result))

@@ -12,7 +12,7 @@ import argparse
 import json
 
 from jobs import real_data, run
-from record import save
+from record import fenced, save
 
 from lvlmrec.report.comparison import table
 
@@ -44,7 +44,7 @@ def main() -> None:
     )
     print(text)
     if arguments.save:
-        print(save("microlens_50k", __doc__ or "", text))
+        print(save("microlens_50k", __doc__ or "", fenced(text)))
     print(json.dumps({name: result["test"] for name, result in runs.items()}))
 
 

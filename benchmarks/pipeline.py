@@ -1,6 +1,6 @@
 """Does the extraction keep its accelerator fed, and does its memory stay flat as the catalogue grows?
 
-    RAY_AUTH_MODE=disabled python -m benchmarks.pipeline [--part busy|memory|both] [--save]
+    RAY_AUTH_MODE=disabled python benchmarks/pipeline.py [--part busy|memory|both] [--save]
 
 Everything is the extract job's own pipeline, from manifest to commit; only the model is a stand-in: `extract` sleeps a
 fixed time per batch, as waiting for a GPU is to the CPU, and returns zeros.
@@ -41,8 +41,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from record import save
 
-from benchmarks import report
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.pipeline import ExtractConfig, PoolConfig
 from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig
@@ -105,7 +105,6 @@ def main() -> int:
     arguments = parser.parse_args()
     register()
     torch.set_num_threads(1)
-    load_before = report.load()
     result: dict[str, Any] = {}
     if arguments.part != "memory":
         result |= busy(arguments.busy_items, arguments.seconds_per_batch)
@@ -113,10 +112,7 @@ def main() -> int:
         runs = {str(items): memory(items) for items in arguments.memory_items}
         result |= {"rss_mb": {items: run["peak"]["all"] for items, run in runs.items()}, "memory": runs}
     if arguments.save:
-        explanation = (__doc__ or "").split("\n\n", 2)[2]
-        body = f"```json\n{json.dumps(result, indent=1)}\n```\n\n```\n{explanation}```"
-        title = "The extraction's pipeline with a stand-in accelerator"
-        print(report.save("pipeline", title, PACKAGES, [load_before, report.load()], body), file=sys.stderr)
+        print(save("pipeline", __doc__ or "", f"```json\n{json.dumps(result, indent=1)}\n```"), file=sys.stderr)
     print(json.dumps(result))
     return 0
 

@@ -12,7 +12,7 @@ import argparse
 import json
 
 from jobs import real_data, run
-from record import save
+from record import fenced, save
 
 from lvlmrec.features import store
 from lvlmrec.report.comparison import table
@@ -39,7 +39,7 @@ def main() -> None:
         text += f"  {stage}/{error}: {count}\n    {items}\n"
     print(text)
     if arguments.save:
-        print(save("real_videos", __doc__ or "", text))
+        print(save("real_videos", __doc__ or "", fenced(text)))
     print(json.dumps(results))
 
 

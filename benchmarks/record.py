@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,7 +17,7 @@ PACKAGES = ("ray", "torch", "transformers", "av", "numpy", "torchcodec")
 
 
 def save(name: str, about: str, text: str) -> Path:
-    """Write `results/<date>_<name>.md` with the machine, the versions and the command; returns its path."""
+    """Write `results/<date>_<name>.md`: machine, versions, command, then `text` (Markdown). Returns its path."""
     shown = ["FOLDER" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *shown])
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
@@ -29,14 +30,23 @@ def save(name: str, about: str, text: str) -> Path:
         f"- machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; load {load}",
         f"- versions: {', '.join(_versions())}; revision {git_revision()[:12]}",
         "",
-        "```",
         text.strip("\n"),
-        "```",
         "",
     ]
     path = FOLDER / f"{datetime.date.today().isoformat()}_{name}.md"
     path.write_text("\n".join(lines))
     return path
+
+
+def fenced(text: str) -> str:
+    """Plain text as a Markdown block."""
+    return f"```\n{text}\n```"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def _versions() -> list[str]:

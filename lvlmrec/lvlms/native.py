@@ -14,7 +14,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import VISION_PROMPT, LVLMInfo, Prompt, Recipe
 from lvlmrec.lvlms import prefix, source, torchvision_shim
-from lvlmrec.lvlms.family import NativeFamily
 from lvlmrec.lvlms.pooling import Start, TokenMasks, pool_columns, pool_end, pool_patches, pool_start, reads_text
 from lvlmrec.lvlms.protocol import ModelConfig
 from lvlmrec.taps import PROJECTOR, FeatureName, Tap
@@ -34,7 +33,27 @@ _PROJECTOR = Tap(PROJECTOR, 0)
 _PROBE = "Where does this text stand?"
 
 
-def load(family: NativeFamily, config: ModelConfig, recipe: Recipe) -> NativeLVLM:
+class Layout(Protocol):
+    """What the adapter asks of a family; the fields are explained in `family.NativeFamily`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vision_layers(self) -> str: ...
+    @property
+    def patches(self) -> Callable[[Tensor, Mapping[str, Any], int], Sequence[Tensor]]: ...
+    @property
+    def vision_inputs(self) -> tuple[str, ...]: ...
+    @property
+    def modality(self) -> str: ...
+    @property
+    def minimum_frames(self) -> int: ...
+    @property
+    def video_options(self) -> Mapping[str, Any]: ...
+    def inspect(self, config: ModelConfig) -> LVLMInfo: ...
+
+
+def load(family: Layout, config: ModelConfig, recipe: Recipe) -> NativeLVLM:
     """The model of `config`, ready for `recipe`. Raises `ConfigError`, also when the files are not the recipe's."""
     torchvision_shim.ensure_importable()
     from transformers import AutoProcessor
@@ -53,7 +72,7 @@ class NativeLVLM:
     """A loaded model; see `protocol.LVLM`. Not thread-safe: hooks write into the forward under way."""
 
     def __init__(
-        self, family: NativeFamily, base: Any, processor: Any, recipe: Recipe, info: LVLMInfo, batch_size: int
+        self, family: Layout, base: Any, processor: Any, recipe: Recipe, info: LVLMInfo, batch_size: int
     ) -> None:
         self.info = info
         self._family, self._base, self._processor = family, base, processor
@@ -263,7 +282,7 @@ class NativeLVLM:
         return hook
 
 
-def _load_base_model(family: NativeFamily, config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> Any:
+def _load_base_model(family: Layout, config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> Any:
     """The model without its head, its decoder cut above the highest tap of the language model."""
     from transformers import AutoModelForImageTextToText
 
