@@ -91,7 +91,7 @@ def test_artifacts_lie_in_the_workspace_of_a_new_database(
     (tmp_path / "ws").mkdir()
     shutil.copy(run.tracking_uri.removeprefix("sqlite:///"), tmp_path / "ws" / "mlflow.db")
     with sqlite3.connect(tmp_path / "ws" / "mlflow.db") as database:  # as new, without the seconds that takes
-        database.execute("update experiments set name = 'other'")
+        database.execute("update experiments set name = 'other' where name = ?", [tracking.EXPERIMENT])
     monkeypatch.chdir(tmp_path)
     new = tracking.start("sqlite:///ws/mlflow.db", "ws", "test", {})
     monkeypatch.chdir("/")
