@@ -64,6 +64,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
     search = config.search
     runs = storage.join(storage.absolute(config.workspace), "runs")
     trial_runs = TrialRuns(parent, config.workspace, config.training.epochs)
+    param_space = space(search, experiment)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C would end the sweep as if it were complete
     with nullcontext() if ray.is_initialized() else ray.init():
         trainable = tune.with_resources(
@@ -72,7 +73,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
         )
         tuner = tune.Tuner(
             trainable,
-            param_space=space(search, experiment),
+            param_space=param_space,
             tune_config=tune.TuneConfig(
                 metric=OBJECTIVE,
                 mode="max",

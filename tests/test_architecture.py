@@ -93,10 +93,9 @@ def test_no_circle_of_imports() -> None:
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}
     graph = {}
     for name, path in names.items():
-        tree = ast.parse(path.read_text())
-        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        nodes = ast.walk(ast.parse(path.read_text()))
         targets = set()
-        for node in top:
+        for node in (node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)):
             if isinstance(node, ast.ImportFrom):
                 inner = {f"{node.module}.{alias.name}" for alias in node.names} & set(names)
                 targets |= inner or ({node.module} & set(names))
