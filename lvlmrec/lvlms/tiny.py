@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlmrec.errors import ConfigError
 from lvlmrec.lvlms import source
 
 if TYPE_CHECKING:
@@ -27,18 +26,6 @@ SENTENCES = (
     "What is the main topic of the video? Answer in one word.",
     "Music plays while colours move over the screen, frame after frame, second after second.",
 )
-
-
-def write_tiny(family: str, directory: Path, seed: int) -> None:
-    """Write a tiny model of `family` (a key of `LVLMS`) into `directory`; the same seed gives the same bytes.
-
-    Raises `ConfigError` for another family.
-    """
-    from lvlmrec.lvlms import LVLMS
-
-    if family not in LVLMS:
-        raise ConfigError(f"lvlm.name: {family!r} is not one of {', '.join(sorted(LVLMS))}")
-    LVLMS[family].write_tiny(directory, seed)
 
 
 def write(model_config: Any, processor: Any, directory: Path, seed: int) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lvlmrec.lvlms import LVLMS
-from lvlmrec.lvlms.tiny import write_tiny
 from lvlmrec.video import Clip
 
 torch.set_num_threads(1)
@@ -21,7 +20,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family -> directory of its tiny model."""
     root = tmp_path_factory.mktemp("models")
     for family in LVLMS:
-        write_tiny(family, root / family, seed=0)
+        LVLMS[family].write_tiny(root / family, seed=0)
     return {family: root / family for family in LVLMS}
 
 
