@@ -36,7 +36,7 @@ def load() -> float:
 
 
 def save(name: str, title: str, packages: Sequence[str], loads: Sequence[float], body: str) -> Path:
-    """Write `<date>-<name>.md`: command, machine, versions, load at start and end, then `body`. Returns the file."""
+    """Write `<date>-<name>-<n>.md`: command, machine, versions, load at start and end, then `body`. Returns the file."""
     header = [
         f"# {title}",
         "",
@@ -47,7 +47,9 @@ def save(name: str, title: str, packages: Sequence[str], loads: Sequence[float],
         f"- Load average (1 min): {' at the start, '.join(map(str, loads))} at the end",
     ]
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{date.today().isoformat()}-{name}.md"
+    stem = f"{date.today().isoformat()}-{name}"
+    number = 1 + len(list(RESULTS.glob(f"{stem}-*.md")))  # a run never replaces another, whichever looks better
+    path = RESULTS / f"{stem}-{number}.md"
     path.write_text("\n".join([*header, "", body]) + "\n")
     return path
 
