@@ -36,7 +36,7 @@ def load() -> float:
 
 
 def save(name: str, title: str, packages: Sequence[str], loads: Sequence[float], body: str) -> Path:
-    """Write `<date>-<name>-<n>.md`: command, machine, versions, load at start and end, then `body`. Returns the file."""
+    """Write `<date>-<name>-<n>.md`: command, machine, versions, load at start and end, `body`. Returns the file."""
     header = [
         f"# {title}",
         "",
