@@ -121,7 +121,7 @@ def busy(num_items: int, seconds_per_batch: float) -> dict[str, Any]:
     """How much of its time one stand-in works, once it has begun."""
     with workspace() as folder:
         config = make_input(folder, num_items, side=336, num_clip_frames=60, frames=16)
-        plan, job, _ = extract(config, folder, seconds_per_batch)
+        plan, job, samples = extract(config, folder, seconds_per_batch)
         calls = np.loadtxt(folder / "calls").reshape(-1, 2)
         wall = calls[:, 1].max() - calls[0, 0]
         gaps = np.maximum(calls[1:, 0] - calls[:-1, 1], 0)
@@ -138,6 +138,7 @@ def busy(num_items: int, seconds_per_batch: float) -> dict[str, Any]:
         "job_seconds": job["seconds"],
         "seconds_before_first_batch": round(float(calls[0, 0]) - job["began"], 1),
         "seconds_after_last_batch": round(job["ended"] - float(calls[:, 1].max()), 1),
+        "peak_mb": {part: round(max(sample[part] for sample in samples)) for part in sorted(samples[-1])},
         "busy_items": num_items,
     }
 

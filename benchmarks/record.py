@@ -33,7 +33,9 @@ def save(name: str, about: str, text: str) -> Path:
         text.strip("\n"),
         "",
     ]
-    path = FOLDER / f"{datetime.date.today().isoformat()}_{name}.md"
+    stem = f"{datetime.date.today().isoformat()}_{name}"
+    number = len(list(FOLDER.glob(f"{stem}*.md")))  # a run never replaces another, whichever looks better
+    path = FOLDER / (f"{stem}_{number + 1}.md" if number else f"{stem}.md")
     path.write_text("\n".join(lines))
     return path
 
