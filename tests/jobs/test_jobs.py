@@ -3,8 +3,12 @@
 import json
 import os
 import runpy
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 
 from lvlmrec import storage
 from lvlmrec.features import store
+from tests.videos import write_video
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -95,33 +100,41 @@ def test_tune_on_the_sample(workspace: Path, extracted: dict[str, Any]) -> None:
 def test_a_submitted_job_ends_with_the_index_of_a_direct_run(tmp_path: Path) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    videos = ["good/1002.mp4", "good/10034.mp4"]
-    from tests.videos import write_video
-
-    for name in videos:
+    for name in ("good/1002.mp4", "good/10034.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_video(tmp_path / name)
     common = [f"input={tmp_path / 'good'}", f"workspace={tmp_path / 'w'}", "recipe.taps=[llm.0,llm.-1]"]
     direct = run("extract", *common, f"store={tmp_path / 'direct'}")
     ray = Path(sys.executable).parent / "ray"
-    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / "ray")}
-    head = subprocess.Popen(
-        [str(ray), "start", "--head", "--block", "--port=0", "--dashboard-port=18265", "--num-cpus=2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
+    folder = tempfile.mkdtemp(prefix="ray")  # the names of sockets are short, pytest's folders are not
+    output, port, deadline = tmp_path / "head.log", _free_port(), time.monotonic() + 120
+    with output.open("w") as log:
+        head = subprocess.Popen(
+            [str(ray), "start", "--head", "--block", "--port=0", "--num-cpus=2", f"--dashboard-port={port}"]
+            + [f"--dashboard-agent-listen-port={_free_port()}"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "RAY_TMPDIR": folder},
+        )
     try:
-        client = _job_client(JobSubmissionClient)
         arguments = " ".join([*common, f"store={tmp_path / 'submitted'}"])
         excludes = {"working_dir": str(ROOT), "excludes": [".venv", ".git", "workspace", ".mypy_cache"]}
-        job = client.submit_job(entrypoint=f"python rayjobs/extract.py {arguments}", runtime_env=excludes)
+        submission = {"entrypoint": f"python rayjobs/extract.py {arguments}", "runtime_env": excludes}
+        while True:  # the server is up before it takes jobs
+            try:
+                client = JobSubmissionClient(f"http://127.0.0.1:{port}")
+                job = client.submit_job(**submission)
+                break
+            except (ConnectionError, RuntimeError):
+                assert head.poll() is None and time.monotonic() < deadline, output.read_text()[-3000:]
+                time.sleep(1)
         status = _ended(client, job)
         logs = client.get_job_logs(job)
         assert status == JobStatus.SUCCEEDED, logs[-3000:]
     finally:
         head.terminate()
         head.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
     submitted = store.find(str(tmp_path / "submitted"))
     assert submitted.rsplit("/", 1)[1] == direct["feature_set"].rsplit("/", 1)[1]
     pd.testing.assert_frame_equal(store.read(submitted).index, store.read(direct["feature_set"]).index)
@@ -130,23 +143,14 @@ def test_a_submitted_job_ends_with_the_index_of_a_direct_run(tmp_path: Path) -> 
         assert storage.read_bytes(part.uri) == other
 
 
-def _job_client(kind: Any) -> Any:
-    import time
-
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            client = kind("http://127.0.0.1:18265")
-            client.list_jobs()
-            return client
-        except (ConnectionError, RuntimeError):
-            assert time.monotonic() < deadline, "the job server did not start"
-            time.sleep(1)
+def _free_port() -> int:
+    """A port above those that Ray gives to its workers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _ended(client: Any, job: str) -> Any:
-    import time
-
     deadline = time.monotonic() + 240
     while not (status := client.get_job_status(job)).is_terminal():
         assert time.monotonic() < deadline, client.get_job_logs(job)[-3000:]
