@@ -108,10 +108,10 @@ def test_a_submitted_job_ends_with_the_index_of_a_direct_run(tmp_path: Path) -> 
     ray = Path(sys.executable).parent / "ray"
     folder = tempfile.mkdtemp(prefix="ray")  # the names of sockets are short, pytest's folders are not
     output, port, deadline = tmp_path / "head.log", _free_port(), time.monotonic() + 120
+    ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={_free_port()}"]
     with output.open("w") as log:
         head = subprocess.Popen(
-            [str(ray), "start", "--head", "--block", "--port=0", "--num-cpus=2", f"--dashboard-port={port}"]
-            + [f"--dashboard-agent-listen-port={_free_port()}"],
+            [str(ray), "start", "--head", "--block", "--port=0", "--num-cpus=2", *ports],
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "RAY_TMPDIR": folder},
