@@ -114,7 +114,7 @@ def test_a_submitted_job_ends_with_the_index_of_a_direct_run(tmp_path: Path) -> 
             [str(ray), "start", "--head", "--block", "--port=0", "--num-cpus=2", *ports],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "RAY_TMPDIR": folder},
+            env={**os.environ, "RAY_TMPDIR": folder, "PATH": f"{ray.parent}{os.pathsep}{os.environ['PATH']}"},
         )
     try:
         arguments = " ".join([*common, f"store={tmp_path / 'submitted'}"])
