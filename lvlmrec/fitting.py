@@ -178,7 +178,11 @@ def _train_epoch(
     total, positions = torch.zeros((), device=device), 0
     loss.train()
     for batch in _global_batches(data.sequences, batches, features, device):
-        local = batch.sequences[rank::world] if len(batch.sequences) > rank else torch.zeros_like(batch.sequences[:1])
+        local = (
+            batch.sequences[rank::world].contiguous()
+            if len(batch.sequences) > rank
+            else torch.zeros_like(batch.sequences[:1])
+        )
         correction = popularity[batch.item_index] if config.training.log_popularity_correction else None
         with autocast:
             summed = loss(batch.item_index, batch.features, batch.counts, local, correction)
