@@ -322,7 +322,8 @@ def _sample_all(path: str | Path, packets: _Packets, num_frames: int, max_side: 
 
 def _clip(rendered: dict[int, np.ndarray], indices: np.ndarray, times: np.ndarray) -> Clip:
     return Clip(
-        frames=np.stack([rendered[i] for i in indices.tolist()]),
+        # turned pictures are views, and stacking keeps their strides
+        frames=np.ascontiguousarray(np.stack([rendered[i] for i in indices.tolist()])),
         timestamps=times[indices],
         frame_indices=indices,
         num_source_frames=len(times) - 1,

@@ -217,3 +217,14 @@ def test_the_child_imports_little() -> None:
     )
     heavy = {"ray", "torch", "transformers", "pandas", "pyarrow", "fsspec", "scipy", "omegaconf"}
     assert not heavy & set(listed.stdout.split())
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_turned_videos_come_through_the_pipe(real_data: Path, angle: int) -> None:
+    path = real_data / "videos" / f"decord__tests__test_data__video_{angle}.mov"
+    expected = sample_clip(path, 4, 1280)
+    with IsolatedDecoder() as decoder:
+        clip = decoder.sample_clip(path, 4, 1280, timeout_s=30)
+    assert expected.frames.flags.c_contiguous
+    np.testing.assert_array_equal(clip.frames, expected.frames)
