@@ -32,7 +32,9 @@ class TrainingConfig:
     epochs: int = option(40, "passes over the training users, at most", minimum=1)
     lr: float = option(2e-3, "learning rate of AdamW, constant", minimum=0)
     batch_size: int = option(512, "users per step, over all workers", minimum=1)
-    num_workers: int = option(1, "data-parallel workers; the result does not depend on it", minimum=1)
+    num_workers: int = option(
+        1, "data-parallel workers; they share each batch, dropout alone is drawn by each", minimum=1
+    )
     use_gpu: bool = option(False, "one GPU for each worker")
     weight_decay: float = option(0.1, "weight decay of AdamW", minimum=0)
     gradient_clip: float = option(5.0, "largest gradient norm", minimum=0)

@@ -126,12 +126,6 @@ def remove(uri: str) -> None:
         fs.rm(path, recursive=True)
 
 
-def upload_dir(directory: Path, uri: str) -> None:
-    """Copy the files of a local folder; the caller writes its completion marker afterwards."""
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        write_bytes(join(uri, *path.relative_to(directory).parts), path.read_bytes())
-
-
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """A local path with the content of `uri`: the file itself, or a temporary copy of a remote one."""

@@ -60,10 +60,6 @@ class Run:
         """A JSON artifact."""
         _client(self.tracking_uri).log_text(self.id, masked(json.dumps(content, indent=2)), name)
 
-    def log_file(self, path: Path) -> None:
-        """A file as an artifact."""
-        _client(self.tracking_uri).log_artifact(self.id, str(path))
-
     def finish(self, status: str) -> None:
         """Close the run: FINISHED, FAILED or KILLED."""
         _client(self.tracking_uri).set_terminated(self.id, status)

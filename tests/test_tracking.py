@@ -76,11 +76,8 @@ def test_more_parameters_than_one_call_takes(run: Run) -> None:
     assert len(stored(run).data.params) == 230
 
 
-def test_files_and_json_are_artifacts(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "table.txt").write_text("HR@10")
-    run.log_file(tmp_path / "table.txt")
+def test_json_is_an_artifact(run: Run) -> None:
     run.log_json("result.json", {"hr@10": 0.5})
-    assert artifact(run, "table.txt") == "HR@10"
     assert json.loads(artifact(run, "result.json")) == {"hr@10": 0.5}
 
 
