@@ -40,6 +40,7 @@ from lvlmrec.features.recipe import Prompt, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig, source, tiny, torchvision_shim
 from lvlmrec.lvlms.llava_onevision import sized
 from lvlmrec.lvlms.pooling import TokenMasks, pool_tokens
+from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import Clip
 
 SIDE, FRAMES = 196, 16
@@ -133,8 +134,13 @@ def lvlmrec(model: str, depth: str, num_prompts: int) -> Variant:
         ),
         entry.inspect(config),
     )
-    lvlm, clip = entry.load(config, recipe), make_clip()
-    return lambda: lvlm.extract([clip])
+    lvlm, item = entry.load(config, recipe), Item("clip", make_clip())
+
+    def run() -> dict[str, torch.Tensor]:
+        columns = lvlm.extract(lvlm.prepare([item]))
+        return {name: column for name, column in columns.items() if isinstance(column, torch.Tensor)}
+
+    return run
 
 
 def hugging_face(model: str, kind: str, num_prompts: int) -> Variant:
@@ -154,7 +160,9 @@ def hugging_face(model: str, kind: str, num_prompts: int) -> Variant:
             content = [{"type": "video"}, {"type": "text", "text": PROMPTS[prompt]}]
             text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
             inputs = processor(text=[text], videos=[clip.frames], do_sample_frames=False, return_tensors="pt")
-            masks = TokenMasks(inputs["attention_mask"].bool(), inputs["input_ids"] == processor.video_token_id)
+            visual = inputs["input_ids"] == processor.video_token_id
+            no_answer = torch.zeros_like(visual)
+            masks = TokenMasks(inputs["attention_mask"].bool(), visual, no_answer, no_answer)
             for layers in runs:
                 if kind == "naive":
                     states = whole(**inputs, output_hidden_states=True).hidden_states

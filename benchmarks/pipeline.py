@@ -11,8 +11,9 @@ busy    336x336 clips of 2 s, 16 frames (5.4 MB each through the object store), 
         decode_videos_per_second  what one decoder manages alone: starved below bare_loop_videos_per_second
         throughput_vs_bare_loop   the same clips, already decoded, in a loop over the same stand-in: the upper bound
         job_busy_fraction         what the job itself reports: its wall time includes starting Ray's workers and actors
-memory  32x32 clips of 8 frames, 1,000 and then 20,000 items, no sleep. Proportional set size (shared memory counted
-        once) of this driver and everything Ray started, every second; rss_mb is the highest.
+memory  32x32 clips of 8 frames, one run of 20,000 items, no sleep. Proportional set size (shared memory counted once)
+        of this driver and everything Ray started, every second. rss_mb: the highest until 1,000 items were done, and
+        until all were. One run, because two equal runs differ by more than their length does.
 
 The last line of stdout is JSON.
 """
@@ -44,11 +45,12 @@ import torch
 from record import save
 
 from lvlmrec.extraction import pipeline
+from lvlmrec.extraction.estimate import EstimateConfig
 from lvlmrec.extraction.pipeline import ExtractConfig, PoolConfig
 from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMConfig
-from lvlmrec.lvlms.protocol import ModelConfig
-from lvlmrec.video import Clip, sample_clip
+from lvlmrec.lvlms.protocol import Item, ModelConfig
+from lvlmrec.video import sample_clip
 
 WIDTH, BATCH = 1024, 4
 NUM_DISTINCT_CLIPS = 16
@@ -63,12 +65,16 @@ class StandIn:
         self.info, self.recipe = info, recipe
         self.seconds_per_batch, self.calls = seconds_per_batch, calls
 
-    def extract(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
-        started = time.time()
-        time.sleep(self.seconds_per_batch)
-        with self.calls.open("a") as file:
-            file.write(f"{started} {time.time()}\n")
-        return {str(name): torch.zeros(len(clips), WIDTH) for name in self.recipe.feature_names}
+    def prepare(self, items: Sequence[Item]) -> Sequence[Item]:
+        return items
+
+    def extract(self, prepared: Sequence[Item]) -> dict[str, torch.Tensor | list[str]]:
+        for _ in range(0, len(prepared), BATCH):
+            started = time.time()
+            time.sleep(self.seconds_per_batch)
+            with self.calls.open("a") as file:
+                file.write(f"{started} {time.time()}\n")
+        return {str(name): torch.zeros(len(prepared), WIDTH) for name in self.recipe.feature_names}
 
 
 class StandInFamily:
@@ -100,7 +106,7 @@ def main() -> int:
     parser.add_argument("--part", choices=["busy", "memory", "both"], default="both")
     parser.add_argument("--busy-items", type=int, default=400)
     parser.add_argument("--seconds-per-batch", type=float, default=0.4)
-    parser.add_argument("--memory-items", type=int, nargs="+", default=[1_000, 20_000])
+    parser.add_argument("--memory-items", type=int, nargs=2, default=[1_000, 20_000])
     parser.add_argument("--save", action="store_true", help="write a dated file under benchmarks/results/")
     arguments = parser.parse_args()
     register()
@@ -109,8 +115,7 @@ def main() -> int:
     if arguments.part != "memory":
         result |= busy(arguments.busy_items, arguments.seconds_per_batch)
     if arguments.part != "busy":
-        runs = {str(items): memory(items) for items in arguments.memory_items}
-        result |= {"rss_mb": {items: run["peak"]["all"] for items, run in runs.items()}, "memory": runs}
+        result |= memory(*arguments.memory_items)
     if arguments.save:
         print(save("pipeline", __doc__ or "", f"```json\n{json.dumps(result, indent=1)}\n```"), file=sys.stderr)
     print(json.dumps(result))
@@ -121,7 +126,7 @@ def busy(num_items: int, seconds_per_batch: float) -> dict[str, Any]:
     """How much of its time one stand-in works, once it has begun."""
     with workspace() as folder:
         config = make_input(folder, num_items, side=336, num_clip_frames=60, frames=16)
-        plan, job, samples = extract(config, folder, seconds_per_batch)
+        plan, job, samples, _ = extract(config, folder, seconds_per_batch)
         calls = np.loadtxt(folder / "calls").reshape(-1, 2)
         wall = calls[:, 1].max() - calls[0, 0]
         gaps = np.maximum(calls[1:, 0] - calls[:-1, 1], 0)
@@ -138,7 +143,7 @@ def busy(num_items: int, seconds_per_batch: float) -> dict[str, Any]:
         "job_seconds": job["seconds"],
         "seconds_before_first_batch": round(float(calls[0, 0]) - job["began"], 1),
         "seconds_after_last_batch": round(job["ended"] - float(calls[:, 1].max()), 1),
-        "peak_mb": {part: round(max(sample[part] for sample in samples)) for part in sorted(samples[-1])},
+        "peak_mb": {part: round(max(sample[part] for _, sample in samples)) for part in sorted(samples[-1][1])},
         "busy_items": num_items,
     }
 
@@ -151,24 +156,36 @@ def bare_loops(recipe: Recipe, folder: Path, seconds_per_batch: float) -> tuple[
     decoding = time.perf_counter() - started
     stand_in = StandIn(StandInFamily().inspect(LVLMConfig()), recipe, seconds_per_batch, folder / "bare_calls")
     started = time.perf_counter()
-    for k in range(0, len(clips), BATCH):
-        stand_in.extract(clips[k : k + BATCH])
+    items = [Item(str(k), clip) for k, clip in enumerate(clips)]
+    for k in range(0, len(items), BATCH):
+        stand_in.extract(items[k : k + BATCH])
     return len(clips) / decoding, len(clips) / (time.perf_counter() - started)
 
 
-def memory(num_items: int) -> dict[str, Any]:
-    """Highest and typical memory of a run, in MB, by part of the system."""
+def memory(early: int, num_items: int) -> dict[str, Any]:
+    """Memory of one run, in MB, until `early` items were done and until all were."""
     with workspace() as folder:
         config = make_input(folder, num_items, side=32, num_clip_frames=8, frames=8)
-        _, job, samples = extract(config, folder, seconds_per_batch=0.0)
-    peak = max(samples, key=lambda sample: sum(sample.values()))
-    second_half = samples[len(samples) // 2 :]
-    print(f"memory: {num_items} items, peak {sum(peak.values()):.0f} MB", file=sys.stderr)
+        _, job, samples, done = extract(config, folder, seconds_per_batch=0.0)
+    early_time = next(when for when, count in done if count >= early)
+    totals = [(when, sum(parts.values())) for when, parts in samples]
+    highest = max(samples, key=lambda sample: sum(sample[1].values()))[1]
+    tenth = (samples[-1][0] - early_time) / 10
+    by_tenth = [
+        statistics.median(mb for when, mb in totals if early_time + k * tenth <= when <= early_time + (k + 1) * tenth)
+        for k in range(10)
+    ]
     return {
-        "peak": {"all": round(sum(peak.values())), **{name: round(mb) for name, mb in sorted(peak.items())}},
-        "median_of_second_half": round(statistics.median(sum(sample.values()) for sample in second_half)),
-        "seconds": job["seconds"],
-        "written": job["written"],
+        "rss_mb": {
+            str(early): round(max(mb for when, mb in totals if when <= early_time)),
+            str(num_items): round(max(mb for _, mb in totals)),
+        },
+        "memory": {
+            "peak_by_part": {name: round(mb) for name, mb in sorted(highest.items())},
+            "median_of_each_tenth_after_the_first": [round(mb) for mb in by_tenth],
+            "seconds": job["seconds"],
+            "written": job["written"],
+        },
     }
 
 
@@ -187,6 +204,7 @@ def make_input(folder: Path, num_items: int, side: int, num_clip_frames: int, fr
         lvlm=LVLMConfig(name="stand_in", model="", batch_size=BATCH),
         recipe=RecipeConfig(frames=frames, taps=["llm.14", "llm.-1"]),
         pool=PoolConfig(decode_tasks=2),
+        estimate=EstimateConfig(videos=0),
     )
 
 
@@ -206,32 +224,36 @@ def write_clip(path: Path, side: int, num_frames: int, seed: int) -> Path:
 
 def extract(
     config: ExtractConfig, folder: Path, seconds_per_batch: float
-) -> tuple[pipeline.Plan, dict[str, Any], list[Counter[str]]]:
-    """The job's own pipeline on a Ray of its own. Returns the plan, the job's result, and the memory while it ran."""
+) -> tuple[pipeline.Plan, dict[str, Any], list[tuple[float, Counter[str]]], list[tuple[float, int]]]:
+    """The job's own pipeline on a Ray of its own.
+
+    Returns the plan, the job's result, the memory while it ran, and when how many items were done.
+    """
     environment = {SECONDS_PER_BATCH: str(seconds_per_batch), CALLS: str(folder / "calls")}
     runtime = {"worker_process_setup_hook": register, "env_vars": environment}
     ray.init(_temp_dir=str(folder / "ray"), include_dashboard=False, runtime_env=runtime, log_to_driver=False)
+    done: list[tuple[float, int]] = []
     try:
         began = time.time()
         plan = pipeline.plan(config)
         with sampled_memory() as samples:
-            job = pipeline.run(plan, lambda metrics, step: None)
+            job = pipeline.run(plan, lambda metrics, step: done.append((time.time(), step)))
             ended = time.time()
     finally:
         ray.shutdown()
     assert job["written"] == len(plan.item_ids), job
-    return plan, job | {"began": began, "ended": ended}, samples
+    return plan, job | {"began": began, "ended": ended}, samples, done
 
 
 @contextmanager
-def sampled_memory() -> Iterator[list[Counter[str]]]:
-    """Fills the list with MB of proportional set size by part, every second, until the block ends."""
-    samples: list[Counter[str]] = []
+def sampled_memory() -> Iterator[list[tuple[float, Counter[str]]]]:
+    """Fills the list with times and MB of proportional set size by part, every second, until the block ends."""
+    samples: list[tuple[float, Counter[str]]] = []
     is_over = threading.Event()
 
     def sample() -> None:
         while not is_over.wait(1.0):
-            samples.append(memory_by_part())
+            samples.append((time.time(), memory_by_part()))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()

@@ -185,6 +185,10 @@ def _check_values(config: Any, prefix: str) -> None:
         if dataclasses.is_dataclass(value):
             _check_values(value, f"{key}.")
             continue
+        if isinstance(value, dict) and all(dataclasses.is_dataclass(part) for part in value.values()):
+            for name, part in value.items():
+                _check_values(part, f"{key}.{name}.")
+            continue
         choices, minimum = field.metadata.get("choices"), field.metadata.get("minimum")
         for entry in value if isinstance(value, list) else [value]:
             if choices is not None and entry not in choices:

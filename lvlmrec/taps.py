@@ -5,7 +5,7 @@ is what enters the first layer, `llm.n` what leaves the last of n layers *after*
 `vision.k` counts the vision tower's layers likewise. Negative numbers count from the top: `llm.-1` = `llm.n`;
 `llm.*` is every hidden state of the language model. `llm.-1.pre_norm` is the last one *before* the final norm; no
 other has one. `projector` is what the multimodal projector makes of the video: the visual tokens of `llm.0`, read once
-per video instead of once per prompt.
+per video instead of once per prompt. `text.k` counts the layers of a text encoder.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 from lvlmrec.errors import ConfigError
 
-TOWERS = ("llm", "vision")
+TOWERS = ("llm", "vision", "text")
+READS_TEXT = ("llm", "text")  # their states depend on the prompt
 PROJECTOR = "projector"
 
 
 @dataclass(frozen=True, order=True)
 class Tap:
-    """One hidden state: `tower` is `llm` or `vision`, `layer` counts from 0 (the input of layer 1).
+    """One hidden state: `tower` is `llm`, `vision` or `text`, `layer` counts from 0 (the input of layer 1).
 
     The projector is a tower of its own with the one state 0. `pre_norm` is the last state before the final norm.
     """

@@ -10,24 +10,27 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
-from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, STAGE, URI
+from lvlmrec.columns import ERROR, ITEM_ID, STAGE
 from lvlmrec.config import option
 from lvlmrec.errors import InputError, JobFailed
-from lvlmrec.extraction import stages
-from lvlmrec.extraction.manifest import read_manifest
+from lvlmrec.extraction import estimate, stages
+from lvlmrec.extraction.estimate import EstimateConfig
+from lvlmrec.extraction.manifest import columns_for, read_manifest, texts_from
+from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.stages import DecodeConfig, Extractor
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features import store
 from lvlmrec.features.recipe import Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 
-PROGRESS_SECONDS = 5.0
+BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same size
+CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class ExtractConfig:
     recipe: RecipeConfig = option(RecipeConfig, "what to extract")
     decode: DecodeConfig = option(DecodeConfig, "limits of decoding")
     pool: PoolConfig = option(PoolConfig, "resources")
+    estimate: EstimateConfig = option(EstimateConfig, "what is told before the run")
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,9 @@ def plan(config: ExtractConfig) -> Plan:
     """Check the input and the model, resolve the recipe and find what is missing. Raises `InputError`."""
     if config.pool.max_actors < config.pool.min_actors:
         raise InputError(f"pool.max_actors: {config.pool.max_actors} is below pool.min_actors={config.pool.min_actors}")
-    manifest, report = read_manifest(config.input)
-    recipe = recipes.resolve(config.recipe, LVLMS[config.lvlm.name].inspect(config.lvlm))
+    info = LVLMS[config.lvlm.name].inspect(config.lvlm)
+    recipe = recipes.resolve(config.recipe, info, config.seed, texts_from(config.input))
+    manifest, report = read_manifest(config.input, columns_for(recipe))
     uri = store.locate(config.store, config.lvlm.name, recipe)
     store.create(uri, recipe)
     seen = {*store.pending_index(uri)[ITEM_ID], *store.read_rejected(uri)[ITEM_ID]}
@@ -93,20 +98,53 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
     wall time, with Ray's start, the loading of the model and the writing of the last part.
     Raises `JobFailed` when every item failed in the model.
     """
-    started = time.perf_counter()
-    tally = _Tally(len(plan.todo), log)
-    if len(plan.todo):
-        with nullcontext() if ray.is_initialized() else ray.init():
+    with nullcontext() if ray.is_initialized() or not len(plan.todo) else ray.init():
+        told = _estimate(plan)
+        print(estimate.describe(told), file=sys.stderr)
+        if plan.config.estimate.only:
+            return {"feature_set": plan.feature_set, "items": len(plan.item_ids), "estimate": told}
+        started = time.perf_counter()
+        tally = Tally(len(plan.todo), _workers(plan.config.pool), log)
+        if len(plan.todo):
             for block in _dataset(plan).iter_batches(batch_size=None, batch_format="pyarrow"):
                 tally.add(block)
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
     index = store.commit(plan.feature_set)
     if index.empty and tally.model_message:
         store.forget_rejected(plan.feature_set)  # it was not the videos' fault: the next run tries them again
         raise JobFailed(f"every video was rejected by the model: {tally.model_message}")
+    return _result(plan, tally, seconds, index) | {"estimate": told}
+
+
+def _workers(pool: PoolConfig) -> dict[str, int]:
+    """How many of each stage work at the same time."""
+    return {"decode": pool.decode_tasks, "prepare": pool.max_actors, "forward": pool.max_actors}
+
+
+def _estimate(plan: Plan) -> dict[str, Any]:
+    config, todo = plan.config, plan.todo
+    seconds = None
+    is_worth_it = len(todo) >= estimate.WORTH_TIMING * config.estimate.videos or config.estimate.only
+    if config.estimate.videos and len(todo) and is_worth_it:
+        seconds = estimate.time_remotely(
+            todo,
+            plan.recipe,
+            config.decode,
+            config.lvlm,
+            config.estimate.videos,
+            config.pool.cpus_per_actor,
+            config.pool.gpus_per_actor,
+        )
+    return estimate.estimate(len(todo), plan.recipe, seconds, _workers(config.pool))
+
+
+def _result(plan: Plan, tally: Tally, seconds: float, index: pd.DataFrame) -> dict[str, Any]:
     rejected = store.read_rejected(plan.feature_set)
     rejected = rejected[rejected[ITEM_ID].isin(plan.item_ids) & ~rejected[ITEM_ID].isin(index[ITEM_ID])]
-    actor_seconds = seconds * plan.config.pool.max_actors
+    reasons = Counter(zip(rejected[STAGE], rejected[ERROR], strict=True))
+    report = tally.report(seconds) if len(plan.todo) else {}
+    if report:
+        print(f"extract: {report['slowest_stage']}", file=sys.stderr)
     return {
         "feature_set": plan.feature_set,
         "items": len(plan.item_ids),
@@ -114,17 +152,15 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
         "skipped": len(plan.item_ids) - len(plan.todo),
         "rejected": len(rejected),
         "rejected_now": sum(tally.reasons.values()),
-        "rejected_by_reason": {
-            f"{s}/{e}": n for (s, e), n in sorted(Counter(zip(rejected[STAGE], rejected[ERROR], strict=True)).items())
-        },
+        "rejected_by_reason": {f"{stage}/{error}": n for (stage, error), n in sorted(reasons.items())},
         "seconds": round(seconds, 3),
         "videos_per_second": round(len(plan.todo) / seconds, 3) if len(plan.todo) else 0.0,
-        "forward_seconds": round(tally.forward_seconds, 3),
+        "forward_seconds": round(tally.seconds[stages.FORWARD_SECONDS], 3),
         "actors": plan.config.pool.max_actors,
-        "busy_fraction": round(tally.forward_seconds / actor_seconds, 4) if len(plan.todo) else 0.0,
+        "busy_fraction": round(tally.busy("forward", seconds), 4) if len(plan.todo) else 0.0,
         "features": len(plan.recipe.feature_names),
         "manifest": plan.manifest_report,
-    }
+    } | report
 
 
 def _dataset(plan: Plan) -> ray.data.Dataset:
@@ -133,7 +169,7 @@ def _dataset(plan: Plan) -> ray.data.Dataset:
     context.enable_progress_bars = False  # our own lines on stderr say what a user of this job asks
     context.max_consecutive_actor_init_deaths = 3
     config, pool = plan.config, plan.config.pool
-    rows: ray.data.Dataset = ray.data.from_arrow(plan.todo.select([ITEM_ID, URI]))
+    rows: ray.data.Dataset = ray.data.from_arrow(plan.todo)
     rows = rows.repartition(target_num_rows_per_block=pool.videos_per_block)  # else one block, and one actor works
     clips = rows.map_batches(
         cast(Any, stages.decode),
@@ -146,12 +182,16 @@ def _dataset(plan: Plan) -> ray.data.Dataset:
     features = clips.map_batches(
         Extractor,
         fn_constructor_kwargs={"lvlm": config.lvlm, "recipe": plan.recipe},
-        batch_size=config.lvlm.batch_size,
+        batch_size=config.lvlm.batch_size * BATCHES_AT_ONCE,
         batch_format="pyarrow",
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor,
-        # one forward at a time; the second call fetches its clips and hands on its features meanwhile
-        compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors, max_concurrent_calls_per_actor=2),
+        compute=ActorPoolStrategy(
+            min_size=pool.min_actors,
+            max_size=pool.max_actors,
+            max_concurrent_calls_per_actor=CALLS_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
     )
     return features.map_batches(
         cast(Any, stages.write),
@@ -160,36 +200,3 @@ def _dataset(plan: Plan) -> ray.data.Dataset:
         batch_format="pyarrow",
         num_cpus=0.1,
     )
-
-
-class _Tally:
-    """Counts of a running extraction, told on stderr and to `log` every few seconds."""
-
-    def __init__(self, total: int, log: Callable[[dict[str, float], int], None]) -> None:
-        self.total, self.log = total, log
-        self.written = 0
-        self.forward_seconds = 0.0
-        self.reasons: Counter[tuple[str, str]] = Counter()
-        self.model_message = ""
-        self.started = self.told = time.perf_counter()
-
-    def add(self, block: pa.Table) -> None:
-        bad = block.filter(pc.is_valid(block[ERROR])).to_pylist()
-        self.written += len(block) - len(bad)
-        self.reasons.update((row[STAGE], row[ERROR]) for row in bad)
-        self.forward_seconds += pc.sum(block[stages.FORWARD_SECONDS]).as_py() or 0.0
-        for row in bad:
-            if row[STAGE] in stages.MODEL_STAGES:
-                self.model_message = row[MESSAGE]
-        done = self.written + sum(self.reasons.values())
-        now = time.perf_counter()
-        if now - self.told >= PROGRESS_SECONDS or done == self.total:
-            self.told = now
-            rate = done / (now - self.started)
-            left = (self.total - done) / rate
-            print(
-                f"extract: {done}/{self.total} videos, {done - self.written} rejected, "
-                f"{rate:.2f} videos/s, {left:.0f} s left",
-                file=sys.stderr,
-            )
-            self.log({"videos": done, "rejected": done - self.written, "videos_per_second": rate}, done)

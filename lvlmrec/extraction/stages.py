@@ -5,9 +5,11 @@ A row that fails at a stage keeps its place and carries `stage`, `error` and `me
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +21,17 @@ from lvlmrec import storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, PART, ROW, STAGE, URI
 from lvlmrec.config import option
 from lvlmrec.extraction.isolation import IsolatedDecoder
+from lvlmrec.extraction.manifest import MEDIA_COLUMNS
 from lvlmrec.features import store
-from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe import MEDIA, Recipe
 from lvlmrec.lvlms import LVLMS, LVLMConfig
+from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import Clip, VideoError
 
-FORWARD_SECONDS = "forward_seconds"  # a row's share of its batch's time in the model; see `Extractor`
+# A row's share of the time that its batch spent in a stage; see `Extractor`.
+SECONDS = ("decode_seconds", "prepare_seconds", "forward_seconds", "write_seconds")
+DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS, WRITE_SECONDS = SECONDS
+TEXTS = "texts"
 MODEL_STAGES = ("model", "cast")
 FAILURE = {STAGE: pa.string(), ERROR: pa.string(), MESSAGE: pa.string()}
 CLIP = {
@@ -35,10 +42,18 @@ CLIP = {
     "num_source_frames": pa.int64(),
     "duration": pa.float64(),
 }
-DECODED = pa.schema({ITEM_ID: pa.string(), URI: pa.string(), **FAILURE, **CLIP})
-WRITTEN = pa.schema(
-    {ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, FORWARD_SECONDS: pa.float64()}
+MEASURED = {name: pa.float64() for name in SECONDS}
+DECODED = pa.schema(
+    {
+        ITEM_ID: pa.string(),
+        URI: pa.string(),
+        TEXTS: pa.map_(pa.string(), pa.string()),
+        **FAILURE,
+        DECODE_SECONDS: pa.float64(),
+    }
+    | {f"{kind}.{name}": column for kind in MEDIA for name, column in CLIP.items()}
 )
+WRITTEN = pa.schema({ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, **MEASURED})
 
 
 @dataclass(frozen=True)
@@ -50,85 +65,116 @@ class DecodeConfig:
 
 
 def decode(rows: pa.Table, recipe: Recipe, config: DecodeConfig) -> Iterator[pa.Table]:
-    """Sample each video's frames in the child process of this worker; one row at a time, to bound memory."""
-    for item_id, uri in zip(rows[ITEM_ID].to_pylist(), rows[URI].to_pylist(), strict=True):
+    """What a recipe shows of each item, decoded in the child process of this worker; row by row, to bound memory."""
+    for row in rows.to_pylist():
+        started = time.perf_counter()
         try:
-            with storage.local_copy(uri) as path:
-                clip = _decoder(config.memory_mb).sample_clip(
-                    path, recipe.frames, recipe.frame_max_side, config.timeout_s
-                )
-            outcome = _clip_row(clip)
+            _check_texts(recipe, row)
+            outcome: dict[str, Any] = {TEXTS: [(field, row[field]) for field in recipe.fields]}
+            for kind in recipe.media:
+                clip = _decode(row[MEDIA_COLUMNS[kind]], recipe.frames if kind == "video" else 1, recipe, config)
+                outcome |= {f"{kind}.{name}": value for name, value in _clip_row(clip).items()}
         except VideoError as error:
             outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: _one_line(error.message)}
         except (OSError, ValueError) as error:
             outcome = {STAGE: "fetch", ERROR: type(error).__name__, MESSAGE: _one_line(error)}
-        yield pa.Table.from_pylist([{ITEM_ID: item_id, URI: uri, **outcome}], schema=DECODED)
+        seconds = time.perf_counter() - started
+        known = {ITEM_ID: row[ITEM_ID], URI: row.get(URI, ""), DECODE_SECONDS: seconds}
+        yield pa.Table.from_pylist([known | outcome], schema=DECODED)
+
+
+def _decode(uri: str, num_frames: int, recipe: Recipe, config: DecodeConfig) -> Clip:
+    if not uri:
+        raise VideoError("fetch", "missing", "the manifest names no file")
+    with storage.local_copy(uri) as path:
+        return _decoder(config.memory_mb).sample_clip(path, num_frames, recipe.frame_max_side, config.timeout_s)
+
+
+def _check_texts(recipe: Recipe, row: Mapping[str, str]) -> None:
+    """A prompt that shows text alone needs some. Raises `VideoError`."""
+    for name, prompt in recipe.prompts.items():
+        if prompt.input == "text" and prompt.fields and not any(row[field].strip() for field in prompt.fields):
+            raise VideoError("text", "empty", f"prompt {name!r} shows {', '.join(prompt.fields)} alone: empty")
 
 
 class Extractor:
-    """A pool's actor: one frozen LVLM, clips in, features out.
+    """A pool's actor: one frozen LVLM, clips in, features out. Called by several threads at once.
 
-    `forward_seconds` of the rows of a batch add up to the seconds that it spent in the model's `extract`, failed
-    attempts included. The model's own preprocessing is in it; decoding, fetching, casting and waiting are not.
+    While one batch is in the model's `extract`, the next is prepared and the one after it fetched. The seconds of the
+    rows of a batch add up to what it spent in `prepare` and in `extract`, failed attempts included; waiting is not.
     """
 
     def __init__(self, lvlm: LVLMConfig, recipe: Recipe) -> None:
         self.recipe = recipe
         self.lvlm = LVLMS[lvlm.name].load(lvlm, recipe)
+        self._preparing, self._extracting = threading.Lock(), threading.Lock()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        self.forward_seconds = 0.0
-        failed = rows.filter(pc.is_valid(rows[ERROR])).select([ITEM_ID, URI, *FAILURE])
+        spent = {PREPARE_SECONDS: 0.0, FORWARD_SECONDS: 0.0}
+        kept = [ITEM_ID, URI, *FAILURE, DECODE_SECONDS]
+        failed = rows.filter(pc.is_valid(rows[ERROR])).select(kept)
         decoded = rows.filter(pc.is_null(rows[ERROR]))
-        tables = [self._features(decoded)] if len(decoded) else []
-        seconds = self.forward_seconds / len(rows)
+        tables = [self._features(decoded, spent)] if len(decoded) else []
         table = pa.concat_tables([_extracted(self.recipe).empty_table(), *tables, failed], promote_options="default")
-        return table.set_column(
-            table.column_names.index(FORWARD_SECONDS), FORWARD_SECONDS, pa.array([seconds] * len(table))
-        )
+        for name, seconds in spent.items():
+            shares = pa.array([seconds / len(rows)] * len(table))
+            table = table.set_column(table.column_names.index(name), name, shares)
+        return table
 
-    def _features(self, rows: pa.Table) -> pa.Table:
-        """A batch in one forward; when that fails, one by one, so that an item costs no neighbour."""
+    def _features(self, rows: pa.Table, spent: dict[str, float]) -> pa.Table:
+        """A batch at once; when that fails, one by one, so that an item costs no neighbour."""
         try:
-            return self._forward(rows)
+            return self._extract(rows, spent)
         except Exception as error:
             if len(rows) > 1:
-                return pa.concat_tables(
-                    [self._features(rows.slice(i, 1)) for i in range(len(rows))], promote_options="default"
-                )
+                singles = [self._features(rows.slice(i, 1), spent) for i in range(len(rows))]
+                return pa.concat_tables(singles, promote_options="default")
             model, cast = MODEL_STAGES
             failure = {
                 STAGE: cast if isinstance(error, store.CastError) else model,
                 ERROR: type(error).__name__,
                 MESSAGE: _one_line(error),
             }
-            row = {ITEM_ID: rows[ITEM_ID][0].as_py(), URI: rows[URI][0].as_py(), **failure}
-            return pa.Table.from_pylist([row], schema=_extracted(self.recipe))
+            known = {name: rows[name][0].as_py() for name in (ITEM_ID, URI, DECODE_SECONDS)}
+            return pa.Table.from_pylist([known | failure], schema=_extracted(self.recipe))
 
-    def _forward(self, rows: pa.Table) -> pa.Table:
-        clips = [_clip(row) for row in _python_rows(rows)]
-        started = time.perf_counter()
-        try:
-            features = self.lvlm.extract(clips)
-        finally:
-            self.forward_seconds += time.perf_counter() - started
-        item_ids = rows[ITEM_ID].to_pylist()
-        table = store.feature_table(self.recipe, item_ids, [clip.num_distinct_frames for clip in clips], features)
-        return table.append_column(URI, rows[URI].cast(pa.string()))
+    def _extract(self, rows: pa.Table, spent: dict[str, float]) -> pa.Table:
+        items = _items(rows, self.recipe)
+        with self._preparing, _timed(spent, PREPARE_SECONDS):
+            prepared = self.lvlm.prepare(items)
+        with self._extracting, _timed(spent, FORWARD_SECONDS):
+            columns = self.lvlm.extract(prepared)
+        num_frames = [item.video.num_distinct_frames if item.video else 0 for item in items]
+        table = store.feature_table(self.recipe, [item.item_id for item in items], num_frames, columns)
+        table = table.append_column(URI, rows[URI].cast(pa.string()))
+        return table.append_column(DECODE_SECONDS, rows[DECODE_SECONDS])
 
 
 def write(rows: pa.Table, uri: str, recipe: Recipe) -> pa.Table:
     """Write a part with the rows that have features and a file with those that were rejected."""
+    started = time.perf_counter()
     good = rows.filter(pc.is_null(rows[ERROR]))
     bad = rows.filter(pc.is_valid(rows[ERROR]))
     part = store.write_part(uri, recipe, good) if len(good) else None
     if len(bad):
         store.write_rejected(uri, bad.select(list(store.REJECTED_COLUMNS)).to_pylist())
-    good = good.select([ITEM_ID, FORWARD_SECONDS])
+    good = good.select([ITEM_ID, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
     good = good.append_column(PART, pa.array([part] * len(good), pa.string()))
     good = good.append_column(ROW, pa.array(range(len(good)), pa.int64()))
-    bad = bad.select([ITEM_ID, *FAILURE, FORWARD_SECONDS])
-    return pa.concat_tables([WRITTEN.empty_table(), good, bad], promote_options="default")
+    bad = bad.select([ITEM_ID, *FAILURE, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
+    written = pa.concat_tables([WRITTEN.empty_table(), good, bad], promote_options="default")
+    share = (time.perf_counter() - started) / max(len(written), 1)
+    column = written.column_names.index(WRITE_SECONDS)
+    return written.set_column(column, WRITE_SECONDS, pa.array([share] * len(written), pa.float64()))
+
+
+@contextlib.contextmanager
+def _timed(spent: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        spent[name] += time.perf_counter() - started
 
 
 @functools.cache
@@ -137,7 +183,8 @@ def _decoder(memory_mb: int) -> IsolatedDecoder:
 
 
 def _extracted(recipe: Recipe) -> pa.Schema:
-    extra = pa.schema({URI: pa.string(), **FAILURE, FORWARD_SECONDS: pa.float64()})
+    measured = {name: pa.float64() for name in (DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS)}
+    extra = pa.schema({URI: pa.string(), **FAILURE, **measured})
     return pa.unify_schemas([store.schema(recipe), extra])
 
 
@@ -152,11 +199,21 @@ def _clip_row(clip: Clip) -> dict[str, Any]:
     }
 
 
-def _python_rows(rows: pa.Table) -> Sequence[dict[str, Any]]:
-    """Rows as dicts, the frames as buffers that are not copied."""
-    plain = rows.select([name for name in CLIP if name != "frames"]).to_pylist()
-    frames = [scalar.as_buffer() for scalar in rows["frames"]]
-    return [row | {"frames": buffer} for row, buffer in zip(plain, frames, strict=True)]
+def _items(rows: pa.Table, recipe: Recipe) -> list[Item]:
+    """Rows of `DECODED` as the model takes them; frames are buffers that are not copied."""
+    clips = {kind: _clips(rows, kind) for kind in recipe.media}
+    texts = rows[TEXTS].to_pylist()
+    return [
+        Item(item_id, **{kind: clips[kind][i] for kind in recipe.media}, texts=dict(texts[i] or []))
+        for i, item_id in enumerate(rows[ITEM_ID].to_pylist())
+    ]
+
+
+def _clips(rows: pa.Table, kind: str) -> list[Clip]:
+    plain = rows.select([f"{kind}.{name}" for name in CLIP if name != "frames"])
+    plain = plain.rename_columns([name.removeprefix(f"{kind}.") for name in plain.column_names])
+    frames = [scalar.as_buffer() for scalar in rows[f"{kind}.frames"]]
+    return [_clip(row | {"frames": buffer}) for row, buffer in zip(plain.to_pylist(), frames, strict=True)]
 
 
 def _clip(row: dict[str, Any]) -> Clip:

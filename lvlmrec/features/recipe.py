@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,21 +14,38 @@ from lvlmrec.config import option
 from lvlmrec.errors import ConfigError
 from lvlmrec.taps import FeatureName, Tap
 
-POOLINGS = ("visual_mean", "all_mean", "last_token")
+# Of the prompt's own tokens; of what the model answered, `new`; of an end-of-sequence token put behind either.
+POOLINGS = ("visual_mean", "all_mean", "last_token", "new_mean", "eos", "prompt_eos")
+OF_VISUAL = ("visual_mean",)
+OF_ANSWER = ("new_mean", "eos")
+FIRST_TOKEN = "first_token"  # the class token of a text or vision encoder; no token of an LVLM is one
 MERGED = "merged_"  # merged_16: the visual tokens merged down to 16, and how many each of them stands for
+NEW_MERGED = "new_merged_"  # the same of the answer's tokens
 SIZES = ".sizes"
 DTYPES = ("float16", "bfloat16", "float32")
 PLACES = ("after", "before")
-VISION_PROMPT = "video"  # the prompt part of a vision tap's name: no prompt reaches the vision tower
-FORMAT = 1  # counted up when sampling, pooling or naming change what a feature is
+MEDIA = ("video", "cover")
+INPUTS = (*MEDIA, "text")
+ANSWER, FINISH = "text", "finish"  # last part of the names of the columns with what was generated, and why it ended
+FORMAT = 2  # counted up when sampling, pooling or naming change what a feature is
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One entry of the prompt bank."""
+    """One entry of the prompt bank. With `max_new_tokens` the model answers, and the answer is stored."""
 
-    text: str = option("Describe this video.", "what the model is asked; may be empty")
-    place: str = option("after", "where the text stands relative to the video", choices=PLACES)
+    text: str = option("Describe this video.", "what the model is asked; {title}, {text}, ... are columns of the input")
+    place: str = option("after", "where the text stands relative to the video or cover", choices=PLACES)
+    input: str = option("video", "what the model is shown: the video, the cover image, or text alone", choices=INPUTS)
+    max_new_tokens: int = option(0, "length limit of the answer; 0: the model reads and does not answer", minimum=0)
+    stop: list[str] = option([], "strings that end an answer; they are not part of it")
+    temperature: float = option(0.0, "0: the likeliest token; else sampled, seeded for each item", minimum=0)
+    top_p: float = option(1.0, "sample from the likeliest tokens that make up this share", minimum=0)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The columns of the manifest that the text names, `{title}`; other braces are text."""
+        return tuple(dict.fromkeys(re.findall(r"\{(\w+)\}", self.text)))
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,8 @@ class RecipeConfig:
     prompts: dict[str, Prompt] = option({"describe": Prompt()}, "the prompt bank: name -> text, place")
     poolings: list[str] = option(
         ["visual_mean"],
-        "how the tokens of a hidden state become one vector: visual_mean, all_mean, last_token; or a few: merged_16",
+        "how the tokens of a hidden state become one vector: visual_mean, all_mean, last_token, new_mean (of the "
+        "answer), eos, prompt_eos, first_token (of an encoder); or a few: merged_16, new_merged_8",
     )
     dtype: str = option("float16", "dtype of the stored features", choices=DTYPES)
 
@@ -56,7 +74,9 @@ class LVLMInfo:
     """What a model is, known from its files without loading its weights.
 
     `identity` names the weights by content (local directory) or by hub id and resolved commit, never by path.
-    `num_layers` and `width` have one entry per tower, `llm` and `vision`.
+    `num_layers` and `width` have one entry per tower: `llm` and `vision` of an LVLM, `text` of a text encoder, `vision`
+    of a video or image encoder. `width` may name single taps too, where layers differ. `inputs` are what its prompts
+    can show, `poolings` what its taps can be pooled by.
     """
 
     family: str
@@ -64,6 +84,8 @@ class LVLMInfo:
     compute_dtype: str
     num_layers: Mapping[str, int]
     width: Mapping[str, int]
+    inputs: tuple[str, ...] = INPUTS
+    poolings: tuple[str, ...] = (*POOLINGS, MERGED, NEW_MERGED)
 
 
 @dataclass(frozen=True)
@@ -80,17 +102,53 @@ class Recipe:
     poolings: tuple[str, ...]
     dtype: str
     width: Mapping[str, int]
+    seed: int = 0
+    texts_from: str = ""
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """What has to be decoded: `video`, `cover`, both or neither."""
+        shown = {prompt.input for prompt in self.prompts.values()}
+        return tuple(kind for kind in MEDIA if kind in shown)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The columns of the manifest that the prompts name."""
+        return tuple(dict.fromkeys(field for prompt in self.prompts.values() for field in prompt.fields))
 
     @property
     def feature_names(self) -> tuple[FeatureName, ...]:
-        """The feature columns, in order. Taps before the decoder appear once, pooled by mean, whatever the prompts."""
-        video = [FeatureName(VISION_PROMPT, tap, "visual_mean") for tap in self.taps if tap.tower != "llm"]
-        llm = [tap for tap in self.taps if tap.tower == "llm"]
-        columns = [column for pooling in self.poolings for column in columns_of(pooling)]
+        """The feature columns, in order.
+
+        Taps of a vision tower and of the projector appear once for what they see, whatever the prompts; those of an
+        LVLM see the video and are pooled by mean.
+        """
+        is_lvlm = "llm" in self.width
+        columns = ("visual_mean",) if is_lvlm else self.poolings
+        seen = [
+            FeatureName(kind, tap, column)
+            for kind in (self.media[:1] if is_lvlm else self.media)
+            for tap in self.taps
+            if tap.tower not in taps.READS_TEXT
+            for column in columns
+        ]
+        read = [tap for tap in self.taps if tap.tower in taps.READS_TEXT]
         return (
-            *video,
-            *(FeatureName(prompt, tap, column) for prompt in self.prompts for tap in llm for column in columns),
+            *seen,
+            *(
+                FeatureName(name, tap, column)
+                for name, prompt in self.prompts.items()
+                for tap in read
+                for pooling in poolings_of(prompt, self.poolings)
+                for column in columns_of(pooling)
+            ),
         )
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """The columns of text: for each prompt that is answered, the answer and why it ended (eos, stop or length)."""
+        answered = [name for name, prompt in self.prompts.items() if prompt.max_new_tokens]
+        return tuple(f"{name}/{part}" for name in answered for part in (ANSWER, FINISH))
 
     @property
     def vector_names(self) -> tuple[FeatureName, ...]:
@@ -99,7 +157,9 @@ class Recipe:
 
     def shape(self, name: FeatureName) -> tuple[int, ...]:
         """The shape of one item's value in a column: [D], of merged tokens [K, D], of their sizes [K]."""
-        width = self.width["llm" if name.tap.tower == taps.PROJECTOR else name.tap.tower]
+        width = (
+            self.width.get(str(name.tap)) or self.width["llm" if name.tap.tower == taps.PROJECTOR else name.tap.tower]
+        )
         num_tokens = num_merged(name.pooling)
         if num_tokens is None:
             return (width,)
@@ -132,8 +192,8 @@ class Recipe:
 
 
 def num_merged(pooling: str) -> int | None:
-    """K of `merged_K` and `merged_K.sizes`; None for what makes one vector."""
-    match = re.fullmatch(rf"{MERGED}([1-9]\d*)({re.escape(SIZES)})?", pooling)
+    """K of `merged_K`, `new_merged_K` and their `.sizes`; None for what makes one vector."""
+    match = re.fullmatch(rf"(?:{NEW_MERGED}|{MERGED})([1-9]\d*)({re.escape(SIZES)})?", pooling)
     return None if match is None else int(match[1])
 
 
@@ -142,28 +202,79 @@ def columns_of(pooling: str) -> tuple[str, ...]:
     return (pooling,) if num_merged(pooling) is None else (pooling, pooling + SIZES)
 
 
-def resolve(config: RecipeConfig, info: LVLMInfo) -> Recipe:
-    """The recipe of `config` for the model that `info` describes. Raises `ConfigError`."""
-    if not config.prompts:
-        raise ConfigError("recipe.prompts: empty; expected at least one prompt")
-    for name in config.prompts:
-        if "/" in name or name == VISION_PROMPT:
-            raise ConfigError(f"recipe.prompts.{name}: a prompt's name has no '/' and is not {VISION_PROMPT!r}")
+def poolings_of(prompt: Prompt, poolings: Sequence[str]) -> tuple[str, ...]:
+    """Those of `poolings` that a prompt has tokens for: visual ones, ones of an answer."""
+
+    def applies(pooling: str) -> bool:
+        if pooling in OF_VISUAL or pooling.startswith(MERGED):
+            return prompt.input != "text"
+        if pooling in OF_ANSWER or pooling.startswith(NEW_MERGED):
+            return prompt.max_new_tokens > 0
+        return pooling != "prompt_eos" or prompt.max_new_tokens == 0
+
+    return tuple(pooling for pooling in poolings if applies(pooling))
+
+
+def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str = "") -> Recipe:
+    """The recipe of `config` for the model that `info` describes. Raises `ConfigError`.
+
+    `seed` draws the answers that are sampled; `texts_from` names the feature set whose generated texts prompts read.
+    """
     if not config.taps or not config.poolings:
         raise ConfigError("recipe.taps and recipe.poolings: expected at least one of each")
-    for pooling in config.poolings:
-        if pooling not in POOLINGS and (num_merged(pooling) is None or pooling.endswith(SIZES)):
-            choices = ", ".join(sorted(POOLINGS))
-            raise ConfigError(f"recipe.poolings: {pooling!r} is not one of {choices}, {MERGED}K such as {MERGED}16")
+    resolved_taps = taps.resolve(config.taps, info.num_layers)
+    _check_poolings(config, info)
+    _check_prompts(config, info)
+    if any(tap.tower == taps.PROJECTOR or tap.tower == "vision" for tap in resolved_taps):
+        kinds = ["video"] if "llm" in info.num_layers else list(MEDIA)
+        if not any(prompt.input in kinds for prompt in config.prompts.values()):
+            raise ConfigError(f"recipe.taps: a vision tap sees the {' or '.join(kinds)}, and no prompt has it as input")
+    is_sampled = any(prompt.temperature > 0 and prompt.max_new_tokens for prompt in config.prompts.values())
     return Recipe(
         family=info.family,
         identity=info.identity,
         compute_dtype=info.compute_dtype,
         frames=config.frames,
         frame_max_side=config.frame_max_side,
-        taps=taps.resolve(config.taps, info.num_layers),
+        taps=resolved_taps,
         prompts=config.prompts,
         poolings=tuple(dict.fromkeys(config.poolings)),
         dtype=config.dtype,
         width=dict(info.width),
+        seed=seed if is_sampled else 0,
+        texts_from=texts_from if any(prompt.fields for prompt in config.prompts.values()) else "",
     )
+
+
+def _check_poolings(config: RecipeConfig, info: LVLMInfo) -> None:
+    for pooling in config.poolings:
+        merged = pooling.rstrip("0123456789") if num_merged(pooling) is not None else ""
+        if (merged or pooling) not in info.poolings or (pooling.endswith("_") and not merged):
+            choices = ", ".join(f"{name}K such as {name}16" if name.endswith("_") else name for name in info.poolings)
+            raise ConfigError(f"recipe.poolings: {pooling!r} is not one of {choices}")
+        if not any(pooling in poolings_of(prompt, [pooling]) for prompt in config.prompts.values()):
+            raise ConfigError(
+                f"recipe.poolings: {pooling!r} has no tokens in any prompt; visual ones need input=video or cover, "
+                f"those of an answer max_new_tokens, prompt_eos a prompt without an answer"
+            )
+
+
+def _check_prompts(config: RecipeConfig, info: LVLMInfo) -> None:
+    if not config.prompts:
+        raise ConfigError("recipe.prompts: empty; expected at least one prompt")
+    for name, prompt in config.prompts.items():
+        key = f"recipe.prompts.{name}"
+        if "/" in name or name in INPUTS:
+            raise ConfigError(f"{key}: a prompt's name has no '/' and is not one of {', '.join(INPUTS)}")
+        if prompt.input not in info.inputs:
+            raise ConfigError(f"{key}.input: {prompt.input!r}: {info.family} reads {', '.join(info.inputs)}")
+        if prompt.input == "text" and not prompt.text:
+            raise ConfigError(f"{key}.text: empty, and input=text shows nothing else; name a column such as {{title}}")
+        if not poolings_of(prompt, config.poolings) and not prompt.max_new_tokens:
+            raise ConfigError(f"{key}: none of recipe.poolings {config.poolings} has tokens in it")
+        if prompt.text and not set(taps.READS_TEXT) & set(info.num_layers):
+            raise ConfigError(f"{key}.text: {prompt.text!r}: {info.family} reads no text; leave it empty")
+        if prompt.max_new_tokens and "llm" not in info.num_layers:
+            raise ConfigError(f"{key}.max_new_tokens: {prompt.max_new_tokens}: {info.family} generates no text")
+        if prompt.top_p == 0 or prompt.top_p > 1:
+            raise ConfigError(f"{key}.top_p: {prompt.top_p} is not above 0 and up to 1")

@@ -2,8 +2,8 @@
 
     <store>/<name>-<fingerprint>/
       recipe.json        what the features are
-      parts/*.parquet    item_id, num_distinct_frames, and one fixed-size-list column per feature; of several tokens
-                         per item, [K, D], the rows one after another
+      parts/*.parquet    item_id, num_distinct_frames (0: no video was shown), and one fixed-size-list column per
+                         feature; of several tokens per item, [K, D], the rows one after another; generated texts
       rejected/*.parquet item_id, uri, stage, error, message
       index.parquet      item_id -> part, row; written last, atomically: readers see only what it lists
 
@@ -29,7 +29,7 @@ import torch
 from lvlmrec import storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, STAGE, URI
 from lvlmrec.errors import InputError
-from lvlmrec.features.recipe import SIZES, Recipe
+from lvlmrec.features.recipe import ANSWER, SIZES, Recipe
 from lvlmrec.taps import FeatureName
 
 INDEX = "index.parquet"
@@ -122,20 +122,21 @@ def schema(recipe: Recipe) -> pa.Schema:
         metadata = {DTYPE_KEY: dtype.encode(), SHAPE_KEY: ",".join(map(str, shape)).encode()}
         element = pa.from_numpy_dtype(_numpy_dtype(dtype))
         fields.append(pa.field(str(name), pa.list_(element, math.prod(shape)), metadata=metadata))
-    return pa.schema(fields)
+    return pa.schema([*fields, *(pa.field(name, pa.string()) for name in recipe.text_names)])
 
 
 def feature_table(
-    recipe: Recipe, item_ids: Sequence[str], num_distinct_frames: Sequence[int], features: Mapping[str, torch.Tensor]
+    recipe: Recipe, item_ids: Sequence[str], num_distinct_frames: Sequence[int], columns: Mapping[str, Any]
 ) -> pa.Table:
-    """Rows of a part; `features[name]` is [len(item_ids), product of the shape]. Raises `CastError`.
+    """Rows of a part; `columns[name]` is [len(item_ids), product of the shape], or texts. Raises `CastError`.
 
     `num_distinct_frames` below `recipe.frames` says that the video was short and frames were repeated.
     """
     arrays = [pa.array(item_ids, pa.string()), pa.array(num_distinct_frames, pa.int32())]
     for name in recipe.feature_names:
-        values = cast(features[str(name)], _stored_dtype(recipe, name), str(name))
+        values = cast(columns[str(name)], _stored_dtype(recipe, name), str(name))
         arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
+    arrays += [pa.array(columns[name], pa.string()) for name in recipe.text_names]
     return pa.Table.from_arrays(arrays, schema=schema(recipe))
 
 
@@ -161,6 +162,18 @@ def cast(values: torch.Tensor, dtype: str, name: str) -> np.ndarray:
         peak = float(values.abs().max())
         raise CastError(f"{name}: {peak:.4g} overflows {dtype}; use recipe.dtype=bfloat16 or float32, or drop this tap")
     return stored.view(torch.uint16).numpy() if dtype == "bfloat16" else stored.numpy()
+
+
+def read_texts(uri: str) -> pd.DataFrame:
+    """What the prompts of a committed feature set were answered: item_id, and a column by each prompt's name."""
+    feature_set = read(uri)
+    names = {name: name.removesuffix(f"/{ANSWER}") for name in feature_set.recipe.text_names if name.endswith(ANSWER)}
+    frames = []
+    for part, rows in feature_set.index.groupby(PART, sort=True):
+        table = storage.read_table(storage.join(feature_set.uri, PARTS, str(part)), [ITEM_ID, *names])
+        frames.append(table.take(rows[ROW].to_numpy()).to_pandas())
+    texts = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[ITEM_ID, *names], dtype="str")
+    return texts.rename(columns=names)
 
 
 def read_index(uri: str) -> pd.DataFrame:

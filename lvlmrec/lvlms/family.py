@@ -28,7 +28,6 @@ class NativeFamily:
     vision_layers   path of the vision tower's layer list inside the base model
     patches         splits a vision hidden state into each clip's patch tokens [P, D]
     vision_width    the vision configuration's key for the width of its layers
-    vision_inputs   what the vision tower reads of the processor's outputs
     modality        whether the model takes the frames as a `video` or as one `image` each
     minimum_frames  a shorter clip repeats its last frame up to this many
     video_options   options of the video processor that must not change with transformers' defaults
@@ -40,7 +39,6 @@ class NativeFamily:
     patches: Patches
     tiny: Callable[[], tuple[Any, Any]]
     vision_width: str = "hidden_size"
-    vision_inputs: tuple[str, ...] = ("pixel_values_videos",)
     modality: str = "video"
     minimum_frames: int = 1
     video_options: Mapping[str, Any] = field(default_factory=dict)

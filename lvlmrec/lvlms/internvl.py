@@ -46,7 +46,7 @@ def tiny() -> tuple[Any, Any]:
         tokenizer=words,
         video_processor=InternVLVideoProcessor(size=size),
         image_seq_length=tokens_per_frame,
-        chat_template=chat_template("<video>\n"),
+        chat_template=chat_template("<video>\n", "<IMG_CONTEXT>\n"),
     )
     return model_config, processor
 
@@ -56,6 +56,5 @@ FAMILY = NativeFamily(
     vision_layers="vision_tower.encoder.layer",
     patches=patches_behind_class_token,
     tiny=tiny,
-    vision_inputs=("pixel_values",),
     modality="image",
 )

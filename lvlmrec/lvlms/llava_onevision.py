@@ -9,9 +9,10 @@ from typing import Any
 
 from lvlmrec.lvlms.family import NativeFamily, patches_of_frames
 
-# The published template: every video comes before every text, whatever their order in the message.
+# The published template: every image and video comes before every text, whatever their order in the message.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] + ' ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'video') %}<video>{% endfor %}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] }}{% endfor %}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

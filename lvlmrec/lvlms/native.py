@@ -1,36 +1,37 @@
 """One adapter for the families native to transformers: all taps of a prompt pooled inside one forward.
 
-The vision tower runs once per batch of clips, its result serves every prompt. The decoder ends at the highest tap:
-layers above it are never loaded, and no head turns states into logits. Prompts that follow the video share the
-decoder's work on it, see `prefix.py`; a prompt before the video, or a single one, has a forward of its own.
+The vision tower runs once per batch of items, its result serves every prompt. The decoder ends at the highest tap, and
+no head turns states into logits unless a prompt is answered. Prompts that follow the video share the decoder's work on
+it, see `bank.py` and `prefix.py`. An answer is generated first; then one forward over prompt, answer and an
+end-of-sequence token gives the states of all of them.
 
-Legend: B clips, F frames, S sequence positions, D width.
+Legend: B items, S sequence positions, D width.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import copy
+import inspect
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import VISION_PROMPT, LVLMInfo, Prompt, Recipe
-from lvlmrec.lvlms import prefix, source, torchvision_shim
-from lvlmrec.lvlms.pooling import Start, TokenMasks, pool_columns, pool_end, pool_patches, pool_start, reads_text
-from lvlmrec.lvlms.protocol import ModelConfig
+from lvlmrec.features.recipe import ANSWER, FINISH, LVLMInfo, Recipe, poolings_of
+from lvlmrec.lvlms import conversation, generation, loading, media
+from lvlmrec.lvlms.bank import Bank, Reading
+from lvlmrec.lvlms.hooks import Hooks, ignore
+from lvlmrec.lvlms.media import Media
+from lvlmrec.lvlms.pooling import pool_patches
+from lvlmrec.lvlms.protocol import Item, ModelConfig
 from lvlmrec.taps import PROJECTOR, FeatureName, Tap
-from lvlmrec.video import Clip
 
-UNKNOWN_FPS = 24.0  # transformers' own assumption about a video without a duration
 _PROJECTOR = Tap(PROJECTOR, 0)
-_PROBE = "Where does this text stand?"
+_NO_TOKEN = -1
+Column = Tensor | list[str]
 
 
 class Layout(Protocol):
@@ -43,8 +44,6 @@ class Layout(Protocol):
     @property
     def patches(self) -> Callable[[Tensor, Mapping[str, Any], int], Sequence[Tensor]]: ...
     @property
-    def vision_inputs(self) -> tuple[str, ...]: ...
-    @property
     def modality(self) -> str: ...
     @property
     def minimum_frames(self) -> int: ...
@@ -53,304 +52,200 @@ class Layout(Protocol):
     def inspect(self, config: ModelConfig) -> LVLMInfo: ...
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The items of one forward, on the CPU.
+
+    rows     where they stand among the items that were prepared
+    prompts  prompt -> each item's token ids
+    """
+
+    rows: list[int]
+    item_ids: list[str]
+    media: dict[str, Media]
+    prompts: dict[str, list[list[int]]]
+
+
 def load(family: Layout, config: ModelConfig, recipe: Recipe) -> NativeLVLM:
     """The model of `config`, ready for `recipe`. Raises `ConfigError`, also when the files are not the recipe's."""
-    torchvision_shim.ensure_importable()
-    from transformers import AutoProcessor
-
-    device, info = _device(config), family.inspect(config)
-    if info.identity != recipe.identity:
-        raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
-    base = _load_base_model(family, config, recipe, info)
-    with _reading(config):
-        processor = AutoProcessor.from_pretrained(config.model, revision=source.resolve_revision(config))
-    processor.tokenizer.padding_side = "left"
-    return NativeLVLM(family, base.to(device), processor, recipe, info, config.batch_size)
+    model = loading.load_model(family, config, recipe)
+    processor = loading.load_processor(config)
+    lvlm = NativeLVLM(family, model, processor, recipe, family.inspect(config), config.batch_size)
+    if config.compile:
+        lvlm.hooks.compile()
+    return lvlm
 
 
 class NativeLVLM:
-    """A loaded model; see `protocol.LVLM`. Not thread-safe: hooks write into the forward under way."""
+    """A loaded model; see `protocol.LVLM`. `model` has its head if the recipe asks for answers, else it has none."""
 
     def __init__(
-        self, family: Layout, base: Any, processor: Any, recipe: Recipe, info: LVLMInfo, batch_size: int
+        self, family: Layout, model: Any, processor: Any, recipe: Recipe, info: LVLMInfo, batch_size: int
     ) -> None:
         self.info = info
-        self._family, self._base, self._processor = family, base, processor
+        self._family, self._model, self._processor = family, model, processor
+        self._base = model.base_model if recipe.text_names else model
         self._recipe, self._batch_size = recipe, batch_size
+        # One thread may prepare while another answers, and a tokenizer is not for two.
+        self._tokenizer = copy.deepcopy(processor.tokenizer)
+        self._specials = conversation.special_tokens(processor)
         self._has_llm_taps = any(tap.tower == "llm" for tap in recipe.taps)
-        self._texts = {name: _render(processor, name, prompt) for name, prompt in recipe.prompts.items()}
-        self._pool: Callable[[Tap, Tensor], None]  # what the hooks call; set anew before every forward
-        self._attach_hooks()
+        prompts = recipe.prompts if self._has_llm_taps or recipe.text_names else {}
+        self._texts = {name: conversation.render(processor, name, prompt) for name, prompt in prompts.items()}
+        self.hooks = Hooks(self._base, family.vision_layers, recipe, info.num_layers["llm"])
+        self._bank = Bank(self._base, self.hooks, recipe, batch_size)
 
-    def extract(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
-        """The recipe's features of `clips`: `str(FeatureName)` -> float32 [B, D] on the CPU, in the order of `clips`.
+    def prepare(self, items: Sequence[Item]) -> list[Batch]:
+        """See `protocol.LVLM.prepare`. Videos with different numbers of frames never share a batch."""
+        filled = [self._fill(item) for item in items]
 
-        Clips with the same number of frames share forwards of at most `batch_size` clips.
-        """
-        rows_by_length: dict[int, list[int]] = defaultdict(list)
-        for row, clip in enumerate(clips):
-            rows_by_length[len(clip.frames)].append(row)
+        def size(row: int) -> tuple[int, ...]:
+            clips = [clip.frames.shape[:3] for clip in (items[row].video, items[row].cover) if clip is not None]
+            return (*(side for shape in clips for side in shape), sum(map(len, filled[row].values())))
+
+        batches: list[list[int]] = []
+        for row in sorted(range(len(items)), key=size):
+            if batches and len(batches[-1]) < self._batch_size and size(row)[:1] == size(batches[-1][0])[:1]:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+        return [self._prepare_batch(rows, items, filled) for rows in batches]
+
+    def extract(self, prepared: Sequence[Batch]) -> dict[str, Column]:
+        """See `protocol.LVLM.extract`."""
+        num_items = sum(len(batch.rows) for batch in prepared)
         features = {
-            str(name): torch.empty(len(clips), math.prod(self._recipe.shape(name)))
+            str(name): torch.empty(num_items, math.prod(self._recipe.shape(name)))
             for name in self._recipe.feature_names
         }
-        for rows in rows_by_length.values():
-            for start in range(0, len(rows), self._batch_size):
-                batch = rows[start : start + self._batch_size]
-                for name, pooled_BD in self._extract_batch([clips[row] for row in batch]).items():
-                    features[name][batch] = pooled_BD
-        return features
+        texts = {name: [""] * num_items for name in self._recipe.text_names}
+        for batch in prepared:
+            pooled, answers = self._extract_batch(batch)
+            for name, pooled_BD in pooled.items():
+                features[name][batch.rows] = pooled_BD.cpu()
+            for name, answered in answers.items():
+                for row, text in zip(batch.rows, answered, strict=True):
+                    texts[name][row] = text
+        return features | texts
+
+    def _fill(self, item: Item) -> dict[str, str]:
+        """Each prompt's text with the item's own words in it."""
+        return {
+            name: conversation.fill(text, self._recipe.prompts[name], item.texts, self._specials)
+            for name, text in self._texts.items()
+        }
+
+    def _prepare_batch(self, rows: list[int], items: Sequence[Item], filled: Sequence[Mapping[str, str]]) -> Batch:
+        shown = {}
+        for kind in self._recipe.media:
+            clips = [media.required(getattr(items[row], kind), items[row].item_id, kind) for row in rows]
+            processed = media.process(self._family, self._processor, kind, clips)
+            shown[kind] = Media(
+                {key: self._on_host(key, value) for key, value in processed.inputs.items()}, processed.texts
+            )
+        prompts = {}
+        for name in self._texts:
+            texts = [filled[row][name] for row in rows]
+            kind = self._recipe.prompts[name].input
+            if kind in shown:
+                token = media.placeholder(self._processor, kind)
+                texts = [text.replace(token, own) for text, own in zip(texts, shown[kind].texts, strict=True)]
+            prompts[name] = self._processor.tokenizer(texts)["input_ids"]
+        return Batch(rows, [items[row].item_id for row in rows], shown, prompts)
 
     @torch.inference_mode()
-    def _extract_batch(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
+    def _extract_batch(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+        """Pooled features, and answers with what ended them."""
+        shown = {kind: Media(self._on_device(one.inputs), one.texts) for kind, one in batch.media.items()}
+        pooled, encoded = self._see(shown, len(batch.rows))
+        answered: dict[str, list[str]] = {}
+        bank: dict[str, Reading] = {}
+        for name, rows in batch.prompts.items():
+            ids: list[list[int]] = [[] for _ in rows]
+            if self._recipe.prompts[name].max_new_tokens:
+                answers = self._answer(name, batch, shown, encoded)
+                answered |= {f"{name}/{ANSWER}": answers.texts, f"{name}/{FINISH}": answers.finishes}
+                ids = answers.ids
+            bank[name] = self._reading(name, rows, ids, shown, encoded)
+        return (pooled | self._bank.read(bank) if self._has_llm_taps else pooled), answered
+
+    def _see(self, shown: Mapping[str, Media], num_items: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The pooled taps before the decoder, and each kind of media encoded for the language model."""
         pooled: dict[str, Tensor] = {}
-        inputs, video_texts = self._process(clips)
 
-        def pool_vision(tap: Tap, hidden: Tensor) -> None:
-            patches = self._family.patches(hidden, inputs, len(clips))
-            pooled[str(FeatureName(VISION_PROMPT, tap, "visual_mean"))] = pool_patches(patches)
+        def pool(tap: Tap, hidden: Tensor) -> None:
+            patches = self._family.patches(hidden, shown["video"].inputs, num_items)
+            pooled[str(FeatureName("video", tap, "visual_mean"))] = pool_patches(patches)
 
-        self._pool = pool_vision
-        vision = self._encode_video(inputs)
+        encoded = {}
+        for kind, one in shown.items():
+            self.hooks.pool = pool if kind == "video" else ignore
+            encode = getattr(self._base, f"get_{self._modality(kind)}_features")
+            wanted = inspect.signature(encode).parameters
+            encoded[kind] = encode(**{k: value for k, value in one.inputs.items() if k in wanted}, return_dict=True)
         if _PROJECTOR in self._recipe.taps:
-            pooled[str(FeatureName(VISION_PROMPT, _PROJECTOR, "visual_mean"))] = _pool_projected(vision, len(clips))
-        if self._has_llm_taps:
-            bank: dict[str, dict[str, Tensor]] = {}
-            for name, text in self._texts.items():
-                texts = [text.replace(self._processor.video_token, video_text) for video_text in video_texts]
-                bank[name] = self._tokenize(texts)
-            pooled |= self._read_bank(bank, inputs, vision)
-        return {name: pooled_BD.cpu() for name, pooled_BD in pooled.items()}
+            name = str(FeatureName("video", _PROJECTOR, "visual_mean"))
+            pooled[name] = _pool_projected(encoded["video"], num_items)
+        return pooled, encoded
 
-    def _process(self, clips: Sequence[Clip]) -> tuple[dict[str, Any], list[str]]:
-        """The processor's tensors for the videos, and each video's text: its place-holder tokens and timestamps."""
-        frames = [_at_least(clip.frames, self._family.minimum_frames) for clip in clips]
-        inputs = self._processor(
-            text=[self._processor.video_token] * len(clips),
-            videos=frames,
-            video_metadata=[_metadata(clip, len(frames[row])) for row, clip in enumerate(clips)],
-            do_sample_frames=False,
-            input_data_format="channels_last",
-            return_text_replacement_offsets=True,
-            return_tensors="pt",
-            padding=True,
-            **self._family.video_options,
-        )
-        video_texts = [offsets[0]["replacement"] for offsets in inputs.pop("text_replacement_offsets")]
-        for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            inputs.pop(key, None)
-        return self._to_device(inputs), video_texts
+    def _answer(
+        self, name: str, batch: Batch, shown: Mapping[str, Media], encoded: Mapping[str, Any]
+    ) -> generation.Answers:
+        """Generate the answers to one prompt; the tokens are padded on the left, so that each answer comes next."""
+        prompt, rows = self._recipe.prompts[name], batch.prompts[name]
+        tokens, _ = conversation.align(rows, [[] for _ in rows], None, _NO_TOKEN, self._padding_id())
+        inputs: dict[str, Any] = dict(self._typed(tokens))
+        if prompt.input in shown:
+            inputs |= shown[prompt.input].layout
+            inputs["mm_encoder_outputs"] = {self._modality(prompt.input): encoded[prompt.input]}
+        seeds = [generation.seed_of(self._recipe.seed, name, item_id) for item_id in batch.item_ids]
+        self.hooks.pool = ignore
+        with self.hooks.whole_decoder():
+            return generation.generate(self._model, self._tokenizer, prompt, inputs, seeds)
 
-    def _encode_video(self, inputs: Mapping[str, Any]) -> Any:
-        """The vision tower's output, projected for the language model; hooks pool the vision taps on the way."""
-        encode = getattr(self._base, f"get_{self._family.modality}_features")
-        return encode(**{key: inputs[key] for key in self._family.vision_inputs}, return_dict=True)
+    def _reading(
+        self,
+        name: str,
+        rows: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        shown: Mapping[str, Media],
+        encoded: Mapping[str, Any],
+    ) -> Reading:
+        """A prompt and its answers as tensors. An end-of-sequence token closes them where it is read."""
+        prompt = self._recipe.prompts[name]
+        reads_end = {"eos", "prompt_eos"} & {*poolings_of(prompt, self._recipe.poolings)}
+        end = self._tokenizer.eos_token_id if reads_end else None
+        modality = self._modality(prompt.input) if prompt.input in shown else ""
+        visual = int(getattr(self._base.config, f"{modality}_token_id")) if modality else _NO_TOKEN
+        tokens, masks = conversation.align(rows, answers, end, visual, self._padding_id())
+        layout = shown[prompt.input].layout if modality else {}
+        seen = {modality: encoded[prompt.input]} if modality else {}
+        return Reading(self._typed(tokens), masks.to(self._base.device), layout, seen)
 
-    def _tokenize(self, texts: Sequence[str]) -> dict[str, Any]:
-        tokens = self._processor.tokenizer(list(texts), padding=True, return_token_type_ids=False, return_tensors="pt")
+    def _typed(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tokens on the device, with their kinds where the model reads those."""
         if self._processor.return_mm_token_type_ids:
             types = self._processor.create_mm_token_type_ids(tokens["input_ids"].tolist())
-            tokens["mm_token_type_ids"] = torch.tensor(types)
-        return self._to_device(tokens)
+            tokens = tokens | {"mm_token_type_ids": torch.tensor(types)}
+        return {key: value.to(self._base.device) for key, value in tokens.items()}
 
-    def _read_bank(
-        self, bank: Mapping[str, dict[str, Tensor]], inputs: Mapping[str, Any], vision: Any
-    ) -> dict[str, Tensor]:
-        """The pooled features of all prompts, those after the video together when they share it."""
-        after = {name: tokens for name, tokens in bank.items() if self._recipe.prompts[name].place == "after"}
-        length = prefix.shared_length(list(after.values()), self._visual_token_id()) if len(after) > 1 else 0
-        pooled = self._read_after(after, length, inputs, vision) if length else {}
-        for name, tokens in bank.items():
-            if not length or name not in after:
-                pooled |= self._read_prompt(name, tokens, inputs, vision)
-        return pooled
+    def _modality(self, kind: str) -> str:
+        """What the model calls a kind of media: some take a video as images."""
+        return self._family.modality if kind == "video" else "image"
 
-    def _read_prompt(
-        self, prompt: str, tokens: Mapping[str, Tensor], inputs: Mapping[str, Any], vision: Any
-    ) -> dict[str, Tensor]:
-        """One forward of the decoder: the pooled features of one prompt."""
-        pooled: dict[str, Tensor] = {}
-        masks = self._masks(tokens)
+    def _padding_id(self) -> int:
+        return int(self._tokenizer.pad_token_id or 0)
 
-        def pool_llm(tap: Tap, hidden_BSD: Tensor) -> None:
-            for column, feature in pool_columns(self._recipe.poolings, hidden_BSD, masks).items():
-                pooled[str(FeatureName(prompt, tap, column))] = feature
+    def _on_host(self, key: str, value: Any) -> Any:
+        """A tensor in the dtype it has on the device, in pinned memory for a GPU: its copy then needs no waiting."""
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(self._base.dtype) if media.is_pixels(key) else value
+        return value.pin_memory() if self._base.device.type == "cuda" else value
 
-        self._pool = pool_llm
-        self._forward(tokens, inputs, vision)
-        return pooled
-
-    def _read_after(
-        self, bank: Mapping[str, dict[str, Tensor]], length: int, inputs: Mapping[str, Any], vision: Any
-    ) -> dict[str, Tensor]:
-        """Prompts whose first `length` positions are the same: those once, then at most `batch_size` ends at once."""
-        names, decoder = list(bank), self._base.get_decoder()
-        masks = {name: self._masks(tokens) for name, tokens in bank.items()}
-        visual = [pooling for pooling in self._recipe.poolings if not reads_text(pooling)]
-        first = masks[names[0]]
-        start_masks = TokenMasks(first.attended[:, :length], first.visual[:, :length])
-        starts: dict[Tap, Start] = {}
-        pooled: dict[str, Tensor] = {}
-
-        def call_of(name: str) -> prefix.Call:
-            # Not kept for all prompts at once: each holds the embedded video.
-            return prefix.capture(decoder, functools.partial(self._forward, bank[name], inputs, vision))
-
-        def pool_starts(tap: Tap, hidden_BCD: Tensor) -> None:
-            starts[tap] = pool_start(hidden_BCD, start_masks.attended)
-            for column, feature in pool_columns(visual, hidden_BCD, start_masks).items():
-                pooled.update({str(FeatureName(name, tap, column)): feature for name in names})
-
-        self._pool = pool_starts
-        cache = prefix.run_prefix(decoder, call_of(names[0]), length)
-        if len(visual) == len(self._recipe.poolings):
-            return pooled
-        at_once = max(1, self._batch_size // len(first.attended))
-        for begin in range(0, len(names), at_once):
-            group = names[begin : begin + at_once]
-            attended_RQ = prefix.suffix_mask([masks[name].attended for name in group], length)
-            self._pool = functools.partial(self._pool_ends, pooled, group, starts, attended_RQ)
-            prefix.run_suffixes(decoder, [call_of(name) for name in group], length, cache)
-        return pooled
-
-    def _pool_ends(
-        self,
-        pooled: dict[str, Tensor],
-        prompts: Sequence[str],
-        starts: Mapping[Tap, Start],
-        attended_RQ: Tensor,
-        tap: Tap,
-        hidden_RQD: Tensor,
-    ) -> None:
-        """Join the ends of `prompts` to what was pooled over their common start."""
-        num_clips = len(attended_RQ) // len(prompts)
-        ends = zip(prompts, hidden_RQD.split(num_clips), attended_RQ.split(num_clips), strict=True)
-        for prompt, hidden_BQD, attended_BQ in ends:
-            for pooling in filter(reads_text, self._recipe.poolings):
-                feature = pool_end(pooling, starts[tap], hidden_BQD, attended_BQ)
-                pooled[str(FeatureName(prompt, tap, pooling))] = feature
-
-    def _forward(self, tokens: Mapping[str, Tensor], inputs: Mapping[str, Any], vision: Any) -> None:
-        """The base model from tokens and projected video on; hooks pool the taps on the way."""
-        if hasattr(self._base, "rope_deltas"):
-            self._base.rope_deltas = None  # Qwen-VL keeps those of the forward before
-        layout = {key: value for key, value in inputs.items() if not key.startswith("pixel_values")}
-        self._base(**tokens, **layout, mm_encoder_outputs={self._family.modality: vision}, use_cache=False)
-
-    def _masks(self, tokens: Mapping[str, Tensor]) -> TokenMasks:
-        return TokenMasks(tokens["attention_mask"].bool(), tokens["input_ids"] == self._visual_token_id())
-
-    def _visual_token_id(self) -> int:
-        return int(getattr(self._base.config, f"{self._family.modality}_token_id"))
-
-    def _to_device(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """On the model's device. Pixels alone take its dtype: the seconds between frames do not survive bfloat16."""
-        moved: dict[str, Any] = {}
-        for key, value in tensors.items():
-            dtype = self._base.dtype if key.startswith("pixel_values") else None
-            moved[key] = value.to(self._base.device, dtype) if isinstance(value, Tensor) else value
-        return moved
-
-    def _attach_hooks(self) -> None:
-        decoder = self._base.get_decoder()
-        vision_layers = self._base.get_submodule(self._family.vision_layers)
-        for tap in self._recipe.taps:
-            layers = vision_layers if tap.tower == "vision" else decoder.layers
-            if tap == _PROJECTOR:
-                continue  # read off the tower's output
-            if tap.pre_norm:
-                decoder.norm.register_forward_pre_hook(self._input_hook(tap))
-            elif tap == Tap("llm", self.info.num_layers["llm"]):
-                decoder.norm.register_forward_hook(self._output_hook(tap))
-            elif tap.layer > 0:
-                # Hugging Face counts what a layer returns, before Qwen3-VL's deepstack adds to it
-                layers[tap.layer - 1].register_forward_hook(self._output_hook(tap))
-            else:
-                first = layers[0] if len(layers) else decoder.norm
-                first.register_forward_pre_hook(self._input_hook(tap))
-
-    def _output_hook(self, tap: Tap) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            self._pool(tap, output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    def _input_hook(self, tap: Tap) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self._pool(tap, arguments[0])
-
-        return hook
-
-
-def _load_base_model(family: Layout, config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> Any:
-    """The model without its head, its decoder cut above the highest tap of the language model."""
-    from transformers import AutoModelForImageTextToText
-
-    model_config = source.read_model_config(config, family.name)
-    depth = info.num_layers["llm"]
-    top = max((tap.layer for tap in recipe.taps if tap.tower == "llm"), default=0)
-    text = model_config.get_text_config()
-    text.num_hidden_layers = max(top, 1)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: max(top, 1)]
-    with _reading(config):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            config.model,
-            revision=source.resolve_revision(config),
-            config=model_config,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    model, report = loaded
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if missing:
-        raise ConfigError(f"lvlm.model: {config.model!r} lacks {len(missing)} weights, first {missing[0]}")
-    base = model.base_model.eval().requires_grad_(False)
-    decoder = base.get_decoder()
-    decoder.layers = decoder.layers[:top]
-    if top < depth:
-        decoder.norm = nn.Identity()
-    return base
-
-
-@contextlib.contextmanager
-def _reading(config: ModelConfig) -> Iterator[None]:
-    """What transformers cannot read or run is the configuration's fault. Raises `ConfigError`."""
-    try:
-        with source.quiet():
-            yield
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"lvlm.model: {config.model!r} with lvlm.attention={config.attention}: {reason}") from error
-
-
-def _render(processor: Any, name: str, prompt: Prompt) -> str:
-    """The conversation as text, with one place-holder for the video, before or after the prompt's text.
-
-    Some chat templates put every video before every text; there the place-holder is written into the text.
-    Raises `ConfigError` when the prompt holds a place-holder of its own or the model has no chat template.
-    """
-    placeholder = processor.video_token
-    if not processor.chat_template:
-        raise ConfigError("lvlm.model: it has no chat template; expected a model tuned to follow instructions")
-    if any(token in prompt.text for token in processor.all_special_multimodal_tokens):
-        raise ConfigError(f"recipe.prompts.{name}.text: {prompt.text!r} holds a token of the model, {placeholder}")
-
-    def in_order(video: Any, text: str) -> list[Any]:
-        parts = [video, text] if prompt.place == "after" else [text, video]
-        return [part for part in parts if part]
-
-    def render(parts: Sequence[Any]) -> str:
-        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-
-    probe = render(in_order({"type": "video"}, _PROBE))
-    video_first = probe.index(placeholder) < probe.index(_PROBE)
-    if not prompt.text or video_first == (prompt.place == "after"):
-        return render(in_order({"type": "video"}, prompt.text))
-    return render(["\n".join(in_order(placeholder, prompt.text))])
+    def _on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        device = self._base.device
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def _pool_projected(vision: Any, num_clips: int) -> Tensor:
@@ -359,36 +254,3 @@ def _pool_projected(vision: Any, num_clips: int) -> Tensor:
     if not isinstance(projected, tuple):
         projected = projected.reshape(num_clips, -1, projected.shape[-1])
     return pool_patches(projected)
-
-
-def _at_least(frames_FHWC: np.ndarray, num_frames: int) -> np.ndarray:
-    """Frames as a writable array, the last repeated up to `num_frames`."""
-    missing = max(num_frames - len(frames_FHWC), 0)
-    frames_FHWC = np.concatenate([frames_FHWC, *[frames_FHWC[-1:]] * missing]) if missing else frames_FHWC
-    return np.require(frames_FHWC, requirements=["C", "W"])
-
-
-def _metadata(clip: Clip, num_frames: int) -> dict[str, Any]:
-    """Transformers' VideoMetadata of a clip that is already sampled; timestamps are made from it."""
-    indices = clip.frame_indices.tolist()
-    height, width = clip.frames.shape[1:3]
-    return {
-        "total_num_frames": clip.num_source_frames,
-        "fps": clip.num_source_frames / clip.duration if clip.duration > 0 else UNKNOWN_FPS,
-        "duration": clip.duration,
-        "height": height,
-        "width": width,
-        "frames_indices": indices + indices[-1:] * (num_frames - len(indices)),
-    }
-
-
-def _device(config: ModelConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        choices = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ConfigError(f"lvlm.device: {config.device!r} is not one of {', '.join(choices)}") from error
-    return device

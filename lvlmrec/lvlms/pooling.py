@@ -12,16 +12,36 @@ import torch
 from torch import Tensor
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import POOLINGS, columns_of, num_merged
+from lvlmrec.features.recipe import MERGED, NEW_MERGED, OF_VISUAL, POOLINGS, columns_of, num_merged
 from lvlmrec.lvlms.merging import merge_tokens
 
 
 @dataclass(frozen=True)
 class TokenMasks:
-    """bool [B, S] each: `attended` is not padding, `visual` is a token of the video."""
+    """bool [B, S] each, of disjoint `attended`, `new` and `end`: the rest is padding.
+
+    `attended` is the prompt with its video, `visual` are the video's tokens in it; `new` are the tokens of the answer,
+    `end` is the end-of-sequence token behind prompt or answer.
+    """
 
     attended: Tensor
     visual: Tensor
+    new: Tensor
+    end: Tensor
+
+    def cut(self, begin: int, behind: int) -> TokenMasks:
+        """The masks of positions `begin` to `behind`."""
+        parts = (self.attended, self.visual, self.new, self.end)
+        return TokenMasks(*(mask[:, begin:behind] for mask in parts))
+
+    def rows(self, begin: int, behind: int) -> TokenMasks:
+        """The masks of rows `begin` to `behind`."""
+        parts = (self.attended, self.visual, self.new, self.end)
+        return TokenMasks(*(mask[begin:behind] for mask in parts))
+
+    def to(self, device: torch.device) -> TokenMasks:
+        """The same on `device`."""
+        return TokenMasks(*(mask.to(device) for mask in (self.attended, self.visual, self.new, self.end)))
 
 
 def masked_mean(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
@@ -48,6 +68,10 @@ def pool_tokens(pooling: str, hidden_BSD: Tensor, masks: TokenMasks) -> Tensor:
         return masked_mean(hidden_BSD, masks.attended)
     if pooling == "last_token":
         return last_position(hidden_BSD, masks.attended)
+    if pooling == "new_mean":
+        return masked_mean(hidden_BSD, masks.new)
+    if pooling in ("eos", "prompt_eos"):
+        return last_position(hidden_BSD, masks.end)
     raise ConfigError(f"recipe.poolings: {pooling!r} is not one of {', '.join(POOLINGS)}")
 
 
@@ -59,14 +83,15 @@ def pool_columns(poolings: Sequence[str], hidden_BSD: Tensor, masks: TokenMasks)
         if num_kept is None:
             columns[pooling] = pool_tokens(pooling, hidden_BSD, masks)
         else:
-            tokens_BKD, sizes_BK = merge_tokens(hidden_BSD, masks.visual, num_kept)
+            merged_BS = masks.new if pooling.startswith(NEW_MERGED) else masks.visual
+            tokens_BKD, sizes_BK = merge_tokens(hidden_BSD, merged_BS, num_kept)
             columns |= dict(zip(columns_of(pooling), (tokens_BKD.flatten(1), sizes_BK), strict=True))
     return columns
 
 
 def reads_text(pooling: str) -> bool:
     """Whether a pooling reads more than visual tokens."""
-    return pooling in ("all_mean", "last_token")
+    return pooling not in OF_VISUAL and not pooling.startswith(MERGED)
 
 
 @dataclass(frozen=True)
@@ -82,12 +107,13 @@ def pool_start(hidden_BCD: Tensor, attended_BC: Tensor) -> Start:
     return Start(masked_mean(hidden_BCD, attended_BC), attended_BC.sum(dim=1, keepdim=True))
 
 
-def pool_end(pooling: str, start: Start, hidden_BQD: Tensor, attended_BQ: Tensor) -> Tensor:
-    """As `pool_tokens` of a whole sequence, for what `reads_text`, from its start and the hidden state of its end."""
-    if pooling == "last_token":
-        return last_position(hidden_BQD, attended_BQ)
-    count_B1 = attended_BQ.sum(dim=1, keepdim=True)
-    return start.mean.lerp(masked_mean(hidden_BQD, attended_BQ), count_B1 / (start.count + count_B1))
+def pool_ends(poolings: Sequence[str], start: Start, hidden_BQD: Tensor, masks: TokenMasks) -> dict[str, Tensor]:
+    """As `pool_columns` of a whole sequence, for what `reads_text`, from its start and the hidden state of its end."""
+    columns = pool_columns([pooling for pooling in poolings if reads_text(pooling)], hidden_BQD, masks)
+    if "all_mean" in columns:
+        count_B1 = masks.attended.sum(dim=1, keepdim=True)
+        columns["all_mean"] = start.mean.lerp(columns["all_mean"], count_B1 / (start.count + count_B1))
+    return columns
 
 
 def pool_patches(patches: Sequence[Tensor]) -> Tensor:

@@ -10,10 +10,12 @@ D hidden width; rows of a batch of ends are P * B, prompt by prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from lvlmrec.lvlms.pooling import TokenMasks
 
 Call = dict[str, Any]  # the keyword arguments of one call of a decoder
 _VISUAL_ARGUMENTS = ("visual_pos_masks", "deepstack_visual_embeds")  # of Qwen3-VL; no end holds a visual token
@@ -27,20 +29,28 @@ class _Stopped(Exception):
         self.call = call
 
 
-def shared_length(bank: Sequence[Mapping[str, Tensor]], visual_token_id: int) -> int:
-    """C, the positions at the start that are the same in all of `bank` (tokens [B, S], padded on the left).
+class Prompted(Protocol):
+    """What is asked of a prompt here: `bank.Reading`."""
 
-    0 when a visual token lies behind them. Every prompt keeps at least one position of its own.
+    @property
+    def tokens(self) -> Mapping[str, Tensor]: ...
+    @property
+    def masks(self) -> TokenMasks: ...
+
+
+def shared_length(bank: Sequence[Prompted]) -> int:
+    """C, the positions at the start that are the same in all of `bank`, aligned at their last visual tokens.
+
+    0 when a visual token lies behind them. Every row keeps at least one position of its own prompt.
     """
-    shortest = min(tokens["input_ids"].shape[1] for tokens in bank) - 1
-    same_S = torch.ones(shortest, dtype=torch.bool, device=bank[0]["input_ids"].device)
-    for tokens in bank[1:]:
+    shortest = min(_last_position(prompt.masks.attended) for prompt in bank)
+    first = bank[0].tokens
+    same_S = torch.ones(shortest, dtype=torch.bool, device=first["input_ids"].device)
+    for prompt in bank[1:]:
         for key in ("input_ids", "attention_mask"):
-            same_S &= (tokens[key][:, :shortest] == bank[0][key][:, :shortest]).all(dim=0)
+            same_S &= (prompt.tokens[key][:, :shortest] == first[key][:, :shortest]).all(dim=0)
     length = int(same_S.long().cumprod(dim=0).sum())
-    if any(bool((tokens["input_ids"][:, length:] == visual_token_id).any()) for tokens in bank):
-        return 0
-    return length
+    return 0 if any(bool(prompt.masks.visual[:, length:].any()) for prompt in bank) else length
 
 
 def capture(decoder: nn.Module, forward: Callable[[], Any]) -> Call:
@@ -98,10 +108,26 @@ def run_suffixes(decoder: nn.Module, calls: Sequence[Call], length: int, cache: 
     decoder(**call | suffixes | {"past_key_values": copy, "use_cache": True})
 
 
-def suffix_mask(masks_BS: Sequence[Tensor], length: int) -> Tensor:
-    """bool [P * B, Q]: masks of whole sequences [B, S], cut and padded as `run_suffixes` does."""
-    longest = max(mask.shape[1] for mask in masks_BS)
-    return torch.cat([_pad(mask[:, length:], longest - length, dim=1) for mask in masks_BS])
+def suffix_masks(masks: Sequence[TokenMasks], length: int) -> TokenMasks:
+    """Masks [P * B, Q] of what `run_suffixes` runs over, from those of whole sequences [B, S]."""
+    longest = max(mask.attended.shape[1] for mask in masks)
+    ends = [mask.cut(length, mask.attended.shape[1]) for mask in masks]
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([_pad(part, longest - length, dim=1) for part in parts])
+
+    return TokenMasks(
+        join([end.attended for end in ends]),
+        join([end.visual for end in ends]),
+        join([end.new for end in ends]),
+        join([end.end for end in ends]),
+    )
+
+
+def _last_position(mask_BS: Tensor) -> int:
+    """The last true position of the row where it comes first."""
+    positions_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+    return int((mask_BS * positions_S).max(dim=1).values.min())
 
 
 def _repeat(tensor: Tensor, times: int) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lvlmrec.config import option
 from lvlmrec.features.recipe import LVLMInfo, Recipe
@@ -29,21 +29,44 @@ class ModelConfig:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is cuda when there is one")
     attention: str = option("sdpa", "attention kernel", choices=ATTENTIONS)
     batch_size: int = option(4, "videos per forward", minimum=1)
+    compile: bool = option(False, "torch.compile the layers of the decoder; results then differ in their last bits")
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a model is shown of one item: what its recipe asks for, the rest may be missing.
+
+    video  the sampled frames
+    cover  the cover image, a clip of one frame
+    texts  columns of the manifest by name: title, text, ...
+    """
+
+    item_id: str
+    video: Clip | None = None
+    cover: Clip | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 class LVLM(Protocol):
-    """A loaded model, made for one recipe."""
+    """A loaded model, made for one recipe.
+
+    One thread may `prepare` while another is in `extract`; no two are in the same method at the same time.
+    """
 
     info: LVLMInfo
 
-    def extract(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
-        """The recipe's features of `clips`: `str(FeatureName)` -> float32 [B, D] on the CPU, in the order of `clips`.
+    def prepare(self, items: Sequence[Item]) -> Any:
+        """What the processor makes of `items` on the CPU, in batches of items alike in size: for `extract`."""
 
+    def extract(self, prepared: Any) -> dict[str, torch.Tensor | list[str]]:
+        """The recipe's columns of prepared items, in their order.
+
+        A feature, `str(FeatureName)`, is float32 [B, D] on the CPU; a text column (`Recipe.text_names`) is B strings.
         Merged tokens [K, D] lie in one row, one after another; `Recipe.shape` tells.
         Pooled means are accumulated and returned in float32 whatever the compute dtype, so that they are rounded
-        once, where they are stored. A clip's features are the same for any batch up to the order of summation:
+        once, where they are stored. An item's features are the same for any batch up to the order of summation:
         2e-6 of a feature's largest entry in float32, 2e-2 in bfloat16. Of merged tokens this holds for their mean
-        weighted by size; which tokens were merged can turn on a last bit.
+        weighted by size; which tokens were merged can turn on a last bit. So can the next word of an answer.
         """
 
 

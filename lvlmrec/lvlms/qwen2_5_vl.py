@@ -46,6 +46,5 @@ FAMILY = NativeFamily(
     vision_layers="visual.blocks",
     patches=patches_of_packed_clips,
     tiny=tiny,
-    vision_inputs=qwen2_vl.VIDEO_INPUTS,
     video_options=qwen2_vl.VIDEO_OPTIONS,
 )

@@ -8,7 +8,6 @@ from lvlmrec.lvlms.family import NativeFamily, patches_of_packed_clips
 
 # As the reference implementation (qwen-vl-utils) does; transformers 5.23 warns that its default will become this.
 VIDEO_OPTIONS = {"cap_pixels_per_frame": True}
-VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw")
 
 
 def tiny() -> tuple[Any, Any]:
@@ -54,7 +53,7 @@ def tiny_chat_template() -> str:
     """Order kept, each video between its two marks."""
     from lvlmrec.lvlms.tiny import chat_template
 
-    return chat_template("<|vision_start|><|video_pad|><|vision_end|>")
+    return chat_template(*(f"<|vision_start|>{pad}<|vision_end|>" for pad in ("<|video_pad|>", "<|image_pad|>")))
 
 
 def tiny_text(words: Any) -> dict[str, Any]:
@@ -91,6 +90,5 @@ FAMILY = NativeFamily(
     patches=patches_of_packed_clips,
     tiny=tiny,
     vision_width="embed_dim",
-    vision_inputs=VIDEO_INPUTS,
     video_options=VIDEO_OPTIONS,
 )

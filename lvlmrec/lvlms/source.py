@@ -17,7 +17,7 @@ NUM_BLOCKS = 64
 BLOCK_BYTES = 64 * 2**10
 MAX_HEADER_BYTES = 100 * 10**6  # safetensors' own limit
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_UNREAD = re.compile(r"(README|LICENSE|NOTICE|USE_POLICY).*|.*\.md|generation_config\.json", re.IGNORECASE)
+_UNREAD = re.compile(r"(README|LICENSE|NOTICE|USE_POLICY).*|.*\.md", re.IGNORECASE)
 
 
 def read_model_config(config: ModelConfig, model_type: str) -> Any:

@@ -92,12 +92,14 @@ def tokenizer(named_tokens: Mapping[str, str], other_tokens: Sequence[str] = ())
     )
 
 
-def chat_template(video: str) -> str:
-    """A chat template that keeps the order of videos and texts and writes `video` for each video."""
+def chat_template(video: str, image: str) -> str:
+    """A chat template that keeps the order of its parts and writes `video` or `image` for each of those."""
     return (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
         "{% for part in message['content'] %}{% if part['type'] == 'video' %}"
         + video
+        + "{% elif part['type'] == 'image' %}"
+        + image
         + "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )

@@ -41,7 +41,7 @@ def test_a_table_is_a_manifest(tmp_path: Path, suffix: str) -> None:
     frame = frame.assign(ignored=1)
     path = tmp_path / f"items.{suffix}"
     frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
-    table, report = read_manifest(str(path))
+    table, report = read_manifest(str(path), ["uri", "title"])
     assert table.column_names == ["item_id", "uri", "title"]
     assert table["item_id"].to_pylist() == ["007", "x", "y"]
     assert table["uri"].to_pylist() == [str(tmp_path / "007.mp4"), "/abs/x.mp4", "s3://bucket/y.mp4"]
@@ -55,12 +55,12 @@ def test_a_table_is_a_manifest(tmp_path: Path, suffix: str) -> None:
         (
             "items.csv",
             b"item_id,uri\n1,a.mp4\n1,b.mp4\n",
-            r"item_id '1' stands for several videos \(.*a\.mp4, .*b\.mp4\)",
+            r"item_id '1' has several values of uri \(.*a\.mp4, .*b\.mp4\)",
         ),
-        ("items.csv", b"item_id,uri\n", "holds no videos"),
+        ("items.csv", b"item_id,uri\n", "holds no items"),
         ("items.csv", b"\xff\xfe\x00bad", "unreadable manifest"),
         ("items.parquet", b"not parquet", "unreadable manifest"),
-        ("items.json", b"{}", r"a manifest is a \.csv or \.parquet file, a folder or a prefix"),
+        ("items.json", b"{}", r"a manifest is a \.csv or \.parquet file, a folder, a prefix or a feature set"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -71,10 +71,10 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: bytes, messa
 
 
 def test_a_missing_folder_an_empty_one_and_colliding_stems(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such manifest, folder or prefix"):
+    with pytest.raises(InputError, match="no such manifest, folder, prefix or feature set"):
         read_manifest(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no videos"):
+    with pytest.raises(InputError, match="holds no items"):
         read_manifest(str(tmp_path / "empty"))
     touch(tmp_path, "same.mp4", "same.mkv")
     with pytest.raises(InputError, match="'same' stands for several videos"):

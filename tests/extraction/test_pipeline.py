@@ -15,6 +15,7 @@ from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.pipeline import ExtractConfig
 from lvlmrec.features import store
 from lvlmrec.lvlms import LVLMS
+from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import sample_clip
 from tests.videos import write_video
 
@@ -98,7 +99,7 @@ class TestExtraction:
         rows = rows_of(result["feature_set"])
         for item in GOOD:
             clip = sample_clip(videos / f"{item}.mp4", 8, 1280)
-            for name, values in lvlm.extract([clip]).items():
+            for name, values in lvlm.extract(lvlm.prepare([Item(item, clip)])).items():
                 np.testing.assert_allclose(rows[item][name], values[0].numpy(), rtol=0, atol=1e-6)
 
     def test_a_rerun_does_only_what_is_missing(self, tmp_path: Path, model: Path, videos: Path) -> None:

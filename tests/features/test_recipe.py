@@ -84,7 +84,7 @@ def test_the_fingerprint_names_the_model_by_content_and_ignores_how_taps_are_wri
         ("prompts={video: {text: x}}", "prompts.video"),
         ("taps=[]", "at least one"),
         ("taps=[llm.9]", "out of range"),
-        ("poolings=[median]", "poolings: 'median' is not one of all_mean, last_token, visual_mean"),
+        ("poolings=[median]", "poolings: 'median' is not one of visual_mean, all_mean, last_token, new_mean"),
         ("frames=0", "frames: 0 is below 1"),
     ],
 )

@@ -14,11 +14,13 @@ import torch
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import POOLINGS, Prompt, Recipe, RecipeConfig
+from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig, prefix
 from lvlmrec.lvlms.pooling import TokenMasks, pool_tokens
+from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import Clip
 
+POOLINGS = ("visual_mean", "all_mean", "last_token")
 PROMPTS = {
     "after": Prompt("What is shown?", "after"),
     "before": Prompt("Look at the cat.", "before"),
@@ -53,6 +55,11 @@ def load(
     bank = {name: PROMPTS[name] for name in prompts}
     recipe = recipes.resolve(RecipeConfig(taps=[*taps], prompts=bank, poolings=[*poolings]), entry.inspect(config))
     return entry.load(config, recipe), recipe
+
+
+def extract(model: LVLM, clips: Sequence[Clip]) -> dict[str, Any]:
+    """The features of clips alone."""
+    return model.extract(model.prepare([Item(str(row), clip) for row, clip in enumerate(clips)]))
 
 
 @dataclasses.dataclass
@@ -114,7 +121,8 @@ def reference(directory: Path, clips: Sequence[Clip], prompt: Prompt) -> Referen
     visual = inputs["input_ids"] == getattr(model.config, f"{modality}_token_id")
     if any("cls_token" in name for name, _ in model.named_parameters()):
         vision = tuple(state[:, 1:] for state in vision)
-    return Reference(hidden, vision, TokenMasks(inputs["attention_mask"].bool(), visual))
+    none = torch.zeros_like(visual)
+    return Reference(hidden, vision, TokenMasks(inputs["attention_mask"].bool(), visual, none, none))
 
 
 def plain_pool(pooling: str, hidden: torch.Tensor, masks: TokenMasks) -> np.ndarray:
@@ -132,7 +140,7 @@ def plain_pool(pooling: str, hidden: torch.Tensor, masks: TokenMasks) -> np.ndar
 def test_llm_features_are_hugging_face_hidden_states_bit_for_bit(tiny_models, clips, family, prompt) -> None:
     expected = reference(tiny_models[family], clips, PROMPTS[prompt])
     model, recipe = load(tiny_models[family], prompts=(prompt,))  # a single prompt has a forward of its own
-    features = model.extract(clips)
+    features = extract(model, clips)
     num_layers = model.info.num_layers["llm"]
     assert len(expected.hidden) == num_layers + 1
     for layer, hidden in enumerate(expected.hidden):
@@ -153,10 +161,10 @@ def test_a_bank_of_prompts_gives_what_separate_forwards_give(
     monkeypatch.setattr(prefix, "run_prefix", lambda *a: (shared.append(a[2]), run_prefix(*a))[1])
     clips = [*clips, make_clip(90, 160, num_frames=1, seed=5)]
     model, recipe = load(tiny_models[family], prompts=AFTER_AND_BEFORE, batch_size=batch_size)
-    features = model.extract(clips)
+    features = extract(model, clips)
     assert len(shared) == (4 if batch_size == 1 else 2)  # once for each batch of clips
     for prompt in AFTER_AND_BEFORE:
-        alone = load(tiny_models[family], prompts=(prompt,), batch_size=batch_size)[0].extract(clips)
+        alone = extract(load(tiny_models[family], prompts=(prompt,), batch_size=batch_size)[0], clips)
         for name in set(alone) & set(features):
             difference = float((features[name] - alone[name]).abs().max() / alone[name].abs().max())
             assert difference <= BANK_TOLERANCE, (name, difference)
@@ -168,9 +176,9 @@ def test_a_bank_of_prompts_gives_what_separate_forwards_give(
 
 def test_what_reads_the_video_alone_needs_no_forward_of_the_prompts(tiny_models, clips, family, monkeypatch) -> None:
     poolings = ("visual_mean", "merged_3")
-    expected = load(tiny_models[family], poolings=poolings, prompts=("after",))[0].extract(clips)
+    expected = extract(load(tiny_models[family], poolings=poolings, prompts=("after",))[0], clips)
     monkeypatch.setattr(prefix, "run_suffixes", None)
-    features = load(tiny_models[family], poolings=poolings, prompts=("after", "bare"))[0].extract(clips)
+    features = extract(load(tiny_models[family], poolings=poolings, prompts=("after", "bare"))[0], clips)
     for name, feature in expected.items():
         torch.testing.assert_close(features[name], feature, rtol=1e-5, atol=1e-5)
 
@@ -179,7 +187,7 @@ def test_merged_tokens_keep_the_mean(tiny_models, clips, make_clip, family) -> N
     prompts = ("after", "before", "bare")
     model, recipe = load(tiny_models[family], ("llm.1", "llm.-1"), ("merged_4", "last_token", "visual_mean"), prompts)
     clips = [*clips, make_clip(90, 160, num_frames=1, seed=5)]
-    features = model.extract(clips)
+    features = extract(model, clips)
     assert list(features) == [str(name) for name in recipe.feature_names]
     for prompt in prompts:
         for tap in recipe.taps:
@@ -194,7 +202,7 @@ def test_merged_tokens_keep_the_mean(tiny_models, clips, make_clip, family) -> N
 
 def test_the_projector_is_the_visual_tokens_of_the_first_state(tiny_models, clips, family) -> None:
     model, recipe = load(tiny_models[family], ("projector", "llm.0"))
-    features = model.extract(clips)
+    features = extract(model, clips)
     assert str(recipe.feature_names[0]) == "video/projector/visual_mean"
     torch.testing.assert_close(
         features["video/projector/visual_mean"], features["after/llm.0/visual_mean"], rtol=1e-6, atol=1e-6
@@ -202,14 +210,14 @@ def test_the_projector_is_the_visual_tokens_of_the_first_state(tiny_models, clip
     ran = []
     alone, _ = load(tiny_models[family], ("projector",))
     alone._base.get_decoder().register_forward_hook(lambda *_: ran.append(1))  # type: ignore[attr-defined]
-    assert torch.equal(alone.extract(clips)["video/projector/visual_mean"], features["video/projector/visual_mean"])
+    assert torch.equal(extract(alone, clips)["video/projector/visual_mean"], features["video/projector/visual_mean"])
     assert not ran
 
 
 def test_the_state_before_the_final_norm(tiny_models, clips, family) -> None:
     model, _ = load(tiny_models[family], ("llm.-1", "llm.-1.pre_norm"), ("last_token",), ("after",))
     top = model.info.num_layers["llm"]
-    features = model.extract(clips)
+    features = extract(model, clips)
     before, after = (features[f"after/llm.{top}{suffix}/last_token"] for suffix in (".pre_norm", ""))
     norm = hugging_face(tiny_models[family])[0].get_decoder().norm
     assert torch.equal(norm(before), after)
@@ -219,7 +227,7 @@ def test_the_state_before_the_final_norm(tiny_models, clips, family) -> None:
 def test_vision_features_are_hugging_face_vision_states(tiny_models, clips, family) -> None:
     model, _ = load(tiny_models[family])
     for clip in clips:
-        features = model.extract([clip])
+        features = extract(model, [clip])
         expected = reference(tiny_models[family], [clip], PROMPTS["after"])
         assert len(expected.vision) == model.info.num_layers["vision"] + 1
         for layer, hidden in enumerate(expected.vision):
@@ -229,13 +237,13 @@ def test_vision_features_are_hugging_face_vision_states(tiny_models, clips, fami
 
 
 def test_stopping_early_changes_nothing(tiny_models, clips, family) -> None:
-    whole = load(tiny_models[family])[0].extract(clips)
+    whole = extract(load(tiny_models[family])[0], clips)
     for taps in (("llm.0",), ("llm.1", "vision.1"), ("llm.0", "llm.2"), ("llm.-2",), ("llm.-1",), ("vision.0",)):
         model, recipe = load(tiny_models[family], taps)
         top = max((tap.layer for tap in recipe.taps if tap.tower == "llm"), default=0)
         decoder = model._base.get_decoder()  # type: ignore[attr-defined]
         assert len(decoder.layers) == top
-        features = model.extract(clips)
+        features = extract(model, clips)
         assert list(features) == [str(name) for name in recipe.feature_names]
         for name, feature in features.items():
             assert torch.equal(feature, whole[name]), name
@@ -245,7 +253,7 @@ def test_vision_taps_alone_do_not_run_the_language_model(tiny_models, clips, fam
     model, _ = load(tiny_models[family], ("vision.-1",))
     ran = []
     model._base.get_decoder().register_forward_hook(lambda *_: ran.append(1))  # type: ignore[attr-defined]
-    assert all(feature.abs().sum() > 0 for feature in model.extract(clips).values())
+    assert all(feature.abs().sum() > 0 for feature in extract(model, clips).values())
     assert not ran
 
 
@@ -253,9 +261,9 @@ def test_vision_taps_alone_do_not_run_the_language_model(tiny_models, clips, fam
 def test_features_do_not_depend_on_neighbours_order_or_length(tiny_models, clips, make_clip, family, dtype) -> None:
     model, recipe = load(tiny_models[family], batch_size=3, dtype=dtype)
     mixed = [clips[2], make_clip(90, 160, num_frames=1, seed=5), clips[0], clips[1]]
-    together, shuffled = model.extract(clips), model.extract(mixed)
+    together, shuffled = extract(model, clips), extract(model, mixed)
     for row, clip in enumerate([*clips, mixed[1]]):
-        alone = model.extract([clip])
+        alone = extract(model, [clip])
         for name in map(str, recipe.feature_names):
             scale = float(alone[name].abs().max())
             others = [shuffled[name][[2, 3, 0, 1][row]]] + ([together[name][row]] if row < 3 else [])
@@ -266,16 +274,16 @@ def test_features_do_not_depend_on_neighbours_order_or_length(tiny_models, clips
 def test_the_same_clip_gives_the_same_bits_every_time(tiny_models, clips, family) -> None:
     (first, recipe), config = load(tiny_models[family]), make_config(tiny_models[family])
     second = LVLMS[family].load(config, recipe)
-    features = first.extract(clips)
-    first.extract(clips[:1])
-    for again in (first.extract(clips), second.extract(clips)):
+    features = extract(first, clips)
+    extract(first, clips[:1])
+    for again in (extract(first, clips), extract(second, clips)):
         assert all(torch.equal(features[name], again[name]) for name in features)
 
 
 def test_prompt_text_place_and_video_all_matter(tiny_models, clips, family) -> None:
     model, _ = load(tiny_models[family], ("llm.-1",))
     tap = f"llm.{model.info.num_layers['llm']}"
-    features = model.extract(clips)
+    features = extract(model, clips)
     after, before, bare = (features[f"{prompt}/{tap}/visual_mean"] for prompt in ("after", "before", "bare"))
     assert not torch.allclose(after, before, atol=1e-3)  # a prompt before the video is seen by its tokens
     assert torch.allclose(after, bare, atol=1e-4)  # one after it is not
@@ -286,15 +294,15 @@ def test_prompt_text_place_and_video_all_matter(tiny_models, clips, family) -> N
 def test_timestamps_reach_the_models_that_read_them(tiny_models, clips, family) -> None:
     model, _ = load(tiny_models[family], ("llm.-1",), ("last_token",))
     slow = dataclasses.replace(clips[0], duration=48.0, timestamps=clips[0].timestamps * 10)
-    features = model.extract([clips[0], slow])[f"after/llm.{model.info.num_layers['llm']}/last_token"]
+    features = extract(model, [clips[0], slow])[f"after/llm.{model.info.num_layers['llm']}/last_token"]
     same = torch.allclose(features[0], features[1], atol=1e-5)
     assert same != (family in READS_SECONDS)
 
 
 def test_bfloat16_stays_near_float32(tiny_models, clips, family) -> None:
-    exact, half = load(tiny_models[family])[0].extract(clips), load(tiny_models[family], dtype="bfloat16")[0]
+    exact, half = extract(load(tiny_models[family])[0], clips), load(tiny_models[family], dtype="bfloat16")[0]
     assert half.info.compute_dtype == "bfloat16"
-    for name, feature in half.extract(clips).items():
+    for name, feature in extract(half, clips).items():
         assert feature.dtype == torch.float32
         cosine = torch.nn.functional.cosine_similarity(feature, exact[name])
         assert float(cosine.min()) > 0.99, name

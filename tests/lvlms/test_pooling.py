@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -15,6 +17,8 @@ HIDDEN = torch.tensor(
 MASKS = TokenMasks(
     attended=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool(),
     visual=torch.tensor([[0, 1, 1, 0], [0, 1, 0, 1]]).bool(),
+    new=torch.tensor([[0, 0, 1, 1], [1, 0, 0, 0]]).bool(),
+    end=torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0]]).bool(),
 )
 
 
@@ -24,6 +28,9 @@ MASKS = TokenMasks(
         ("visual_mean", [[(1 + 3) / 2, (2 + 6) / 2], [(4 + 0) / 2, (0 + 2) / 2]]),
         ("all_mean", [[(1 + 3 + 5) / 3, (2 + 6 + 1) / 3], [(2 + 4 + 6 + 0) / 4, (2 + 0 + 4 + 2) / 4]]),
         ("last_token", [[5, 1], [0, 2]]),
+        ("new_mean", [[(3 + 5) / 2, (6 + 1) / 2], [2, 2]]),
+        ("eos", [[1, 2], [6, 4]]),
+        ("prompt_eos", [[1, 2], [6, 4]]),
     ],
 )
 def test_padding_never_enters(pooling, expected) -> None:
@@ -31,7 +38,7 @@ def test_padding_never_enters(pooling, expected) -> None:
 
 
 def test_last_token_with_padding_on_the_right() -> None:
-    masks = TokenMasks(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]).bool(), MASKS.visual)
+    masks = dataclasses.replace(MASKS, attended=torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]).bool())
     assert pool_tokens("last_token", HIDDEN, masks).tolist() == [[3.0, 6.0], [2.0, 2.0]]
 
 
@@ -40,7 +47,7 @@ def test_bfloat16_means_are_accumulated_in_float32() -> None:
     hidden = torch.ones(1, tokens, 1, dtype=torch.bfloat16)
     hidden[0, 0] = 3.0
     everywhere = torch.ones(1, tokens, dtype=torch.bool)
-    pooled = pool_tokens("visual_mean", hidden, TokenMasks(everywhere, everywhere))
+    pooled = pool_tokens("visual_mean", hidden, TokenMasks(everywhere, everywhere, everywhere, everywhere))
     assert pooled.dtype == torch.float32
     assert pooled.item() == 1 + 2 / tokens
     assert pool_patches([hidden[0]]).item() == 1 + 2 / tokens

@@ -14,6 +14,7 @@ import torch
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
+from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import Clip
 
 NUM_COLOURS = 4
@@ -89,7 +90,7 @@ def test_colour_can_be_read_from_every_tap_of_the_sample_model(tiny_models) -> N
     entry = LVLMS["llava_onevision"]
     wanted = RecipeConfig(taps=["llm.*", "vision.*"], poolings=["visual_mean", "last_token"])
     model = entry.load(config, recipes.resolve(wanted, entry.inspect(config)))
-    features = model.extract([coloured_clip(colour, rng) for colour in colours])
+    features = model.extract(model.prepare([Item(str(row), coloured_clip(c, rng)) for row, c in enumerate(colours)]))
     blind = features.pop("describe/llm.0/last_token")
     assert torch.equal(blind, blind[:1].expand_as(blind))
     accuracies = {name: probe_accuracy(feature.double().numpy(), colours) for name, feature in features.items()}

@@ -1,0 +1,101 @@
+"""What an extraction will take, told before it starts: bytes from the recipe, hours from a few videos."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from lvlmrec.columns import ERROR
+from lvlmrec.config import option
+from lvlmrec.extraction import stages
+from lvlmrec.extraction.stages import DecodeConfig, Extractor
+from lvlmrec.features import store
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.lvlms import LVLMConfig
+
+WORTH_TIMING = 50  # times as many videos as are timed: below it the run itself is the quicker answer
+TEXT_BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """The estimate before a run."""
+
+    videos: int = option(
+        8, "videos timed before a run of at least 50 times as many; 0: hours are not estimated", minimum=0
+    )
+    only: bool = option(False, "stop after the estimate")
+
+
+def bytes_per_item(recipe: Recipe) -> int:
+    """Bytes of one item's features as stored; an answer counts with its length limit."""
+    schema = store.schema(recipe)
+    vectors = [schema.field(str(name)).type for name in recipe.feature_names]
+    features = sum(vector.list_size * vector.value_type.byte_width for vector in vectors)
+    answers = sum(TEXT_BYTES_PER_TOKEN * prompt.max_new_tokens for prompt in recipe.prompts.values())
+    return features + answers
+
+
+def time_sample(rows: pa.Table, recipe: Recipe, decode: DecodeConfig, lvlm: LVLMConfig) -> dict[str, float]:
+    """Seconds per video of each stage, on one worker each, and of loading the model. Runs where the model would.
+
+    The first batch warms the model up and is not counted.
+    """
+    decoded = pa.concat_tables(list(stages.decode(rows, recipe, decode)))
+    started = time.perf_counter()
+    extractor = Extractor(lvlm, recipe)
+    load_seconds = time.perf_counter() - started
+    good = decoded.filter(pc.is_null(decoded[ERROR]))
+    extractor(good.slice(0, lvlm.batch_size))
+    measured = extractor(good)
+    spent = {name: pc.sum(measured[name]).as_py() or 0.0 for name in (stages.PREPARE_SECONDS, stages.FORWARD_SECONDS)}
+    return {
+        "load": load_seconds,
+        "decode": pc.sum(decoded[stages.DECODE_SECONDS]).as_py() / len(decoded),
+        "prepare": spent[stages.PREPARE_SECONDS] / max(len(good), 1),
+        "forward": spent[stages.FORWARD_SECONDS] / max(len(good), 1),
+    }
+
+
+def sample_rows(todo: pa.Table, num_videos: int) -> pa.Table:
+    """At most `num_videos` rows, evenly spaced."""
+    return todo.take(np.unique(np.linspace(0, len(todo) - 1, num_videos).round().astype("int64")))
+
+
+def estimate(todo: int, recipe: Recipe, seconds: dict[str, float] | None, workers: dict[str, int]) -> dict[str, Any]:
+    """Videos, bytes per item, GB and, from `seconds` per video of each stage, hours and what sets them."""
+    size = bytes_per_item(recipe)
+    told: dict[str, Any] = {"videos": todo, "bytes_per_item": size, "gb": round(todo * size / 1e9, 6)}
+    if seconds is None:
+        return told
+    paces = {stage: seconds[stage] / workers[stage] for stage in workers}
+    slowest = max(paces, key=lambda stage: paces[stage])
+    hours = (seconds["load"] + todo * paces[slowest]) / 3600
+    measured = {stage: round(value, 4) for stage, value in seconds.items()}
+    return told | {"hours": round(hours, 4), "limited_by": slowest, "seconds_per_video": measured}
+
+
+def describe(told: dict[str, Any]) -> str:
+    """The estimate in one line."""
+    size = f"{told['videos']} videos, {told['bytes_per_item']:,} bytes each, {told['gb']:.3g} GB"
+    if "hours" not in told:
+        return f"extract: {size}"
+    hours = told["hours"]
+    length = f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(hours * 60)} minutes"
+    return f"extract: {size}, about {length}, limited by {told['limited_by']}"
+
+
+def time_remotely(
+    todo: pa.Table, recipe: Recipe, decode: DecodeConfig, lvlm: LVLMConfig, num_videos: int, cpus: float, gpus: float
+) -> dict[str, float]:
+    """`time_sample` on a worker with the resources of one actor."""
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus)(time_sample)
+    seconds: dict[str, float] = ray.get(task.remote(sample_rows(todo, num_videos), recipe, decode, lvlm))
+    return seconds

@@ -1,0 +1,77 @@
+"""What a running extraction tells: progress on stderr, and at the end where the time went."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lvlmrec.columns import ERROR, MESSAGE, STAGE
+from lvlmrec.extraction import stages
+
+PROGRESS_SECONDS = 5.0
+REMEDY = {
+    "decode": "more pool.decode_tasks, or nodes with CPUs, would help",
+    "prepare": "the processor of the model is the limit: more CPUs beside each actor, or more actors",
+    "forward": "the accelerator is the limit: more pool.max_actors, fewer frames, lower taps",
+}
+
+
+class Tally:
+    """Counts and seconds of a running extraction, told every few seconds on stderr and to `log`."""
+
+    def __init__(self, total: int, workers: dict[str, int], log: Callable[[dict[str, float], int], None]) -> None:
+        self.total, self.workers, self.log = total, workers, log
+        self.written = 0
+        self.seconds = dict.fromkeys(stages.SECONDS, 0.0)
+        self.reasons: Counter[tuple[str, str]] = Counter()
+        self.model_message = ""
+        self.started = self.told = time.perf_counter()
+
+    def add(self, block: pa.Table) -> None:
+        """Rows of `stages.WRITTEN`."""
+        bad = block.filter(pc.is_valid(block[ERROR])).to_pylist()
+        self.written += len(block) - len(bad)
+        self.reasons.update((row[STAGE], row[ERROR]) for row in bad)
+        for name in stages.SECONDS:
+            self.seconds[name] += pc.sum(block[name]).as_py() or 0.0
+        for row in bad:
+            if row[STAGE] in stages.MODEL_STAGES:
+                self.model_message = row[MESSAGE]
+        done = self.written + sum(self.reasons.values())
+        now = time.perf_counter()
+        if now - self.told >= PROGRESS_SECONDS or done == self.total:
+            self.told = now
+            self._tell(done, now - self.started)
+
+    def busy(self, stage: str, seconds: float) -> float:
+        """Share of the stage's workers' time, `seconds` of wall time each, that it worked."""
+        return self.seconds[f"{stage}_seconds"] / (self.workers[stage] * seconds) if seconds else 0.0
+
+    def report(self, seconds: float) -> dict[str, Any]:
+        """Seconds and busy share of each stage, and the one that set the pace."""
+        shares = {stage: self.busy(stage, seconds) for stage in self.workers}
+        slowest = max(shares, key=lambda stage: shares[stage])
+        return {
+            "stages": {
+                name.removesuffix("_seconds"): {"seconds": round(spent, 3)}
+                | ({"busy": round(shares[stage], 4)} if (stage := name.removesuffix("_seconds")) in shares else {})
+                for name, spent in self.seconds.items()
+            },
+            "slowest_stage": f"{slowest}: {shares[slowest]:.0%} busy with {self.workers[slowest]}; {REMEDY[slowest]}",
+        }
+
+    def _tell(self, done: int, seconds: float) -> None:
+        rate, busy = done / seconds, self.busy("forward", seconds)
+        print(
+            f"extract: {done}/{self.total} videos, {done - self.written} rejected, {rate:.2f} videos/s, "
+            f"model busy {busy:.0%}, {(self.total - done) / rate:.0f} s left",
+            file=sys.stderr,
+        )
+        metrics = {"videos": done, "rejected": done - self.written, "videos_per_second": rate, "busy_fraction": busy}
+        self.log(metrics, done)

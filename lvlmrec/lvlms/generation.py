@@ -1,0 +1,96 @@
+"""Answers of a language model: generated in a batch, each item with random numbers of its own.
+
+Legend: B items, S prompt positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvlmrec.features.recipe import Prompt
+
+
+@dataclass(frozen=True)
+class Answers:
+    """For each item: the token ids without an end-of-sequence token, the text, and what ended it: eos, stop, length."""
+
+    ids: list[list[int]]
+    texts: list[str]
+    finishes: list[str]
+
+
+def generate(model: Any, tokenizer: Any, prompt: Prompt, inputs: Mapping[str, Any], seeds: Sequence[int]) -> Answers:
+    """Answer `inputs` (left-padded [B, S] tokens and encoded media). The likeliest tokens, or sampled ones by `seeds`.
+
+    The first token is never an end-of-sequence token: every answer has tokens to pool.
+    """
+    from transformers import GenerationConfig
+
+    ends = end_ids(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=prompt.max_new_tokens,
+        min_new_tokens=1,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
+        stop_strings=prompt.stop or None,
+        use_cache=True,
+    )
+    sampler = [_Sampler(prompt.temperature, prompt.top_p, seeds)] if prompt.temperature > 0 else []
+    ids_BS = model.generate(
+        **inputs, generation_config=config, logits_processor=sampler, tokenizer=tokenizer, use_model_defaults=False
+    )
+    return _read(ids_BS[:, inputs["input_ids"].shape[1] :].tolist(), tokenizer, prompt, [*ends, config.pad_token_id])
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end an answer, the tokenizer's own first."""
+    given = model.generation_config.eos_token_id
+    given = given if isinstance(given, list) else [given]
+    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *given) if i is not None))
+
+
+def seed_of(seed: int, prompt: str, item_id: str) -> int:
+    """One number for each item and prompt, whatever the batch."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{prompt}\0{item_id}".encode(), digest_size=7).digest())
+
+
+class _Sampler:
+    """Turns the likeliest token into a sample: the maximum of logits with Gumbel noise is a draw from their softmax.
+
+    Every row draws from a generator of its own, so that neighbours and the size of the batch change nothing.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seeds: Sequence[int]) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits_BV = scores.float() / self.temperature
+        ordered_BV, order_BV = logits_BV.softmax(dim=-1).sort(dim=-1, descending=True)
+        # a token stays while those likelier than it are less than top_p together
+        dropped_BV = (ordered_BV.cumsum(dim=-1) - ordered_BV >= self.top_p) & (self.top_p < 1)
+        dropped_BV = torch.zeros_like(dropped_BV).scatter(1, order_BV, dropped_BV)
+        uniform_BV = torch.stack(
+            [torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self.generators]
+        )
+        gumbel_BV = -torch.log(-torch.log(uniform_BV.clamp_min(1e-300)))
+        return logits_BV.masked_fill(dropped_BV, -torch.inf) + gumbel_BV.to(logits_BV)
+
+
+def _read(rows: Sequence[Sequence[int]], tokenizer: Any, prompt: Prompt, ends: Sequence[int]) -> Answers:
+    answers = Answers([], [], [])
+    for row in rows:
+        length = next((i for i, token in enumerate(row) if token in ends), len(row))
+        text = tokenizer.decode(row[:length], skip_special_tokens=True)
+        cuts = [text.index(stop) for stop in prompt.stop if stop in text]
+        answers.ids.append(list(row[:length]))
+        answers.texts.append(text[: min(cuts, default=len(text))].strip())
+        answers.finishes.append("stop" if cuts else "eos" if length < len(row) else "length")
+    return answers

@@ -1,0 +1,79 @@
+"""Hooks that hand every tapped hidden state to whoever reads the forward under way, and the decoder cut above them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.taps import PROJECTOR, Tap
+
+Pool = Callable[[Tap, Tensor], None]
+
+
+def ignore(tap: Tap, hidden: Tensor) -> None:
+    """A `Pool` for forwards whose states nobody reads."""
+
+
+class Hooks:
+    """The taps of a recipe on a loaded base model. `pool(tap, hidden)` is called inside the forward; set it before.
+
+    The decoder ends at the highest tap; `whole_decoder` lends the layers above it, for an answer.
+    """
+
+    def __init__(self, base: Any, vision_layers: str, recipe: Recipe, num_layers: int) -> None:
+        self.pool: Pool = ignore
+        self._decoder = base.get_decoder()
+        self._layers, self._norm = self._decoder.layers, self._decoder.norm
+        self._top = max((tap.layer for tap in recipe.taps if tap.tower == "llm"), default=0)
+        self._end = self._norm if self._top == num_layers else nn.Identity()
+        towers = {"llm": self._layers, "vision": base.get_submodule(vision_layers)}
+        for tap in recipe.taps:
+            if tap.tower != PROJECTOR:  # read off the tower's output
+                self._attach(tap, towers[tap.tower], num_layers)
+        self._cut()
+
+    def compile(self) -> None:
+        """Compile each layer of the decoder; hooks stay outside, so that what they pool is not traced."""
+        for layer in self._layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+    @contextlib.contextmanager
+    def whole_decoder(self) -> Iterator[None]:
+        """The decoder with all its layers and its norm."""
+        self._decoder.layers, self._decoder.norm = self._layers, self._norm
+        try:
+            yield
+        finally:
+            self._cut()
+
+    def _cut(self) -> None:
+        self._decoder.layers, self._decoder.norm = self._layers[: self._top], self._end
+
+    def _attach(self, tap: Tap, layers: Any, num_layers: int) -> None:
+        if tap.pre_norm:
+            self._norm.register_forward_pre_hook(self._input_hook(tap))
+        elif tap == Tap("llm", num_layers):
+            self._norm.register_forward_hook(self._output_hook(tap))
+        elif tap.layer > 0:
+            # Hugging Face counts what a layer returns, before Qwen3-VL's deepstack adds to it
+            layers[tap.layer - 1].register_forward_hook(self._output_hook(tap))
+        else:
+            first = layers[0] if tap.tower == "vision" or self._top else self._end
+            first.register_forward_pre_hook(self._input_hook(tap))
+
+    def _output_hook(self, tap: Tap) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            self.pool(tap, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    def _input_hook(self, tap: Tap) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self.pool(tap, arguments[0])
+
+        return hook

@@ -1,0 +1,104 @@
+"""What a processor makes of videos and covers: the tower's tensors, and the text that stands for each in a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from lvlmrec.errors import InputError
+from lvlmrec.video import Clip
+
+UNKNOWN_FPS = 24.0  # transformers' own assumption about a video without a duration
+_TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+class Options(Protocol):
+    """What differs between families; the fields are explained in `family.NativeFamily`."""
+
+    @property
+    def minimum_frames(self) -> int: ...
+    @property
+    def video_options(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Media:
+    """The videos or the covers of a batch.
+
+    inputs  the processor's tensors: pixels and what says how they lie
+    texts   for each item the place-holder tokens, and timestamps where the model writes them
+    """
+
+    inputs: Mapping[str, Any]
+    texts: Sequence[str]
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What the language model is told of the pixels: grids and sizes."""
+        return {key: value for key, value in self.inputs.items() if not is_pixels(key)}
+
+
+def placeholder(processor: Any, kind: str) -> str:
+    """The text that a chat template writes for a video or a cover; the processor replaces it."""
+    return str(processor.video_token if kind == "video" else processor.image_token)
+
+
+def process(options: Options, processor: Any, kind: str, clips: Sequence[Clip]) -> Media:
+    """The videos, or the covers, of a batch of items."""
+    arguments = _videos(options, clips) if kind == "video" else {"images": [_at_least(c.frames, 1)[0] for c in clips]}
+    inputs = processor(
+        text=[placeholder(processor, kind)] * len(clips),
+        input_data_format="channels_last",
+        return_text_replacement_offsets=True,
+        return_tensors="pt",
+        padding=True,
+        **arguments,
+    )
+    texts = [offsets[0]["replacement"] for offsets in inputs.pop("text_replacement_offsets")]
+    return Media({key: value for key, value in inputs.items() if key not in _TOKEN_KEYS}, texts)
+
+
+def required(clip: Clip | None, item_id: str, kind: str) -> Clip:
+    """Raises `InputError` when an item lacks what its recipe shows."""
+    if clip is None:
+        raise InputError(f"item {item_id!r} has no {kind}, and a prompt has input={kind}")
+    return clip
+
+
+def is_pixels(key: str) -> bool:
+    """Whether a processor's output takes the model's dtype: the seconds between frames do not survive bfloat16."""
+    return key.startswith("pixel_values")
+
+
+def _videos(options: Options, clips: Sequence[Clip]) -> dict[str, Any]:
+    frames = [_at_least(clip.frames, options.minimum_frames) for clip in clips]
+    return {
+        "videos": frames,
+        "video_metadata": [_metadata(clip, len(frames[row])) for row, clip in enumerate(clips)],
+        "do_sample_frames": False,
+        **options.video_options,
+    }
+
+
+def _at_least(frames_FHWC: np.ndarray, num_frames: int) -> np.ndarray:
+    """Frames as a writable array, the last repeated up to `num_frames`."""
+    missing = max(num_frames - len(frames_FHWC), 0)
+    frames_FHWC = np.concatenate([frames_FHWC, *[frames_FHWC[-1:]] * missing]) if missing else frames_FHWC
+    return np.require(frames_FHWC, requirements=["C", "W"])
+
+
+def _metadata(clip: Clip, num_frames: int) -> dict[str, Any]:
+    """Transformers' VideoMetadata of a clip that is already sampled; timestamps are made from it."""
+    indices = clip.frame_indices.tolist()
+    height, width = clip.frames.shape[1:3]
+    return {
+        "total_num_frames": clip.num_source_frames,
+        "fps": clip.num_source_frames / clip.duration if clip.duration > 0 else UNKNOWN_FPS,
+        "duration": clip.duration,
+        "height": height,
+        "width": width,
+        "frames_indices": indices + indices[-1:] * (num_frames - len(indices)),
+    }
