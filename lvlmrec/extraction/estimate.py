@@ -72,7 +72,7 @@ def sample_rows(todo: pa.Table, num_videos: int) -> pa.Table:
 def estimate(todo: int, recipe: Recipe, seconds: dict[str, float] | None, workers: dict[str, int]) -> dict[str, Any]:
     """Videos, bytes per item, GB and, from `seconds` per video of each stage, hours and what sets them."""
     size = bytes_per_item(recipe)
-    told: dict[str, Any] = {"videos": todo, "bytes_per_item": size, "gb": round(todo * size / 1e9, 6)}
+    told: dict[str, Any] = {"videos": todo, "bytes_per_item": size, "gb": todo * size / 1e9}
     if seconds is None:
         return told
     paces = {stage: seconds[stage] / workers[stage] for stage in workers}

@@ -264,8 +264,8 @@ def _check_prompts(config: RecipeConfig, info: LVLMInfo) -> None:
         raise ConfigError("recipe.prompts: empty; expected at least one prompt")
     for name, prompt in config.prompts.items():
         key = f"recipe.prompts.{name}"
-        if "/" in name or name in INPUTS:
-            raise ConfigError(f"{key}: a prompt's name has no '/' and is not one of {', '.join(INPUTS)}")
+        if "/" in name or name in MEDIA:  # those name the columns of vision taps
+            raise ConfigError(f"{key}: a prompt's name has no '/' and is not one of {', '.join(MEDIA)}")
         if prompt.input not in info.inputs:
             raise ConfigError(f"{key}.input: {prompt.input!r}: {info.family} reads {', '.join(info.inputs)}")
         if prompt.input == "text" and not prompt.text:

@@ -61,7 +61,7 @@ def fill(text: str, prompt: Prompt, fields: Mapping[str, str], special_tokens: S
 
 
 def special_tokens(processor: Any) -> list[str]:
-    """The texts that the tokenizer does not read as words, longest first."""
+    """The texts that tokenizer and processor do not read as words, longest first."""
     added = [str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*added, *processor.all_special_multimodal_tokens}, key=lambda token: (-len(token), token))
 

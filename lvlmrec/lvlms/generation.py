@@ -25,27 +25,29 @@ class Answers:
     finishes: list[str]
 
 
-def generate(model: Any, tokenizer: Any, prompt: Prompt, inputs: Mapping[str, Any], seeds: Sequence[int]) -> Answers:
+def generate(
+    model: Any, tokenizer: Any, prompt: Prompt, inputs: Mapping[str, Any], seeds: Sequence[int], specials: Sequence[str]
+) -> Answers:
     """Answer `inputs` (left-padded [B, S] tokens and encoded media). The likeliest tokens, or sampled ones by `seeds`.
 
-    The first token is never an end-of-sequence token: every answer has tokens to pool.
+    The first token is never an end-of-sequence token: every answer has tokens to pool. Of `specials`, the tokenizer's
+    special tokens, only those can occur: the answer is read again, and there a video without pixels would fail.
     """
     from transformers import GenerationConfig
 
-    ends = end_ids(model, tokenizer)
+    ends, vocabulary = end_ids(model, tokenizer), tokenizer.get_vocab()
     config = GenerationConfig(
         max_new_tokens=prompt.max_new_tokens,
         min_new_tokens=1,
         do_sample=False,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
+        suppress_tokens=[vocabulary[token] for token in specials if vocabulary.get(token, ends[0]) not in ends],
         stop_strings=prompt.stop or None,
         use_cache=True,
     )
     sampler = [_Sampler(prompt.temperature, prompt.top_p, seeds)] if prompt.temperature > 0 else []
-    ids_BS = model.generate(
-        **inputs, generation_config=config, logits_processor=sampler, tokenizer=tokenizer, use_model_defaults=False
-    )
+    ids_BS = model.generate(**inputs, generation_config=config, logits_processor=sampler, tokenizer=tokenizer)
     return _read(ids_BS[:, inputs["input_ids"].shape[1] :].tolist(), tokenizer, prompt, [*ends, config.pad_token_id])
 
 

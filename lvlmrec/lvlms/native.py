@@ -201,7 +201,7 @@ class NativeLVLM:
         seeds = [generation.seed_of(self._recipe.seed, name, item_id) for item_id in batch.item_ids]
         self.hooks.pool = ignore
         with self.hooks.whole_decoder():
-            return generation.generate(self._model, self._tokenizer, prompt, inputs, seeds)
+            return generation.generate(self._model, self._tokenizer, prompt, inputs, seeds, self._specials)
 
     def _reading(
         self,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -183,3 +184,67 @@ def test_what_is_wrong_is_said_before_anything_starts(tmp_path: Path, model: Pat
         plan("recipe.taps=[llm.99]")
     with pytest.raises(InputError, match=r"pool\.max_actors: 1 is below pool\.min_actors=2"):
         plan("pool.min_actors=2")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_titles_covers_and_captions_from_a_manifest_to_a_second_model(
+    tmp_path: Path, model: Path, videos: Path
+) -> None:
+    write_video(tmp_path / "cover.mp4", num_frames=1, size=(40, 60))
+    items = pd.DataFrame(
+        {
+            "item_id": ["a", "b", "no_title", "no_cover"],
+            "uri": [str(videos / f"good{i}.mp4") for i in range(4)],
+            "title": ["a red circle", "blue", "", "green square"],
+            "cover_uri": ["cover.mp4", "cover.mp4", "cover.mp4", ""],
+        }
+    )
+    items.to_csv(tmp_path / "items.csv", index=False)
+    prompts = (
+        "recipe.prompts={caption: {text: 'Describe {title}.', max_new_tokens: 5}, look: {text: Look., input: cover}, "
+        "title: {text: '{title}', input: text}}"
+    )
+    shared = [f"workspace={tmp_path}", f"lvlm.model={model}", "recipe.taps=[llm.2]"]
+    result = extract(
+        *shared, f"input={tmp_path}/items.csv", prompts, "recipe.poolings=[visual_mean,last_token,new_mean]"
+    )
+    assert result["rejected_by_reason"] == {"fetch/missing": 1, "text/empty": 1}
+    rows = rows_of(result["feature_set"])
+    assert sorted(rows) == ["a", "b"]
+    assert sorted(rows["a"])[-1] == "title/llm.2/last_token"
+    assert rows["a"]["caption/finish"] in ("eos", "length")
+    assert set(result["stages"]) == {"decode", "prepare", "forward", "write"}
+    assert result["estimate"]["bytes_per_item"] == 6 * 128 * 2 + 4 * 5
+
+    captions = store.read_texts(result["feature_set"])
+    assert captions.set_index("item_id")["caption"].to_dict() == {i: rows[i]["caption/text"] for i in "ab"}
+    read = ["recipe.prompts={said: {text: '{caption}', input: text}}", "recipe.poolings=[all_mean]"]
+    second = extract(*shared, f"input={result['feature_set']}", *read)
+    assert sorted(rows_of(second["feature_set"])) == ["a", "b"]
+    recipe = store.read(second["feature_set"]).recipe
+    assert recipe.texts_from == store.read(result["feature_set"]).recipe.fingerprint
+    assert recipe.media == ()
+    with pytest.raises(InputError, match=r"no column 'title'; its columns: item_id, caption"):
+        extract(
+            *shared, f"input={result['feature_set']}", "recipe.prompts={t: {text: '{title}', input: text}}", read[1]
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_the_estimate_is_told_before_and_can_be_all(
+    tmp_path: Path, model: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = [f"workspace={tmp_path}", f"lvlm.model={model}", f"input={videos}", "estimate.videos=3"]
+    result = extract(*shared, "estimate.only=true")
+    told = result["estimate"]
+    assert (told["videos"], told["bytes_per_item"], told["gb"]) == (9, 4 * 128 * 2, 9 * 4 * 128 * 2 / 1e9)
+    assert told["limited_by"] in ("decode", "prepare", "forward")
+    assert told["hours"] > 0
+    assert not list(Path(result["feature_set"]).glob("parts/*"))
+    done = extract(*shared)
+    assert "hours" not in done["estimate"]
+    error = capsys.readouterr().err
+    assert "9 videos, 1,024 bytes each, 9.22e-06 GB, about 1 minutes, limited by" in error
+    assert done["slowest_stage"] in error

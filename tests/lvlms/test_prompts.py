@@ -1,0 +1,263 @@
+"""What prompts show and what they are answered, on every family: titles, covers, generated text and its states."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.features import recipe as recipes
+from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
+from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
+from lvlmrec.lvlms.protocol import Item
+
+TOLERANCE = 2e-6  # share of a feature's largest entry, float32: rows of other lengths are summed in another order
+TITLES = ("A cat plays the piano", "How to fold a shirt in two seconds, explained slowly for beginners", "surf")
+ASK = Prompt("What is shown?", max_new_tokens=6)
+NAMES = sorted(LVLMS)
+
+pytestmark = pytest.mark.parametrize("family", NAMES)
+
+
+@functools.cache
+def load(directory: Path, batch_size: int, seed: int, poolings: tuple[str, ...], *names: str) -> tuple[LVLM, Recipe]:
+    config = dataclasses.replace(
+        LVLMConfig(), name=directory.name, model=str(directory), device="cpu", batch_size=batch_size
+    )
+    bank = {name: BANK[name] for name in names}
+    wanted = RecipeConfig(taps=["llm.1", "llm.-1"], prompts=bank, poolings=[*poolings])
+    recipe = recipes.resolve(wanted, LVLMS[config.name].inspect(config), seed)
+    return LVLMS[config.name].load(config, recipe), recipe
+
+
+BANK = {
+    "ask": ASK,
+    "ask_sampled": dataclasses.replace(ASK, temperature=1.0),
+    "ask_nucleus": dataclasses.replace(ASK, temperature=1.0, top_p=0.5),
+    "ask_before": dataclasses.replace(ASK, place="before"),
+    "ask_more": Prompt("Name three keywords for {title}", max_new_tokens=4),
+    "plain": Prompt("What is shown?"),
+    "titled": Prompt("Its title: {title}. What is shown?"),
+    "titled_before": Prompt("Its title: {title}.", place="before"),
+    "title_only": Prompt("{title}", input="text"),
+    "cover_only": Prompt("What is shown?", input="cover"),
+    "cover_titled": Prompt("{title}", input="cover"),
+}
+
+
+def extract(model: LVLM, items: Sequence[Item]) -> dict[str, Any]:
+    return model.extract(model.prepare(items))
+
+
+@pytest.fixture(scope="session")
+def items(clips, make_clip) -> list[Item]:
+    covers = [make_clip(60, 100, num_frames=1, seed=7), make_clip(100, 60, num_frames=1, seed=8)]
+    rows = zip(clips, [*covers, covers[0]], TITLES, strict=True)
+    return [Item(f"item{i}", clip, cover, {"title": title}) for i, (clip, cover, title) in enumerate(rows)]
+
+
+@functools.cache
+def hugging_face(directory: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(directory)
+
+
+def processed(directory: Path, item: Item, prompt: Prompt) -> dict[str, Any]:
+    """One item and prompt as a user of transformers writes them."""
+    _, processor = hugging_face(directory)
+    shown: dict[str, Any] = {"text": []}
+    if prompt.input == "video":
+        assert item.video is not None
+        clip = item.video
+        metadata = {
+            "total_num_frames": clip.num_source_frames,
+            "fps": clip.num_source_frames / clip.duration,
+            "duration": clip.duration,
+            "height": clip.frames.shape[1],
+            "width": clip.frames.shape[2],
+            "frames_indices": clip.frame_indices.tolist(),
+        }
+        shown = {"videos": [clip.frames], "video_metadata": [metadata], "do_sample_frames": False}
+        shown |= {"cap_pixels_per_frame": True} if "qwen" in directory.name else {}
+    elif prompt.input == "cover":
+        assert item.cover is not None
+        shown = {"images": [item.cover.frames[0]], "input_data_format": "channels_last"}
+    else:
+        shown = {}
+    text = {"type": "text", "text": prompt.text.replace("{title}", item.texts.get("title", ""))}
+    content: list[dict[str, str]] = [text]
+    if prompt.input != "text":
+        media = {"type": "video" if prompt.input == "video" else "image"}
+        content = [media, text] if prompt.place == "after" else [text, media]
+        if prompt.place == "before" and directory.name == "llava_onevision":
+            content = [{"type": "text", "text": text["text"] + "\n<video>"}]
+    written = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return dict(processor(text=[written], return_tensors="pt", **shown))
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: object) -> None:
+    difference = float((actual - expected).abs().max() / expected.abs().max())
+    assert difference <= TOLERANCE, (what, difference)
+
+
+@pytest.mark.parametrize("name", ["titled", "titled_before", "title_only", "cover_only", "cover_titled"])
+def test_titles_and_covers_give_hugging_face_hidden_states(tiny_models, items, family, name) -> None:
+    prompt, directory = BANK[name], tiny_models[family]
+    poolings = ("all_mean", "last_token")
+    features = extract(load(directory, 4, 0, poolings, name)[0], items)
+    for row, item in enumerate(items):
+        with torch.inference_mode():
+            inputs = processed(directory, item, prompt)
+            states = hugging_face(directory)[0](**inputs, output_hidden_states=True, use_cache=False).hidden_states
+        for layer in (1, len(states) - 1):
+            assert_close(features[f"{name}/llm.{layer}/last_token"][row], states[layer][0, -1], (layer, row))
+            assert_close(features[f"{name}/llm.{layer}/all_mean"][row], states[layer][0].mean(dim=0), (layer, row))
+
+
+def test_one_pass_over_everything_equals_passes_alone(tiny_models, items, family) -> None:
+    names = ("plain", "titled", "titled_before", "title_only", "cover_only", "cover_titled", "ask", "ask_more")
+    poolings = ("visual_mean", "all_mean", "last_token", "new_mean", "eos", "prompt_eos")
+    model, recipe = load(tiny_models[family], 4, 0, poolings, *names)
+    together = extract(model, items)
+    assert [*together] == [*map(str, recipe.feature_names), *recipe.text_names]
+    for name in names:
+        own = tuple(p for p in poolings if p in recipes.poolings_of(BANK[name], poolings))
+        alone = extract(load(tiny_models[family], 1, 0, own, name)[0], items)
+        for column, values in alone.items():
+            if isinstance(values, list):
+                assert together[column] == values
+            else:
+                assert_close(together[column], values, column)
+
+
+@torch.inference_mode()
+def test_states_of_new_tokens_are_those_of_generate(tiny_models, items, family) -> None:
+    directory = tiny_models[family]
+    poolings = ("new_mean", "eos", "last_token", "new_merged_2", "visual_mean")
+    features = extract(load(directory, 4, 0, poolings, "ask")[0], items)
+    model, processor = hugging_face(directory)
+    for row, item in enumerate(items):
+        inputs = processed(directory, item, ASK)
+        specials = [i for i, token in processor.tokenizer.added_tokens_decoder.items() if token.special]
+        answer = model.generate(
+            **inputs,
+            suppress_tokens=[i for i in specials if i != processor.tokenizer.eos_token_id],
+            max_new_tokens=6,
+            min_new_tokens=1,
+            do_sample=False,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        new = answer.sequences[0, inputs["input_ids"].shape[1] :]
+        assert features["ask/text"][row] == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+        ended = bool(new[-1] == processor.tokenizer.eos_token_id)
+        assert features["ask/finish"][row] == ("eos" if ended else "length")
+        num_new = len(new) - ended
+        top = len(answer.hidden_states[0]) - 1
+        for layer in (1, top):
+            assert_close(
+                features[f"ask/llm.{layer}/last_token"][row], answer.hidden_states[0][layer][0, -1], (layer, row)
+            )
+            # step k + 1 of generate reads new token k; the last token is never read
+            read = torch.cat([step[layer][0] for step in answer.hidden_states[1:]])
+            forced = forced_states(directory, inputs, new[:num_new])[layer][0, -num_new - 1 :]
+            assert_close(forced[: len(read)], read[: num_new + 1], ("forced", layer, row))
+            assert_close(features[f"ask/llm.{layer}/new_mean"][row], forced[:-1].mean(dim=0), (layer, row))
+            assert_close(features[f"ask/llm.{layer}/eos"][row], forced[-1], (layer, row))
+            sizes = features[f"ask/llm.{layer}/new_merged_2.sizes"][row]
+            merged = features[f"ask/llm.{layer}/new_merged_2"][row].reshape(2, -1)
+            assert int(sizes.sum()) == num_new
+            assert_close((merged * sizes[:, None]).sum(0) / num_new, forced[:-1].mean(dim=0), ("merged", layer))
+
+
+def forced_states(directory: Path, inputs: dict[str, Any], new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All states of prompt, answer and an end-of-sequence token in one forward of transformers."""
+    model, processor = hugging_face(directory)
+    tail = torch.cat([new, torch.tensor([processor.tokenizer.eos_token_id])])[None]
+    longer = dict(inputs)
+    longer["input_ids"] = torch.cat([inputs["input_ids"], tail], dim=1)
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tail)], dim=1)
+    if hasattr(model.model, "rope_deltas"):
+        model.model.rope_deltas = None
+    states: tuple[torch.Tensor, ...] = model(**longer, output_hidden_states=True, use_cache=False).hidden_states
+    return states
+
+
+@pytest.mark.parametrize("name", ["ask_sampled", "ask_nucleus"])
+def test_sampled_answers_depend_on_seed_and_item_alone(tiny_models, items, family, name) -> None:
+    answers = {
+        (batch_size, seed): extract(load(tiny_models[family], batch_size, seed, ("eos",), name)[0], items)
+        for batch_size, seed in ((1, 0), (4, 0), (4, 1))
+    }
+    texts = {key: columns[f"{name}/text"] for key, columns in answers.items()}
+    assert texts[1, 0] == texts[4, 0]
+    assert texts[4, 0] != texts[4, 1]
+    reverse = extract(load(tiny_models[family], 4, 0, ("eos",), name)[0], items[::-1])
+    assert reverse[f"{name}/text"][::-1] == texts[4, 0]
+    same = [dataclasses.replace(items[0], item_id=f"twin{i}") for i in range(4)]
+    assert len(set(extract(load(tiny_models[family], 4, 0, ("eos",), name)[0], same)[f"{name}/text"])) > 1
+
+
+def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(tiny_models, items, family, monkeypatch) -> None:
+    whole = extract(load(tiny_models[family], 4, 0, ("eos",), "ask")[0], items)["ask/text"]
+    stop = next(text for text in whole if len(text) > 3)[1:3]
+    monkeypatch.setitem(BANK, "ask_stop", dataclasses.replace(ASK, stop=[stop]))
+    model, _ = load.__wrapped__(tiny_models[family], 4, 0, ("new_mean",), "ask_stop")
+    columns = extract(model, items)
+    for text, finish, before in zip(columns["ask_stop/text"], columns["ask_stop/finish"], whole, strict=True):
+        assert stop not in text
+        assert (finish == "stop") == (stop in before)
+        assert before.startswith(text)
+
+
+def test_the_models_own_tokens_in_a_title_are_words(tiny_models, items, family) -> None:
+    _, processor = hugging_face(tiny_models[family])
+    model, _ = load(tiny_models[family], 4, 0, ("last_token",), "titled")
+    sly = dataclasses.replace(items[0], texts={"title": f"x{processor.video_token}y{processor.image_token}<|im_end|>"})
+    plain = dataclasses.replace(items[0], texts={"title": "x y  "})
+    features, expected = extract(model, [sly]), extract(model, [plain])
+    assert all(torch.equal(features[name], expected[name]) for name in features)
+
+
+def test_prefixes_are_shared_across_titles(tiny_models, items, family, monkeypatch) -> None:
+    from lvlmrec.lvlms import prefix
+
+    lengths = []
+    run_prefix = prefix.run_prefix
+    monkeypatch.setattr(prefix, "run_prefix", lambda *a: (lengths.append(a[2]), run_prefix(*a))[1])
+    names = ("plain", "titled", "ask", "ask_more", "titled_before", "cover_only", "cover_titled")
+    extract(load(tiny_models[family], 4, 0, ("last_token", "eos"), *names)[0], items)
+    assert len(lengths) == 2  # one for the videos, one for the covers
+    assert min(lengths) > 2
+
+
+def test_what_an_item_lacks_is_named(tiny_models, items, family) -> None:
+    model, _ = load(tiny_models[family], 4, 0, ("last_token",), "cover_only")
+    with pytest.raises(InputError, match="item 'item0' has no cover, and a prompt has input=cover"):
+        model.prepare([dataclasses.replace(items[0], cover=None)])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "poolings", "message"),
+    [
+        (Prompt("{title}", input="text"), ["visual_mean"], "'visual_mean' has no tokens in any prompt"),
+        (Prompt("x"), ["new_mean"], "'new_mean' has no tokens in any prompt"),
+        (Prompt("", input="text"), ["all_mean"], r"prompts\.p\.text: empty, and input=text"),
+        (Prompt("x", max_new_tokens=3, top_p=0.0), ["eos"], r"prompts\.p\.top_p: 0\.0"),
+    ],
+)
+def test_recipes_that_cannot_be(tiny_models, family, prompt, poolings, message) -> None:
+    config = dataclasses.replace(LVLMConfig(), name=family, model=str(tiny_models[family]), device="cpu")
+    wanted = RecipeConfig(taps=["llm.1"], prompts={"p": prompt}, poolings=poolings)
+    with pytest.raises(ConfigError, match=message):
+        recipes.resolve(wanted, LVLMS[family].inspect(config))
