@@ -10,6 +10,24 @@ from lvlmrec.lvlms.family import NativeFamily, patches_of_packed_clips
 
 def tiny() -> tuple[Any, Any]:
     """4 layers x 64 over 3 vision layers x 32, the second of full attention; at most 112 x 112 px per frame."""
+    text = qwen2_vl.TINY_TEXT | {"rope_parameters": qwen2_vl.tiny_rope([2, 3, 3])}
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "out_hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    }
+    return sized(text, vision, largest=112 * 112)
+
+
+def sized(text: dict[str, Any], vision: dict[str, Any], largest: int) -> tuple[Any, Any]:
+    """Configuration and processor of a model of any size, over frames of at most `largest` pixels.
+
+    `text` and `vision` are sizes of transformers' Qwen2_5_VLTextConfig and Qwen2_5_VLVisionConfig.
+    """
     from transformers import (
         Qwen2_5_VLConfig,
         Qwen2_5_VLProcessor,
@@ -17,21 +35,13 @@ def tiny() -> tuple[Any, Any]:
         Qwen2VLVideoProcessor,
     )
 
+    from lvlmrec.lvlms.tiny import chat_sizes
+
     words = qwen2_vl.tiny_tokenizer()
     model_config = Qwen2_5_VLConfig(
-        text_config=qwen2_vl.tiny_text(words) | {"rope_parameters": qwen2_vl.tiny_rope([2, 3, 3])},
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
-        **qwen2_vl.tiny_token_ids(words),
+        text_config=chat_sizes(words) | text, vision_config=vision, **qwen2_vl.tiny_token_ids(words)
     )
-    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    size = {"shortest_edge": 56 * 56, "longest_edge": largest}
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
         tokenizer=words,

@@ -9,6 +9,14 @@ from lvlmrec.lvlms.family import NativeFamily, patches_of_packed_clips
 # As the reference implementation (qwen-vl-utils) does; transformers 5.23 warns that its default will become this.
 VIDEO_OPTIONS = {"cap_pixels_per_frame": True}
 
+TINY_TEXT = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
 
 def tiny() -> tuple[Any, Any]:
     """4 layers x 64 over 3 vision layers x 32; patches of 14 px, at most 112 x 112 px per frame."""
@@ -60,13 +68,7 @@ def tiny_text(words: Any) -> dict[str, Any]:
     """A text configuration of 4 layers x 64, four heads of 16."""
     from lvlmrec.lvlms.tiny import chat_sizes
 
-    return chat_sizes(words) | {
-        "num_hidden_layers": 4,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
+    return chat_sizes(words) | TINY_TEXT
 
 
 def tiny_rope(mrope_section: list[int]) -> dict[str, Any]:
