@@ -261,3 +261,15 @@ def test_recipes_that_cannot_be(tiny_models, family, prompt, poolings, message) 
     wanted = RecipeConfig(taps=["llm.1"], prompts={"p": prompt}, poolings=poolings)
     with pytest.raises(ConfigError, match=message):
         recipes.resolve(wanted, LVLMS[family].inspect(config))
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_gives_the_same_up_to_the_last_bits(tiny_models, items, family) -> None:
+    if family != "qwen2_vl":
+        pytest.skip("compiling takes a minute: one family, with multimodal positions, stands for all")
+    config = dataclasses.replace(LVLMConfig(), name=family, model=str(tiny_models[family]), device="cpu")
+    wanted = RecipeConfig(taps=["llm.1"], prompts={"plain": BANK["plain"]})
+    recipe = recipes.resolve(wanted, LVLMS[family].inspect(config))
+    plain = extract(LVLMS[family].load(config, recipe), items)
+    compiled = LVLMS[family].load(dataclasses.replace(config, compile=True), recipe)
+    assert_close(extract(compiled, items)["plain/llm.1/visual_mean"], plain["plain/llm.1/visual_mean"], "compiled")
