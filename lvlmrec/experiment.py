@@ -108,10 +108,13 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
         features = features.standardized(np.flatnonzero(data.train_counts))
     flat = configs.flatten(configs.to_dict(config))
     learned = {k: v for k, v in flat if k not in NOT_LEARNED and not k.startswith(SEARCH)}
+    if features is None:  # what is asked of features changes no run without them
+        learned = {k: v for k, v in learned.items() if not k.startswith("feature")}
     learned |= {"dataset.path": fingerprint, "features": features.digest if features else ""}
     key = hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
-    recipe = store.read(config.features).recipe.fingerprint if features else "none"
-    tags = {"dataset": fingerprint, "feature_set": features.digest if features else "none", "recipe": recipe}
+    tags = {"dataset": fingerprint, "feature_set": "none", "recipe": "none"}
+    if features is not None:
+        tags |= {"feature_set": features.digest, "recipe": features.recipe}
     return Experiment(config, data, features, key, {**tags, "key": key}, report)
 
 

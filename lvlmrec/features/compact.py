@@ -23,7 +23,7 @@ from lvlmrec.columns import ITEM_ID, PART, ROW
 from lvlmrec.errors import InputError
 from lvlmrec.features import store
 from lvlmrec.features.store import FeatureSet
-from lvlmrec.taps import parse_feature
+from lvlmrec.taps import READS_TEXT, parse_feature
 
 ARRAY = "features.npy"
 ABOUT = "about.json"
@@ -36,6 +36,7 @@ class FeatureArray:
     """Features of a catalogue, read in place.
 
     digest  16 hex digits of feature set, columns and id map
+    recipe  fingerprint of the feature set's recipe
     names   the L columns, `prompt/tap/pooling`
     missing bool [I + 1], items without features: their rows are zeros (after scaling: the mean)
     order   int64 [I + 1], the row read for each item; None: its own (a control gives items the rows of others)
@@ -44,6 +45,7 @@ class FeatureArray:
 
     path: Path
     digest: str
+    recipe: str
     names: tuple[str, ...]
     columns: tuple[int, ...]
     dtype: str
@@ -106,18 +108,20 @@ class FeatureArray:
 def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str) -> list[str]:
     """The feature columns that an item encoder reads.
 
-    `patterns` are shell patterns such as `describe/llm.*/visual_mean`; none means every `llm` tap of the first
-    prompt and pooling. An encoder with `layers="one"` takes the deepest of them. Columns of several tokens per item
-    are never chosen. Raises `InputError`.
+    `patterns` are shell patterns such as `describe/llm.*/visual_mean`; none means every tap of the language model, or
+    of the encoder, of the first prompt and pooling. An encoder with `layers="one"` takes the deepest of them. Columns
+    of several tokens per item are never chosen. Raises `InputError`.
     """
     names = [str(name) for name in feature_set.recipe.vector_names]
     if patterns:
         chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     else:
-        llm = [name for name in names if parse_feature(name).tap.tower == "llm"] or names
-        first = parse_feature(llm[0])
+        read = [name for name in names if parse_feature(name).tap.tower in READS_TEXT] or names
+        first = parse_feature(read[0]) if read else None
         chosen = [
-            n for n in llm if (parse_feature(n).prompt, parse_feature(n).pooling) == (first.prompt, first.pooling)
+            n
+            for n in read
+            if first and (parse_feature(n).prompt, parse_feature(n).pooling) == (first.prompt, first.pooling)
         ]
     if not chosen:
         raise InputError(f"feature_columns {list(patterns)!r}: match no column; columns: {', '.join(names)}")
@@ -147,7 +151,13 @@ def compact(feature_set: FeatureSet, names: Sequence[str], item_ids: Sequence[st
     if not (folder / ABOUT).exists():
         _write(feature_set, names, found, folder)
     return FeatureArray(
-        folder / ARRAY, digest, tuple(names), tuple(range(len(names))), feature_set.recipe.dtype, missing
+        folder / ARRAY,
+        digest,
+        feature_set.recipe.fingerprint,
+        tuple(names),
+        tuple(range(len(names))),
+        feature_set.recipe.dtype,
+        missing,
     )
 
 
