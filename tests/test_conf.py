@@ -8,10 +8,12 @@ from lvlmrec.config import CONF, load, to_dict
 from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.features import recipe as recipes
+from lvlmrec.features.recipe import LVLMInfo
 from lvlmrec.tuning import TuneConfig
 
 JOBS = {"extract": ExtractConfig, "train": TrainConfig, "tune": TuneConfig, "evaluate": EvaluateConfig}
-ROOMS = {"lvlm": "extract", "dataset": "train", "model": "train"}
+ROOMS = {"lvlm": "extract", "recipe": "extract", "dataset": "train", "model": "train"}
 LAYERS = sorted(CONF.rglob("*.yaml"))
 
 
@@ -39,3 +41,11 @@ def test_every_layer_begins_with_its_command(layer: Path) -> None:
 
 def test_every_job_has_its_own_layer() -> None:
     assert {layer.stem for layer in CONF.glob("*.yaml")} == set(JOBS)
+
+
+@pytest.mark.parametrize("layer", sorted((CONF / "recipe").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_layer_resolves_on_a_model(layer: Path) -> None:
+    info = LVLMInfo("any", "x", "float32", {"llm": 6, "vision": 3}, {"llm": 128, "vision": 96})
+    recipe = recipes.resolve(load(ExtractConfig, [layer]).recipe, info)
+    named = {name.prompt for name in recipe.feature_names} | {name.split("/")[0] for name in recipe.text_names}
+    assert named == set(recipe.prompts)
