@@ -40,16 +40,15 @@ TRUSTED_CONTAINERS = (
 )  # the others guess timestamps, or often have them wrong
 
 PYAV_ERRORS = (av.FFmpegError, ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
-# reason of a failure whose exception says no more than where it arose
-REASONS = {"open": "not_a_video", "demux": "demux_failed", "decode": "decode_failed", "convert": "convert_failed"}
 
 
 class VideoError(Exception):
     """One video could not be read.
 
-    stage    open, probe (which stream), demux, decode or convert
+    stage    open, probe (which stream), demux, decode, convert or encode
     error    a short stable reason: not_found, unreadable, not_a_video, no_video_stream, no_decoder, no_frames,
-             encrypted, demux_failed, decode_failed, convert_failed, out_of_memory, timeout, decoder_died
+             encrypted, too_long, demux_failed, decode_failed, convert_failed, encode_failed, out_of_memory, timeout,
+             decoder_died
     message  one line
     """
 
@@ -119,12 +118,12 @@ def sample_indices(num_source_frames: int, num_frames: int) -> np.ndarray:
 def probe(path: str | Path) -> VideoInfo:
     """What the video at `path` is. Raises `VideoError`."""
     packets = _read_packets(path)
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         codec = stream.codec_context.name
-        frame = next(_decode(container, stream), None)
+        frame = next(decode_frames(container, stream), None)
         if frame is None:
             raise VideoError("decode", "no_frames", "no frame came out of the decoder")
-        geometry = _geometry(frame, max(frame.width, frame.height))
+        geometry = geometry_of(frame, max(frame.width, frame.height))
     shown = sorted((pts is None, pts or 0, k) for k, pts in enumerate(packets.pts) if packets.shown[k])
     times = _seconds([packets.pts[k] for _, _, k in shown], packets.duration[shown[-1][2]], packets)
     width, height = geometry.width, geometry.height
@@ -166,7 +165,7 @@ class _Packets:
 
 
 @dataclass(frozen=True)
-class _Geometry:
+class Geometry:
     """How a decoded frame becomes a picture: scaled to width x height, then transposed, then flipped."""
 
     width: int
@@ -190,7 +189,7 @@ class _Geometry:
 
 
 @contextmanager
-def _stage(stage: str) -> Iterator[None]:
+def faults_named(stage: str) -> Iterator[None]:
     """Turns whatever PyAV raises into a `VideoError`.
 
     FFmpeg's error numbers arrive as exceptions of many kinds: a decoder's AVERROR(EACCES) is a PermissionError.
@@ -198,7 +197,7 @@ def _stage(stage: str) -> Iterator[None]:
     try:
         yield
     except PYAV_ERRORS as e:
-        reason = REASONS[stage]
+        reason = "not_a_video" if stage == "open" else f"{stage}_failed"
         if isinstance(e, MemoryError):
             reason = "out_of_memory"
         elif stage == "open" and isinstance(e, OSError):
@@ -207,9 +206,9 @@ def _stage(stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container at `path` and its best video stream."""
-    with _stage("open"):
+def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container at `path` and its best video stream. Raises `VideoError`."""
+    with faults_named("open"):
         if "\0" in os.fspath(path):  # for FFmpeg the name of another file
             raise FileNotFoundError(f"no name of a file: {os.fspath(path)!r}")
         # a playlist or a name with a colon in it must not reach the network
@@ -225,7 +224,7 @@ def _open(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    with _stage("demux"):
+    with faults_named("demux"):
         for packet in container.demux(stream):
             if packet.size:  # an empty one would end the decoder's stream
                 yield packet
@@ -233,7 +232,7 @@ def _demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet
 
 def _read_packets(path: str | Path) -> _Packets:
     """Demuxes the whole stream. Stream headers are not asked: their frame counts lie."""
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         context = stream.codec_context
         is_plain = container.format.name in TRUSTED_CONTAINERS and context.field_order in PROGRESSIVE
         reader = picture_reader(context.name, context.extradata) if is_plain else None
@@ -280,14 +279,14 @@ def _sample_by_gop(path: str | Path, packets: _Packets, num_frames: int, max_sid
     rendered: dict[int | None, np.ndarray] = {}
     geometry, last_pts = None, None
     try:
-        with _open(path) as (container, stream):
-            for frame in _decode(container, stream, feed, restarts):
+        with open_video(path) as (container, stream):
+            for frame in decode_frames(container, stream, feed, restarts):
                 is_late = last_pts is not None and (frame.pts is None or frame.pts <= last_pts)
                 if is_late or frame.is_corrupt or frame.interlaced_frame:
                     return None
                 last_pts = frame.pts
                 if last_pts in wanted_pts:
-                    geometry = geometry or _geometry(frame, max_side)
+                    geometry = geometry or geometry_of(frame, max_side)
                     rendered[last_pts] = _render(frame, geometry)
     except VideoError:
         return None  # decoding everything tells whether the file is at fault
@@ -306,10 +305,10 @@ def _sample_all(path: str | Path, packets: _Packets, num_frames: int, max_side: 
         rendered: dict[int, np.ndarray] = {}
         pts: list[int | None] = []
         geometry, last_duration = None, 0
-        with _open(path) as (container, stream):
-            for frame in _decode(container, stream):
+        with open_video(path) as (container, stream):
+            for frame in decode_frames(container, stream):
                 if len(pts) in wanted:
-                    geometry = geometry or _geometry(frame, max_side)
+                    geometry = geometry or geometry_of(frame, max_side)
                     rendered[len(pts)] = _render(frame, geometry)
                 pts.append(frame.pts)
                 last_duration = frame.duration or 0
@@ -331,48 +330,52 @@ def _clip(rendered: dict[int, np.ndarray], indices: np.ndarray, times: np.ndarra
     )
 
 
-def _decode(
+def decode_frames(
     container: InputContainer,
     stream: VideoStream,
     feed: Sequence[bool] | None = None,
     restarts: frozenset[int] = frozenset(),
 ) -> Iterator[VideoFrame]:
-    """Frames in output order, of the packets that `feed` names (all without it), begun anew before `restarts`."""
+    """Frames in output order, of the packets that `feed` names (all without it), begun anew before `restarts`.
+
+    Decodes in one thread. Raises `VideoError`.
+    """
     context = stream.codec_context
     context.thread_count = 1
     last = max(k for k, is_fed in enumerate(feed) if is_fed) if feed else -1
     for k, packet in enumerate(_demux(container, stream)):
         if feed is not None and k > last:
             break
-        with _stage("decode"):
+        with faults_named("decode"):
             if k in restarts:
                 yield from context.decode(None)
                 context.flush_buffers()
             if feed is None or feed[k]:
                 yield from context.decode(packet)
-    with _stage("decode"):
+    with faults_named("decode"):
         yield from context.decode(None)
 
 
-def _geometry(frame: VideoFrame, max_side: int) -> _Geometry:
+def geometry_of(frame: VideoFrame, max_side: int) -> Geometry:
+    """How the pictures of a video become upright ones of at most `max_side` pixels, from one of its frames."""
     scale = min(1.0, max_side / max(frame.width, frame.height))
     width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
     matrix = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
     # x' = a x + c y, y' = b x + d y (libavutil/display.h); what is not a quarter turn or a flip is nonsense here
     if min(abs(a), abs(d)) > max(abs(b), abs(c)):
-        return _Geometry(width, height, transpose=False, flip_x=a < 0, flip_y=d < 0)
+        return Geometry(width, height, transpose=False, flip_x=a < 0, flip_y=d < 0)
     if min(abs(b), abs(c)) > max(abs(a), abs(d)):
-        return _Geometry(width, height, transpose=True, flip_x=c < 0, flip_y=b < 0)
-    return _Geometry(width, height, transpose=False, flip_x=False, flip_y=False)
+        return Geometry(width, height, transpose=True, flip_x=c < 0, flip_y=b < 0)
+    return Geometry(width, height, transpose=False, flip_x=False, flip_y=False)
 
 
-def _render(frame: VideoFrame, geometry: _Geometry) -> np.ndarray:
+def _render(frame: VideoFrame, geometry: Geometry) -> np.ndarray:
     """uint8 [H, W, 3]"""
     target: dict[str, Any] = {}
     if (frame.width, frame.height) != (geometry.width, geometry.height):
         target = {"width": geometry.width, "height": geometry.height, "interpolation": "BICUBIC"}
-    with _stage("convert"):
+    with faults_named("convert"):
         picture = frame.to_ndarray(format="rgb24", threads=1, **target)
     if geometry.transpose:
         picture = picture.swapaxes(0, 1)

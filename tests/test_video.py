@@ -314,11 +314,11 @@ def test_odd_exceptions_of_a_decoder_are_its_failure(
     path = write_video(tmp_path / "v.mp4", options=X264, num_frames=3)
 
     def fail(*_: Any, **__: Any) -> Any:
-        with video._stage("decode"):
+        with video.faults_named("decode"):
             raise kind(1, "odd\nindeed")
         yield
 
-    monkeypatch.setattr(video, "_decode", fail)
+    monkeypatch.setattr(video, "decode_frames", fail)
     with pytest.raises(VideoError, match="odd indeed") as caught:
         sample_clip(path, 2, 64)
     assert (caught.value.stage, caught.value.error) == ("decode", "decode_failed")
