@@ -1,0 +1,113 @@
+"""Published checkpoints of models that transformers does not hold, read without any code of their repositories.
+
+Such a model is ported as a `PreTrainedModel` whose parameters bear the published names, so that transformers itself
+finds the files (a directory or the hub, one file or an index of many), reads only what the model has, and reports
+the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lvlmrec.errors import ConfigError
+from lvlmrec.lvlms import source
+from lvlmrec.lvlms.protocol import ModelConfig
+
+
+def read_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """The published config.json of `config.model` as it is.
+
+    Raises `ConfigError` when the directory or hub id cannot be read or holds another `model_type`.
+    """
+    expected = f"expected a local directory or a hub id (owner/name) of a {model_type} model"
+    tree = read_json(config, "config.json")
+    if tree is None:
+        raise ConfigError(f"lvlm.model: {config.model!r}: no config.json there; {expected}")
+    if tree.get("model_type") != model_type:
+        found = tree.get("model_type")
+        raise ConfigError(f"lvlm.model: {config.model!r} is a {found} model; lvlm.name={config.name}: {expected}")
+    return tree
+
+
+def read_json(config: ModelConfig, name: str) -> dict[str, Any] | None:
+    """The JSON object in a file of the model, None where the model has no such file. Raises `ConfigError`."""
+    from transformers.utils import cached_file
+
+    try:
+        if Path(config.model).is_dir():
+            path = Path(config.model) / name
+        else:
+            found = cached_file(
+                config.model,
+                name,
+                revision=config.revision or "main",
+                _raise_exceptions_for_missing_entries=False,
+            )
+            path = Path(found or "")
+        if not path.is_file():
+            return None
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"lvlm.model: {config.model!r}: {name}: {_one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"lvlm.model: {config.model!r}: {name} holds no JSON object")
+    return tree
+
+
+def load_weights(
+    model_class: Any,
+    model_config: Any,
+    config: ModelConfig,
+    layers: str,
+    left_out: Sequence[str] = (),
+    key_mapping: Mapping[str, str] | None = None,
+) -> Any:
+    """A `model_class` (a `PreTrainedModel`) made of `model_config`, with the published weights of `config.model`.
+
+    `layers` is the name of the decoder's layer list: layers that `model_config` does not have are not read. Tensors
+    whose name matches one of the regular expressions `left_out` from its start are not read either. `key_mapping`
+    (regular expression -> replacement) turns published names into those of the model.
+    Raises `ConfigError` when a tensor is missing, unknown or of another shape, naming the first.
+    """
+    try:
+        with source.quiet():
+            model, report = model_class.from_pretrained(
+                config.model,
+                revision=source.resolve_revision(config),
+                config=model_config,
+                dtype=config.dtype,
+                attn_implementation=config.attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                key_mapping=dict(key_mapping) if key_mapping else None,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        where = f"lvlm.model: {config.model!r} with lvlm.attention={config.attention}"
+        raise ConfigError(f"{where}: {_one_line(error)}") from error
+    num_layers = model_config.get_text_config().num_hidden_layers
+    unknown = [name for name in report["unexpected_keys"] if not _is_left_out(name, layers, num_layers, left_out)]
+    mismatched = [f"{name} {list(theirs)} instead of {list(ours)}" for name, theirs, ours in report["mismatched_keys"]]
+    for what, names in (
+        ("lacks", sorted(report["missing_keys"])),
+        ("has unknown", sorted(unknown)),
+        ("has misshapen", sorted(mismatched)),
+    ):
+        if names:
+            raise ConfigError(f"lvlm.model: {config.model!r} {what} weights: {len(names)}, first {names[0]}")
+    return model.eval().requires_grad_(False)
+
+
+def _is_left_out(name: str, layers: str, num_layers: int, left_out: Sequence[str]) -> bool:
+    layer = re.match(rf"{re.escape(layers)}\.(\d+)\.", name)
+    if layer is not None:
+        return int(layer[1]) >= num_layers
+    return any(re.match(pattern, name) for pattern in left_out)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
