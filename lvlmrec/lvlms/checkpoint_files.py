@@ -58,6 +58,19 @@ def read_json(config: ModelConfig, name: str) -> dict[str, Any] | None:
     return tree
 
 
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of tokenizer.json, whatever class of its repository the files name. Raises `ConfigError`."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        with source.quiet():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model, revision=source.resolve_revision(config))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"lvlm.model: {config.model!r}: tokenizer: {_one_line(error)}") from error
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
 def load_weights(
     model_class: Any,
     model_config: Any,
