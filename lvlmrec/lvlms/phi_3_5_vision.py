@@ -1,0 +1,184 @@
+"""Phi-3.5-vision (https://huggingface.co/microsoft/Phi-3.5-vision-instruct), ported: transformers does not hold it.
+
+Every frame is a picture of 313 tokens. Sequences of up to 4,096 tokens and longer ones have features of their own
+kind, see `phi_3_5_vision_model.py`: keep to one number of frames within a feature set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlmrec.errors import ConfigError
+from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.lvlms import checkpoint_files, source
+from lvlmrec.lvlms.family import NativeFamily
+from lvlmrec.lvlms.protocol import LVLM, ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL_TYPE = "phi3_v"
+TINY_SIDE = 28
+# As published: the content of a message is text, pictures stand in it as <|image_1|> on lines of their own.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
+    "{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def patches_of_views(hidden: Tensor, inputs: Mapping[str, Any], num_clips: int) -> Sequence[Tensor]:
+    """Patch tokens of each clip, [P, D], from views that lie one after another, [R, 1 + P, D], class token first."""
+    frames_B, rows_B, columns_B = inputs["video_tiles"].unbind(dim=-1)
+    clips = hidden[:, 1:].split((frames_B * (rows_B * columns_B + 1)).tolist())
+    return [views.flatten(0, 1) for views in clips]
+
+
+@dataclass(frozen=True)
+class Phi35VisionFamily(NativeFamily):
+    """The entry of `LVLMS`."""
+
+    def inspect(self, config: ModelConfig) -> LVLMInfo:
+        """What the model is, from its config.json. Raises `ConfigError`."""
+        model_config = read_config(config)
+        text, vision = model_config.text_config, model_config.vision_config
+        return LVLMInfo(
+            family=self.name,
+            identity=source.identity(config),
+            compute_dtype=config.dtype,
+            num_layers={"llm": text.num_hidden_layers, "vision": vision.num_hidden_layers},
+            width={"llm": text.hidden_size, "vision": vision.hidden_size},
+        )
+
+    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+        """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
+        from lvlmrec.lvlms import loading, native, phi_3_5_vision_model
+        from lvlmrec.lvlms.phi_3_5_vision_processor import Phi35VisionProcessor
+
+        device, info = loading.choose_device(config), self.inspect(config)
+        if info.identity != recipe.identity:
+            raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
+        model_config = read_config(config)
+        vision = model_config.vision_config
+        processor = Phi35VisionProcessor(checkpoint_files.load_tokenizer(config), vision.image_size, vision.patch_size)
+        model_config.video_token_id = model_config.image_token_id = processor.visual_token_id
+        model_config.has_head = bool(recipe.text_names)
+        model_config.text_config.num_hidden_layers = max(loading.num_layers_needed(recipe, info), 1)
+        model = checkpoint_files.load_weights(
+            phi_3_5_vision_model.Phi35Vision,
+            model_config,
+            config,
+            "model.layers",
+            phi_3_5_vision_model.unread_weights(model_config),
+        )
+        lvlm = native.NativeLVLM(self, model.to(device), processor, recipe, info, config.batch_size)
+        if config.compile:
+            lvlm.hooks.compile()
+        return lvlm
+
+    def write_tiny(self, directory: Path, seed: int) -> None:
+        """A tiny random model in the layout and with the tensor names of the published repository."""
+        write_tiny(directory, seed)
+
+
+def read_config(config: ModelConfig) -> Any:
+    """The model's configuration, from its config.json. Raises `ConfigError`."""
+    from lvlmrec.lvlms import torchvision_shim
+
+    torchvision_shim.ensure_importable()
+    from lvlmrec.lvlms.phi_3_5_vision_model import build_config
+
+    tree = checkpoint_files.read_config(config, MODEL_TYPE)
+    try:
+        with source.quiet():
+            return build_config(tree)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ConfigError(f"lvlm.model: {config.model!r}: config.json: {reason}") from error
+
+
+def tiny_config(words: Any) -> dict[str, Any]:
+    """A config.json of the published form: 4 layers x 64 over 4 vision layers x 32 (3 of them used), 28 px pictures."""
+    head_pairs = 8
+    return {
+        "architectures": ["Phi3VForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+        "vocab_size": len(words),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "rope_scaling": {
+            "type": "su",
+            "short_factor": [1.0 + pair / 20 for pair in range(head_pairs)],
+            "long_factor": [1.5 + 2.0 * pair for pair in range(head_pairs)],
+        },
+        "max_position_embeddings": 131_072,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": 262_144,
+        "tie_word_embeddings": False,
+        "embd_layer": {"embedding_cls": "image", "hd_transform_order": "sub_glb", "projection_cls": "mlp"},
+        "img_processor": {
+            "name": "clip_vision_model",
+            "image_dim_out": 32,
+            "num_img_tokens": (TINY_SIDE // 14) ** 2,
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 2,
+                "image_size": TINY_SIDE,
+                "patch_size": 7,
+            },
+        },
+    }
+
+
+def write_tiny(directory: Path, seed: int) -> None:
+    """A tiny random model in the layout and with the tensor names of the published repository."""
+    from lvlmrec.lvlms import tiny, torchvision_shim
+
+    torchvision_shim.ensure_importable()
+    import torch
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionModel
+
+    from lvlmrec.lvlms import phi_3_5_vision_model
+
+    words = tiny.tokenizer({}, ("<s>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>"))
+    words.bos_token, words.chat_template = "<s>", CHAT_TEMPLATE
+    tree = tiny_config(words)
+    config = phi_3_5_vision_model.build_config(tree)
+    config.has_head = True
+    with torch.random.fork_rng(devices=[]):
+        model = phi_3_5_vision_model.Phi35Vision(config)
+        config.vision_config.num_hidden_layers += phi_3_5_vision_model.UNUSED_LAYERS
+        vision = model.model.vision_embed_tokens
+        vision.img_processor.vision_model = CLIPVisionModel(config.vision_config)
+    tiny.initialise(model, seed)
+    tiny.initialise(vision, seed + 1)  # again, under names that do not look like those of a token embedding
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({**model.state_dict()}, directory / "model.safetensors", metadata={"format": "pt"})
+    words.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(tree, indent=2))
+    (directory / "preprocessor_config.json").write_text(json.dumps({"num_crops": 4}))
+
+
+FAMILY = Phi35VisionFamily(
+    name="phi_3_5_vision",
+    vision_layers="model.vision_embed_tokens.img_processor.vision_model.encoder.layers",
+    patches=patches_of_views,
+    tiny=lambda: (None, None),
+    video_options={"num_crops": 1},
+)
