@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lvlmrec.features.recipe import Recipe, poolings_of
@@ -52,13 +53,20 @@ class Bank:
         alone = list(bank)
         for group in self._groups:
             shared = [bank[name] for name in group]
-            length = prefix.shared_length(shared) if len(shared) > 1 else 0
+            length = prefix.shared_length(shared) if len(shared) > 1 and self._may_share(shared) else 0
             if length:
                 pooled |= self._read_together({name: bank[name] for name in group}, length)
                 alone = [name for name in alone if name not in group]
         for name in alone:
             pooled |= self._read_alone(name, bank[name])
         return pooled
+
+    def _may_share(self, prompts: Sequence[Reading]) -> bool:
+        """Not where the model reads the start of a sequence by the length of all of it, and that tells two apart."""
+        if not hasattr(self._base, "shares_prefix"):
+            return True
+        lengths_PB = torch.stack([prompt.tokens["attention_mask"].sum(dim=1) for prompt in prompts])
+        return bool(self._base.shares_prefix(lengths_PB))
 
     def _read_alone(self, prompt: str, reading: Reading) -> dict[str, Tensor]:
         """One forward of the decoder: the pooled features of one prompt."""

@@ -18,21 +18,6 @@ from lvlmrec.lvlms import source
 from lvlmrec.lvlms.protocol import ModelConfig
 
 
-def read_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """The published config.json of `config.model` as it is.
-
-    Raises `ConfigError` when the directory or hub id cannot be read or holds another `model_type`.
-    """
-    expected = f"expected a local directory or a hub id (owner/name) of a {model_type} model"
-    tree = read_json(config, "config.json")
-    if tree is None:
-        raise ConfigError(f"lvlm.model: {config.model!r}: no config.json there; {expected}")
-    if tree.get("model_type") != model_type:
-        found = tree.get("model_type")
-        raise ConfigError(f"lvlm.model: {config.model!r} is a {found} model; lvlm.name={config.name}: {expected}")
-    return tree
-
-
 def read_json(config: ModelConfig, name: str) -> dict[str, Any] | None:
     """The JSON object in a file of the model, None where the model has no such file. Raises `ConfigError`."""
     from transformers.utils import cached_file
@@ -52,7 +37,7 @@ def read_json(config: ModelConfig, name: str) -> dict[str, Any] | None:
             return None
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"lvlm.model: {config.model!r}: {name}: {_one_line(error)}") from error
+        raise ConfigError(f"lvlm.model: {config.model!r}: {name}: {source.one_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"lvlm.model: {config.model!r}: {name} holds no JSON object")
     return tree
@@ -66,7 +51,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         with source.quiet():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model, revision=source.resolve_revision(config))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"lvlm.model: {config.model!r}: tokenizer: {_one_line(error)}") from error
+        raise ConfigError(f"lvlm.model: {config.model!r}: tokenizer: {source.one_line(error)}") from error
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -86,6 +71,8 @@ def load_weights(
     (regular expression -> replacement) turns published names into those of the model.
     Raises `ConfigError` when a tensor is missing, unknown or of another shape, naming the first.
     """
+    from safetensors import SafetensorError
+
     try:
         with source.quiet():
             model, report = model_class.from_pretrained(
@@ -99,9 +86,9 @@ def load_weights(
                 ignore_mismatched_sizes=True,  # reported below, by name
                 key_mapping=dict(key_mapping) if key_mapping else None,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         where = f"lvlm.model: {config.model!r} with lvlm.attention={config.attention}"
-        raise ConfigError(f"{where}: {_one_line(error)}") from error
+        raise ConfigError(f"{where}: {source.one_line(error)}") from error
     num_layers = model_config.get_text_config().num_hidden_layers
     unknown = [name for name in report["unexpected_keys"] if not _is_left_out(name, layers, num_layers, left_out)]
     mismatched = [f"{name} {list(theirs)} instead of {list(ours)}" for name, theirs, ours in report["mismatched_keys"]]
@@ -120,7 +107,3 @@ def _is_left_out(name: str, layers: str, num_layers: int, left_out: Sequence[str
     if layer is not None:
         return int(layer[1]) >= num_layers
     return any(re.match(pattern, name) for pattern in left_out)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -92,7 +92,7 @@ def read_config(config: ModelConfig) -> Any:
     torchvision_shim.ensure_importable()
     from lvlmrec.lvlms.phi_3_5_vision_model import build_config
 
-    tree = checkpoint_files.read_config(config, MODEL_TYPE)
+    tree = source.read_config(config, MODEL_TYPE)
     try:
         with source.quiet():
             return build_config(tree)

@@ -73,7 +73,8 @@ class Phi35VisionProcessor:
     @property
     def chat_template(self) -> str | None:
         """The published template."""
-        return self.tokenizer.chat_template  # type: ignore[no-any-return]
+        template: str | None = self.tokenizer.chat_template
+        return template
 
     @property
     def visual_token_id(self) -> int:

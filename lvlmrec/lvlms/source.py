@@ -27,6 +27,20 @@ def read_model_config(config: ModelConfig, model_type: str) -> Any:
     """
     from transformers import AutoConfig
 
+    read_config(config, model_type)
+    try:
+        return AutoConfig.from_pretrained(config.model, revision=resolve_revision(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"lvlm.model: {config.model!r}: {one_line(error)}") from error
+
+
+def read_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """The config.json of `config.model` as it is.
+
+    Raises `ConfigError` when the directory or hub id cannot be read or holds another `model_type`.
+    """
+    from transformers import PreTrainedConfig
+
     expected = f"expected a local directory or a hub id (owner/name) of a {model_type} model"
     where = Path(config.model)
     if not where.is_dir() and not _HUB_ID.fullmatch(config.model):
@@ -34,14 +48,18 @@ def read_model_config(config: ModelConfig, model_type: str) -> Any:
     if where.is_dir() and not (where / "config.json").is_file():
         raise ConfigError(f"lvlm.model: {config.model!r}: this directory has no config.json; {expected}")
     try:
-        model_config = AutoConfig.from_pretrained(config.model, revision=resolve_revision(config))
+        tree: dict[str, Any] = PreTrainedConfig.get_config_dict(config.model, revision=resolve_revision(config))[0]
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"lvlm.model: {config.model!r}: {expected}; {reason}") from error
-    if model_config.model_type != model_type:
-        found = model_config.model_type
-        raise ConfigError(f"lvlm.model: {config.model!r} is a {found} model; lvlm.name={model_type}: {expected}")
-    return model_config
+        raise ConfigError(f"lvlm.model: {config.model!r}: {expected}; {one_line(error)}") from error
+    if tree.get("model_type") != model_type:
+        found = tree.get("model_type")
+        raise ConfigError(f"lvlm.model: {config.model!r} is a {found} model; lvlm.name={config.name}: {expected}")
+    return tree
+
+
+def one_line(error: Exception) -> str:
+    """What a library has to say, in 300 letters."""
+    return " ".join(str(error).split())[:300]
 
 
 def resolve_revision(config: ModelConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ BANK_TOLERANCE = 1e-6  # share of a feature's largest entry, float32; measured o
 # Share of a feature's largest entry. Kernels sum in another order for another batch shape; nothing else may differ.
 # Measured on CPU: 3.5e-7 and 8e-3 with clips of different sizes (Qwen-VL pads them), 0 with equal ones.
 NEIGHBOUR_TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+PORTS = {"phi_3_5_vision": "phi_3_5_vision_reference"}
 READS_SECONDS = {"qwen2_5_vl", "qwen3_vl"}
 
 pytestmark = pytest.mark.parametrize("family", sorted(LVLMS))
@@ -83,8 +85,12 @@ def messages(processor: Any, prompt: Prompt) -> list[dict[str, Any]]:
 
 @functools.cache
 def hugging_face(directory: Path) -> tuple[Any, Any]:
+    """Model and processor; of ports, which transformers does not hold, what the tests say they are."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    if directory.name in PORTS:
+        port = importlib.import_module(f"tests.lvlms.{PORTS[directory.name]}")
+        return port.Model(directory), port.Processor(directory)
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     return model, AutoProcessor.from_pretrained(directory)
 
