@@ -141,7 +141,7 @@ class Phi35Vision(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Any] | None = None,
         past_key_values: Any = None,
         use_cache: bool = False,
@@ -158,7 +158,10 @@ class Phi35Vision(PreTrainedModel, GenerationMixin):
         if mm_encoder_outputs:
             tokens = [token for seen in mm_encoder_outputs.values() for token in seen.pooler_output]
             embeds_BSD = place_tokens(embeds_BSD, input_ids == self.config.video_token_id, torch.cat(tokens))
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
+        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is None:  # transformers' `generate` drops a mask that hides nothing
+            attention_mask = input_ids.new_ones(len(input_ids), num_cached + input_ids.shape[1])
+        if num_cached == 0:
             self._lengths_B1 = attention_mask.sum(dim=-1, keepdim=True)
         positions_2BS = positions_and_lengths(attention_mask, self._lengths_B1)
         hidden = self.model(
@@ -220,7 +223,8 @@ class LengthwiseRotary(Phi3RotaryEmbedding):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, S, head width] for positions [B, S], of the dtype of `x`."""
-        long, _ = ROPE_INIT_FUNCTIONS["longrope"](self.config, x.device, seq_len=self.original_length + 1)
+        beyond = self.config.max_position_embeddings + 1
+        long, _ = ROPE_INIT_FUNCTIONS["longrope"](self.config, x.device, seq_len=beyond)
         short, scale = ROPE_INIT_FUNCTIONS["longrope"](self.config, x.device)
         frequencies_BE = torch.where(self.length_B[:, None] > self.original_length, long, short)
         angles_BSE = position_ids[..., None].float() * frequencies_BE[:, None]

@@ -22,8 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-VIDEO, COVER = "<|video|>", "<|cover|>"  # no tokens of the model: they stand for a video or a cover in a prompt
-PICTURE = "<|image|>"
+PICTURE = "<|image|>"  # in a prompt it stands for a whole video or a cover, behind the processor for one visual token
 VIDEO_CROPS = 1  # tiles per frame at most; the model card recommends 4 for several pictures,
 COVER_CROPS = 16  # and this for a single one
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -62,8 +61,8 @@ class PiecewiseTokenizer:
 class Phi35VisionProcessor:
     """What an item's video or cover becomes. `side` is the tower's picture size, `patch` of its patches, in pixels."""
 
-    video_token, image_token = VIDEO, COVER
-    all_special_multimodal_tokens = (VIDEO, COVER, PICTURE)
+    video_token = image_token = PICTURE
+    all_special_multimodal_tokens = (PICTURE,)
     return_mm_token_type_ids = False
 
     def __init__(self, words: Any, side: int = 336, patch: int = 14) -> None:
@@ -83,10 +82,9 @@ class Phi35VisionProcessor:
 
     def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The conversation as text. Parts of a message stand on lines of their own."""
-        shown = {"video": VIDEO, "image": COVER}
         messages = []
         for message in conversation:
-            parts = [part["text"] if part["type"] == "text" else shown[part["type"]] for part in message["content"]]
+            parts = [part["text"] if part["type"] == "text" else PICTURE for part in message["content"]]
             messages.append({"role": message["role"], "content": "\n".join(parts)})
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         return str(text)

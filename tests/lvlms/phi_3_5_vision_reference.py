@@ -131,7 +131,7 @@ class Model:
 class Processor:
     """Pictures <|image_1|>, <|image_2|>, ... on lines of their own; text in pieces, each with its own <s>."""
 
-    video_token = "<|video|>"
+    video_token = "<|image|>"
 
     def __init__(self, directory: Path, num_crops: int = 1) -> None:
         self.words = PreTrainedTokenizerFast.from_pretrained(directory, padding_side="left")
@@ -140,7 +140,7 @@ class Processor:
         self.num_crops = num_crops
 
     def apply_chat_template(self, conversation: Any, add_generation_prompt: bool) -> str:
-        parts = [part.get("text", "<|video|>") for part in conversation[0]["content"]]
+        parts = [part.get("text", "<|image|>") for part in conversation[0]["content"]]
         return "<|user|>\n" + "\n".join(parts) + "<|end|>\n<|assistant|>\n"
 
     def __call__(self, text: list[str], videos: list[np.ndarray], **_: Any) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Processor:
         rows = []
         for one, clip in zip(text, pixels, strict=True):
             tags = "\n".join(f"<|image_{k + 1}|>" for k in range(len(clip)))
-            pieces = re.split(r"<\|image_\d+\|>", one.replace("<|video|>", tags))
+            pieces = re.split(r"<\|image_\d+\|>", one.replace("<|image|>", tags))
             ids: list[int] = []
             for k, piece in enumerate(pieces):
                 ids += [self.words.bos_token_id, *self.words(piece, add_special_tokens=False)["input_ids"]]
