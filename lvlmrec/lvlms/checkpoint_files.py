@@ -7,40 +7,13 @@ the rest.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.lvlms import source
 from lvlmrec.lvlms.protocol import ModelConfig
-
-
-def read_json(config: ModelConfig, name: str) -> dict[str, Any] | None:
-    """The JSON object in a file of the model, None where the model has no such file. Raises `ConfigError`."""
-    from transformers.utils import cached_file
-
-    try:
-        if Path(config.model).is_dir():
-            path = Path(config.model) / name
-        else:
-            found = cached_file(
-                config.model,
-                name,
-                revision=config.revision or "main",
-                _raise_exceptions_for_missing_entries=False,
-            )
-            path = Path(found or "")
-        if not path.is_file():
-            return None
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"lvlm.model: {config.model!r}: {name}: {source.one_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"lvlm.model: {config.model!r}: {name} holds no JSON object")
-    return tree
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms import checkpoint_files, source
-from lvlmrec.lvlms.family import NativeFamily
-from lvlmrec.lvlms.protocol import LVLM, ModelConfig
+from lvlmrec.lvlms.port import PortedFamily
+from lvlmrec.lvlms.protocol import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODEL_TYPE = "phi3_v"
+NAME, MODEL_TYPE = "phi_3_5_vision", "phi3_v"
 TINY_SIDE = 28
 # As published: the content of a message is text, pictures stand in it as <|image_1|> on lines of their own.
 CHAT_TEMPLATE = (
@@ -38,67 +35,23 @@ def patches_of_views(hidden: Tensor, inputs: Mapping[str, Any], num_clips: int) 
     return [views.flatten(0, 1) for views in clips]
 
 
-@dataclass(frozen=True)
-class Phi35VisionFamily(NativeFamily):
-    """The entry of `LVLMS`."""
-
-    def inspect(self, config: ModelConfig) -> LVLMInfo:
-        """What the model is, from its config.json. Raises `ConfigError`."""
-        model_config = read_config(config)
-        text, vision = model_config.text_config, model_config.vision_config
-        return LVLMInfo(
-            family=self.name,
-            identity=source.identity(config),
-            compute_dtype=config.dtype,
-            num_layers={"llm": text.num_hidden_layers, "vision": vision.num_hidden_layers},
-            width={"llm": text.hidden_size, "vision": vision.hidden_size},
-        )
-
-    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
-        """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
-        from lvlmrec.lvlms import loading, native, phi_3_5_vision_model
-        from lvlmrec.lvlms.phi_3_5_vision_processor import Phi35VisionProcessor
-
-        device, info = loading.choose_device(config), self.inspect(config)
-        if info.identity != recipe.identity:
-            raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
-        model_config = read_config(config)
-        vision = model_config.vision_config
-        processor = Phi35VisionProcessor(checkpoint_files.load_tokenizer(config), vision.image_size, vision.patch_size)
-        model_config.video_token_id = model_config.image_token_id = processor.visual_token_id
-        model_config.has_head = bool(recipe.text_names)
-        model_config.text_config.num_hidden_layers = max(loading.num_layers_needed(recipe, info), 1)
-        model = checkpoint_files.load_weights(
-            phi_3_5_vision_model.Phi35Vision,
-            model_config,
-            config,
-            "model.layers",
-            phi_3_5_vision_model.unread_weights(model_config),
-        )
-        lvlm = native.NativeLVLM(self, model.to(device), processor, recipe, info, config.batch_size)
-        if config.compile:
-            lvlm.hooks.compile()
-        return lvlm
-
-    def write_tiny(self, directory: Path, seed: int) -> None:
-        """A tiny random model in the layout and with the tensor names of the published repository."""
-        write_tiny(directory, seed)
-
-
 def read_config(config: ModelConfig) -> Any:
-    """The model's configuration, from its config.json. Raises `ConfigError`."""
-    from lvlmrec.lvlms import torchvision_shim
-
-    torchvision_shim.ensure_importable()
+    """The configuration of a published config.json. Raises `ConfigError` when it is of another model."""
     from lvlmrec.lvlms.phi_3_5_vision_model import build_config
 
-    tree = source.read_config(config, MODEL_TYPE)
-    try:
-        with source.quiet():
-            return build_config(tree)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ConfigError(f"lvlm.model: {config.model!r}: config.json: {reason}") from error
+    return build_config(source.read_config(config, MODEL_TYPE, NAME))
+
+
+def build(config: ModelConfig, model_config: Any) -> tuple[Any, Any]:
+    """The model that `model_config` describes, with the published weights, and its processor. Raises `ConfigError`."""
+    from lvlmrec.lvlms.phi_3_5_vision_model import Phi35Vision, unread_weights
+    from lvlmrec.lvlms.phi_3_5_vision_processor import Phi35VisionProcessor
+
+    vision = model_config.vision_config
+    processor = Phi35VisionProcessor(checkpoint_files.load_tokenizer(config), vision.image_size, vision.patch_size)
+    model_config.video_token_id = model_config.image_token_id = processor.visual_token_id
+    unread = unread_weights(model_config)
+    return checkpoint_files.load_weights(Phi35Vision, model_config, config, "model.layers", unread), processor
 
 
 def tiny_config(words: Any) -> dict[str, Any]:
@@ -147,14 +100,11 @@ def tiny_config(words: Any) -> dict[str, Any]:
 
 def write_tiny(directory: Path, seed: int) -> None:
     """A tiny random model in the layout and with the tensor names of the published repository."""
-    from lvlmrec.lvlms import tiny, torchvision_shim
-
-    torchvision_shim.ensure_importable()
     import torch
     from safetensors.torch import save_file
     from transformers import CLIPVisionModel
 
-    from lvlmrec.lvlms import phi_3_5_vision_model
+    from lvlmrec.lvlms import phi_3_5_vision_model, tiny
 
     words = tiny.tokenizer({}, ("<s>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>"))
     words.bos_token, words.chat_template = "<s>", CHAT_TEMPLATE
@@ -168,17 +118,17 @@ def write_tiny(directory: Path, seed: int) -> None:
         vision.img_processor.vision_model = CLIPVisionModel(config.vision_config)
     tiny.initialise(model, seed)
     tiny.initialise(vision, seed + 1)  # again, under names that do not look like those of a token embedding
-    directory.mkdir(parents=True, exist_ok=True)
     save_file({**model.state_dict()}, directory / "model.safetensors", metadata={"format": "pt"})
     words.save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(tree, indent=2))
     (directory / "preprocessor_config.json").write_text(json.dumps({"num_crops": 4}))
 
 
-FAMILY = Phi35VisionFamily(
-    name="phi_3_5_vision",
+FAMILY = PortedFamily(
+    name=NAME,
     vision_layers="model.vision_embed_tokens.img_processor.vision_model.encoder.layers",
     patches=patches_of_views,
-    tiny=lambda: (None, None),
-    video_options={"num_crops": 1},
+    read_config=read_config,
+    build=build,
+    tiny=write_tiny,
 )

@@ -43,9 +43,9 @@ class PiecewiseTokenizer:
             raise AttributeError(name)
         return getattr(self.words, name)
 
-    def __call__(self, text: Sequence[str], **options: Any) -> dict[str, list[list[int]]]:
-        """`input_ids` of each text."""
-        return {"input_ids": [self._ids(one) for one in text]}
+    def __call__(self, text: str | Sequence[str], **options: Any) -> Any:
+        """`input_ids` of each prompt. A single text is no prompt."""
+        return self.words(text, **options) if isinstance(text, str) else {"input_ids": [self._ids(t) for t in text]}
 
     def _ids(self, text: str) -> list[int]:
         picture_id = self.words.convert_tokens_to_ids(PICTURE)

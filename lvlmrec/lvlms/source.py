@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,13 +35,11 @@ def read_model_config(config: ModelConfig, model_type: str) -> Any:
         raise ConfigError(f"lvlm.model: {config.model!r}: {one_line(error)}") from error
 
 
-def read_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """The config.json of `config.model` as it is.
+def read_config(config: ModelConfig, model_type: str, family: str = "") -> dict[str, Any]:
+    """The config.json of `config.model` as it is; `family` is the key in `LVLMS` where that is not the `model_type`.
 
     Raises `ConfigError` when the directory or hub id cannot be read or holds another `model_type`.
     """
-    from transformers import PreTrainedConfig
-
     expected = f"expected a local directory or a hub id (owner/name) of a {model_type} model"
     where = Path(config.model)
     if not where.is_dir() and not _HUB_ID.fullmatch(config.model):
@@ -48,16 +47,40 @@ def read_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
     if where.is_dir() and not (where / "config.json").is_file():
         raise ConfigError(f"lvlm.model: {config.model!r}: this directory has no config.json; {expected}")
     try:
-        tree: dict[str, Any] = PreTrainedConfig.get_config_dict(config.model, revision=resolve_revision(config))[0]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"lvlm.model: {config.model!r}: {expected}; {one_line(error)}") from error
-    if tree.get("model_type") != model_type:
-        found = tree.get("model_type")
-        raise ConfigError(f"lvlm.model: {config.model!r} is a {found} model; lvlm.name={config.name}: {expected}")
+        tree = read_json(config, "config.json")
+    except ConfigError as error:
+        reason = one_line(error.__cause__ or error)
+        raise ConfigError(f"lvlm.model: {config.model!r}: {expected}; {reason}") from error
+    if tree is None or tree.get("model_type") != model_type:
+        found = (tree or {}).get("model_type")
+        named = f"lvlm.name={family or model_type}"
+        raise ConfigError(f"lvlm.model: {config.model!r} is a {found} model; {named}: {expected}")
     return tree
 
 
-def one_line(error: Exception) -> str:
+def read_json(config: ModelConfig, name: str) -> dict[str, Any] | None:
+    """The JSON object in a file of the model, None where the model has no such file. Raises `ConfigError`."""
+    from transformers.utils import cached_file
+
+    try:
+        if Path(config.model).is_dir():
+            path = Path(config.model) / name
+        else:
+            revision = resolve_revision(config)
+            path = Path(
+                cached_file(config.model, name, revision=revision, _raise_exceptions_for_missing_entries=False) or ""
+            )
+        if not path.is_file():
+            return None
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"lvlm.model: {config.model!r}: {name}: {one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"lvlm.model: {config.model!r}: {name} holds no JSON object")
+    return tree
+
+
+def one_line(error: BaseException) -> str:
     """What a library has to say, in 300 letters."""
     return " ".join(str(error).split())[:300]
 

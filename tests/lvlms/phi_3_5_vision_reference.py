@@ -121,39 +121,58 @@ class Model:
             sequence += [*(cells[0, y, x] for x in range(half)), line_end]
         return torch.stack(sequence)
 
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> Any:
-        tokens = torch.cat(self.get_video_features(inputs["pixel_values_videos"]).pooler_output)
-        embeds = self.llm.model.embed_tokens(input_ids)
-        embeds[input_ids == self.config.video_token_id] = tokens
-        return self.llm(inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True)
+    def embed(self, input_ids: torch.Tensor, pixel_values_videos: Any = None, **_: Any) -> torch.Tensor:
+        embeds: torch.Tensor = self.llm.model.embed_tokens(input_ids)
+        if pixel_values_videos is not None:
+            tokens = torch.cat(self.get_video_features(pixel_values_videos).pooler_output)
+            embeds[input_ids == self.config.video_token_id] = tokens
+        return embeds
+
+    def __call__(self, **inputs: Any) -> Any:
+        mask = inputs["attention_mask"]
+        return self.llm(inputs_embeds=self.embed(**inputs), attention_mask=mask, output_hidden_states=True)
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
+        embeds = self.embed(input_ids, options.pop("pixel_values_videos", None))
+        return self.llm.generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=attention_mask, **options)
 
 
 class Processor:
     """Pictures <|image_1|>, <|image_2|>, ... on lines of their own; text in pieces, each with its own <s>."""
 
-    video_token = "<|image|>"
+    video_token = image_token = "<|image|>"
 
-    def __init__(self, directory: Path, num_crops: int = 1) -> None:
-        self.words = PreTrainedTokenizerFast.from_pretrained(directory, padding_side="left")
+    def __init__(self, directory: Path) -> None:
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, padding_side="left")
         vision = json.loads((directory / "config.json").read_text())["img_processor"]["vision_config"]
         self.side, self.grid = vision["image_size"], vision["image_size"] // vision["patch_size"] // 2
-        self.num_crops = num_crops
 
-    def apply_chat_template(self, conversation: Any, add_generation_prompt: bool) -> str:
+    def apply_chat_template(self, conversation: Any, add_generation_prompt: bool = True) -> str:
         parts = [part.get("text", "<|image|>") for part in conversation[0]["content"]]
         return "<|user|>\n" + "\n".join(parts) + "<|end|>\n<|assistant|>\n"
 
-    def __call__(self, text: list[str], videos: list[np.ndarray], **_: Any) -> dict[str, Any]:
-        pixels = [[hd_transform(frame, self.side, self.num_crops) for frame in frames] for frames in videos]
-        rows = []
-        for one, clip in zip(text, pixels, strict=True):
-            tags = "\n".join(f"<|image_{k + 1}|>" for k in range(len(clip)))
-            pieces = re.split(r"<\|image_\d+\|>", one.replace("<|image|>", tags))
-            ids: list[int] = []
-            for k, piece in enumerate(pieces):
-                ids += [self.words.bos_token_id, *self.words(piece, add_special_tokens=False)["input_ids"]]
-                if k < len(clip):
-                    count = (clip[k][1] * clip[k][2] + 1) * self.grid**2 + 1 + (clip[k][1] + 1) * self.grid
-                    ids += [self.words.convert_tokens_to_ids("<|image|>")] * count
-            rows.append(ids)
-        return {**self.words.pad({"input_ids": rows}, return_tensors="pt"), "pixel_values_videos": pixels}
+    def __call__(
+        self,
+        text: list[str],
+        videos: list[np.ndarray] | None = None,
+        images: list[np.ndarray] | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """One tile for each frame of a video, up to 16 for a single picture."""
+        num_crops = 1 if videos is not None else 16
+        shown = videos if videos is not None else [picture[None] for picture in images or []]
+        pixels = [[hd_transform(frame, self.side, num_crops) for frame in frames] for frames in shown]
+        rows = [self.ids(one, clip) for one, clip in zip(text, pixels or [[] for _ in text], strict=True)]
+        tokens = dict(self.tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
+        return tokens | ({"pixel_values_videos": pixels} if pixels else {})
+
+    def ids(self, text: str, clip: list[tuple[torch.Tensor, int, int]]) -> list[int]:
+        tags = "\n".join(f"<|image_{k + 1}|>" for k in range(len(clip)))
+        ids: list[int] = []
+        for k, piece in enumerate(re.split(r"<\|image_\d+\|>", text.replace("<|image|>", tags))):
+            ids += [self.tokenizer.bos_token_id, *self.tokenizer(piece, add_special_tokens=False)["input_ids"]]
+            if k < len(clip):
+                _, rows, columns = clip[k]
+                count = (rows * columns + 1) * self.grid**2 + 1 + (rows + 1) * self.grid
+                ids += [self.tokenizer.convert_tokens_to_ids("<|image|>")] * count
+        return ids

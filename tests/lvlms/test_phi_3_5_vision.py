@@ -269,6 +269,7 @@ def test_the_start_of_a_long_sequence_is_long_though_it_is_short_itself(director
 
 
 @pytest.mark.parametrize("line", [4096, 0])
+@torch.inference_mode()
 def test_answers_are_the_likeliest_tokens(directory: Path, clips: list[Clip], line: int) -> None:
     if line == 0:
         line = lengths(directory, clips[0])[0] - 1
@@ -283,16 +284,17 @@ def test_answers_are_the_likeliest_tokens(directory: Path, clips: list[Clip], li
         inputs = processor([text], [clip.frames])
         answer: list[int] = []
         for step in range(5):
-            with torch.inference_mode():
-                logits = model(**inputs).logits[0, -1].clone()
-            special = [t for t in processor.words.all_special_ids if step == 0 or t != processor.words.eos_token_id]
+            logits = model(**inputs).logits[0, -1]
+            special = [
+                t for t in processor.tokenizer.all_special_ids if step == 0 or t != processor.tokenizer.eos_token_id
+            ]
             logits[special] = -torch.inf
-            if int(logits.argmax()) == processor.words.eos_token_id:
+            if int(logits.argmax()) == processor.tokenizer.eos_token_id:
                 break
             answer.append(int(logits.argmax()))
             for key, value in (("input_ids", answer[-1]), ("attention_mask", 1)):
                 inputs[key] = torch.cat([inputs[key], torch.tensor([[value]])], dim=1)
-        assert features["p/text"][row] == processor.words.decode(answer, skip_special_tokens=True).strip()
+        assert features["p/text"][row] == processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
     assert features["p/text"][3] == features["p/text"][0]
 
 
@@ -314,10 +316,10 @@ def test_covers_and_titles(directory: Path, make_clip: Any) -> None:
     items = [Item(str(k), None, cover, {"title": f"cake {k} <|image|>"}) for k, cover in enumerate(covers)]
     batches = model.prepare(items)
     features = model.extract(batches)
-    processor = plain.Processor(directory, num_crops=16)
+    processor = plain.Processor(directory)
     for row, cover in enumerate(covers):
         text = f"<|user|>\n<|image|>\nThe title is cake {row}  .<|end|>\n<|assistant|>\n"
-        inputs = processor([text], [cover.frames])
+        inputs = processor([text], images=[cover.frames[0]])
         assert inputs["pixel_values_videos"][0][0][0].shape[0] == 1 + 15
         with torch.inference_mode():
             state = plain.Model(directory)(**inputs).hidden_states[-1]
@@ -325,7 +327,7 @@ def test_covers_and_titles(directory: Path, make_clip: Any) -> None:
 
 
 def test_every_piece_of_text_has_its_own_beginning(directory: Path) -> None:
-    words = plain.Processor(directory).words
+    words = plain.Processor(directory).tokenizer
     tokenizer = processor_file.PiecewiseTokenizer(words)
     begin, picture, line = words.bos_token_id, words.convert_tokens_to_ids("<|image|>"), words("\n")["input_ids"]
     text = "<|user|>\n<|image|><|image|>\n<|image|>\nWhat?"

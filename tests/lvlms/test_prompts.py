@@ -16,6 +16,7 @@ from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
+from tests.lvlms.test_contract import hugging_face
 
 TOLERANCE = 2e-6  # share of a feature's largest entry, float32: rows of other lengths are summed in another order
 TITLES = ("A cat plays the piano", "How to fold a shirt in two seconds, explained slowly for beginners", "surf")
@@ -60,14 +61,6 @@ def items(clips, make_clip) -> list[Item]:
     covers = [make_clip(60, 100, num_frames=1, seed=7), make_clip(100, 60, num_frames=1, seed=8)]
     rows = zip(clips, [*covers, covers[0]], TITLES, strict=True)
     return [Item(f"item{i}", clip, cover, {"title": title}) for i, (clip, cover, title) in enumerate(rows)]
-
-
-@functools.cache
-def hugging_face(directory: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(directory)
 
 
 def processed(directory: Path, item: Item, prompt: Prompt) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""A family that transformers does not hold: a port of ours in the shape of a transformers model, served as the others.
+
+A port is three functions beside the fields of `family.NativeFamily`; its modules bear the published names, so that
+`checkpoint_files.py` reads the published weights into them. No code of the model's own repository is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lvlmrec.errors import ConfigError
+from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.lvlms import source
+from lvlmrec.lvlms.family import Patches
+from lvlmrec.lvlms.protocol import LVLM, ModelConfig
+
+
+@dataclass(frozen=True)
+class PortedFamily:
+    """An entry of `LVLMS`. Fields that are not told of here are those of `family.NativeFamily`.
+
+    read_config  the model's configuration, from its published config.json alone
+    build        model and processor of a configuration that was cut to what a recipe needs; the model has its head,
+                 and generates, if that configuration `has_head`
+    tiny         writes a tiny random model into a directory, from a seed, as the published repository lays it out
+    """
+
+    name: str
+    vision_layers: str
+    patches: Patches
+    read_config: Callable[[ModelConfig], Any]
+    build: Callable[[ModelConfig, Any], tuple[Any, Any]]
+    tiny: Callable[[Path, int], None]
+    modality: str = "video"
+    minimum_frames: int = 1
+    video_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def inspect(self, config: ModelConfig) -> LVLMInfo:
+        """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
+        model_config = self._read(config)
+        text, vision = model_config.get_text_config(), model_config.vision_config
+        return LVLMInfo(
+            family=self.name,
+            identity=source.identity(config),
+            compute_dtype=config.dtype,
+            num_layers={"llm": text.num_hidden_layers, "vision": vision.num_hidden_layers},
+            width={"llm": text.hidden_size, "vision": vision.hidden_size},
+        )
+
+    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+        """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
+        from lvlmrec.lvlms import loading, native
+
+        device, info = loading.choose_device(config), self.inspect(config)
+        if info.identity != recipe.identity:
+            raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
+        model_config = self._read(config)
+        model_config.has_head = bool(recipe.text_names)
+        text, depth = model_config.get_text_config(), max(loading.num_layers_needed(recipe, info), 1)
+        text.num_hidden_layers = depth
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:depth]
+        model, processor = self.build(config, model_config)
+        lvlm = native.NativeLVLM(self, model.to(device), processor, recipe, info, config.batch_size)
+        if config.compile:
+            lvlm.hooks.compile()
+        return lvlm
+
+    def write_tiny(self, directory: Path, seed: int) -> None:
+        """A tiny random model with the published names and files, the same bytes for the same seed."""
+        from lvlmrec.lvlms import torchvision_shim
+
+        torchvision_shim.ensure_importable()
+        directory.mkdir(parents=True, exist_ok=True)
+        self.tiny(directory, seed)
+
+    def _read(self, config: ModelConfig) -> Any:
+        """The configuration. What it lacks or holds of the wrong kind is the file's fault."""
+        from lvlmrec.lvlms import torchvision_shim
+
+        torchvision_shim.ensure_importable()
+        try:
+            with source.quiet():
+                return self.read_config(config)
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {source.one_line(error)}"
+            raise ConfigError(f"lvlm.model: {config.model!r}: config.json: {reason}") from error
