@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvlmrec.errors import ConfigError
 from lvlmrec.lvlms import checkpoint_files, source
 from lvlmrec.lvlms.port import PortedFamily
 from lvlmrec.lvlms.protocol import ModelConfig
@@ -45,10 +46,12 @@ def read_config(config: ModelConfig) -> Any:
 def build(config: ModelConfig, model_config: Any) -> tuple[Any, Any]:
     """The model that `model_config` describes, with the published weights, and its processor. Raises `ConfigError`."""
     from lvlmrec.lvlms.phi_3_5_vision_model import Phi35Vision, unread_weights
-    from lvlmrec.lvlms.phi_3_5_vision_processor import Phi35VisionProcessor
+    from lvlmrec.lvlms.phi_3_5_vision_processor import PICTURE, Phi35VisionProcessor
 
-    vision = model_config.vision_config
-    processor = Phi35VisionProcessor(checkpoint_files.load_tokenizer(config), vision.image_size, vision.patch_size)
+    words, vision = checkpoint_files.load_tokenizer(config), model_config.vision_config
+    if PICTURE not in words.get_vocab() or words.bos_token_id is None:
+        raise ConfigError(f"lvlm.model: {config.model!r}: its tokenizer lacks {PICTURE} or a beginning-of-text token")
+    processor = Phi35VisionProcessor(words, vision.image_size, vision.patch_size)
     model_config.video_token_id = model_config.image_token_id = processor.visual_token_id
     unread = unread_weights(model_config)
     return checkpoint_files.load_weights(Phi35Vision, model_config, config, "model.layers", unread), processor

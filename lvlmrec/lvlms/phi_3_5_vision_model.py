@@ -6,9 +6,9 @@ published code and configuration (https://huggingface.co/microsoft/Phi-3.5-visio
 compared with the published weights.
 
 The decoder's rotary positions have two sets of frequencies, for sequences up to 4,096 tokens and for longer ones.
-Which of them a sequence gets depends here on its own tokens alone; the original, and transformers' Phi-3, go by the
-longest of a batch, padding included. Features of the two sides are not comparable: 8 frames of a video lie below the
-line, 16 above.
+Which of them a sequence gets depends here on its own tokens alone, those of an answer that is read with it among
+them; the original, and transformers' Phi-3, go by the longest of a batch, padding included. Features of the two sides
+are not comparable: 8 frames of a video lie below the line, 16 above.
 
 Legend: B clips, F frames of a clip, R views of all clips, P patches of a view and one class token, G x G joined
 patches of a view, T x U tiles of a frame, V width of the tower, C = 4 V, D width of the decoder, S sequence positions.

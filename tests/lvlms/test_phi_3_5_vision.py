@@ -392,3 +392,10 @@ def test_a_configuration_without_a_value_is_refused(directory: Path, key: str) -
     (directory / "config.json").write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match=f"config.json: KeyError: '{key}'"):
         load(directory, {"p": SHORT})
+
+
+def test_a_tokenizer_without_pictures_is_refused(directory: Path) -> None:
+    text = (directory / "tokenizer.json").read_text()
+    (directory / "tokenizer.json").write_text(text.replace("<|image|>", "<|other|>"))
+    with pytest.raises(ConfigError, match=r"its tokenizer lacks <\|image\|>"):
+        load(directory, {"p": SHORT})
