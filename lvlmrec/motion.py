@@ -1,4 +1,4 @@
-"""Key frames and motion vectors of a video, as Video-LaVIT reads it (Jin et al. 2024, https://arxiv.org/abs/2402.03161).
+"""Key frames and motion vectors of a video, as Video-LaVIT (https://arxiv.org/abs/2402.03161) reads them.
 
 The video is encoded again as MPEG-4 part 2 at 6 frames per second, one I frame and eleven P frames in turn, and its
 motion is what that encoder found: one vector for each block of 16 x 16 pixels. A clip is the picture of an I frame and
