@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lvlmrec.config import option
-from lvlmrec.lvlms import internvl, llava_onevision, phi_3_5_vision, qwen2_5_vl, qwen2_vl, qwen3_vl
+from lvlmrec.lvlms import internvl, llava_onevision, minicpm_v, phi_3_5_vision, qwen2_5_vl, qwen2_vl, qwen3_vl
 from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
 
 __all__ = ["LVLM", "LVLMS", "LVLMConfig", "LVLMFamily"]
@@ -20,6 +20,8 @@ __all__ = ["LVLM", "LVLMS", "LVLMConfig", "LVLMFamily"]
 LVLMS: dict[str, LVLMFamily] = {
     "internvl": internvl.FAMILY,
     "llava_onevision": llava_onevision.FAMILY,
+    "minicpm_v_2_6": minicpm_v.V2_6,
+    "minicpm_v_4_5": minicpm_v.V4_5,
     "phi_3_5_vision": phi_3_5_vision.FAMILY,
     "qwen2_5_vl": qwen2_5_vl.FAMILY,
     "qwen2_vl": qwen2_vl.FAMILY,

@@ -34,7 +34,11 @@ BANK_TOLERANCE = 1e-6  # share of a feature's largest entry, float32; measured o
 # Share of a feature's largest entry. Kernels sum in another order for another batch shape; nothing else may differ.
 # Measured on CPU: 3.5e-7 and 8e-3 with clips of different sizes (Qwen-VL pads them), 0 with equal ones.
 NEIGHBOUR_TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
-PORTS = {"phi_3_5_vision": "phi_3_5_vision_reference"}
+PORTS = {
+    "minicpm_v_2_6": "minicpm_v_reference",
+    "minicpm_v_4_5": "minicpm_v_reference",
+    "phi_3_5_vision": "phi_3_5_vision_reference",
+}
 READS_SECONDS = {"qwen2_5_vl", "qwen3_vl"}
 
 pytestmark = pytest.mark.parametrize("family", sorted(LVLMS))
