@@ -80,10 +80,12 @@ def top_layer(recipe: Recipe) -> int:
 @contextlib.contextmanager
 def reading(config: ModelConfig) -> Iterator[None]:
     """What transformers cannot read or run is the configuration's fault. Raises `ConfigError`."""
+    from safetensors import SafetensorError
+
     try:
         with source.quiet():
             yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"lvlm.model: {config.model!r} with lvlm.attention={config.attention}: {reason}") from error
 
