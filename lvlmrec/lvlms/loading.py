@@ -31,15 +31,9 @@ def load_model(family: Named, config: ModelConfig, recipe: Recipe) -> Any:
     torchvision_shim.ensure_importable()
     from transformers import AutoModelForImageTextToText
 
-    device, info = choose_device(config), family.inspect(config)
-    if info.identity != recipe.identity:
-        raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
+    device, info = choose_device(config), expect_identity(family, config, recipe)
     model_config = source.read_model_config(config, family.name)
-    text = model_config.get_text_config()
-    depth = num_layers_needed(recipe, info)
-    text.num_hidden_layers = max(depth, 1)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: max(depth, 1)]
+    cut_config(model_config, recipe, info)
     with reading(config):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             config.model,
@@ -58,6 +52,24 @@ def load_model(family: Named, config: ModelConfig, recipe: Recipe) -> Any:
     return model.eval().requires_grad_(False).to(device)
 
 
+def expect_identity(family: Named, config: ModelConfig, recipe: Recipe) -> LVLMInfo:
+    """What the files are. Raises `ConfigError` when they are not the recipe's."""
+    info = family.inspect(config)
+    if info.identity != recipe.identity:
+        raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
+    return info
+
+
+def cut_config(model_config: Any, recipe: Recipe, info: LVLMInfo) -> None:
+    """Leave the decoder the layers that `recipe` runs: all for an answer, else up to the highest tap; at least one."""
+    top = max((tap.layer for tap in recipe.taps if tap.tower == "llm"), default=0)
+    depth = info.num_layers["llm"] if recipe.text_names else max(top, 1)
+    text = model_config.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+
+
 def load_processor(config: ModelConfig) -> Any:
     """Its processor. Raises `ConfigError`."""
     torchvision_shim.ensure_importable()
@@ -65,16 +77,6 @@ def load_processor(config: ModelConfig) -> Any:
 
     with reading(config):
         return AutoProcessor.from_pretrained(config.model, revision=source.resolve_revision(config))
-
-
-def num_layers_needed(recipe: Recipe, info: LVLMInfo) -> int:
-    """How many of the decoder's layers a recipe runs: all for an answer, else up to the highest tap."""
-    return info.num_layers["llm"] if recipe.text_names else top_layer(recipe)
-
-
-def top_layer(recipe: Recipe) -> int:
-    """The highest tap of the language model; 0 without one."""
-    return max((tap.layer for tap in recipe.taps if tap.tower == "llm"), default=0)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
@@ -34,33 +31,25 @@ from transformers import (
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from lvlmrec.lvlms.port_model import PortedConfig, PortedModel, count_positions, whole_mask
+
 HEAD_SIZE = 128  # of the resampler's attention
 NORM_EPSILON = 1e-6
 NO_TIME = -1  # temporal id of a picture without a time
 DECODERS = {"2.6": Qwen2Config, "4.5": Qwen3Config}
 
 
-class MiniCPMVConfig(PreTrainedConfig):
+class MiniCPMVConfig(PortedConfig):
     """What the model is built from; `build_config` makes it from a published config.json."""
 
     model_type = "minicpmv"
-    text_config: Any = None
-    vision_config: Any = None
     query_num: int = 64
-    video_token_id: int | None = None
-    image_token_id: int | None = None
-    has_head: bool = False
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
-        """The decoder's configuration."""
-        return self.text_config
 
 
 def build_config(tree: Mapping[str, Any]) -> MiniCPMVConfig:
     """The configuration of a published config.json, whose top level holds the decoder's values.
 
-    `video_token_id` and `image_token_id`, the token at visual positions, are left open: the tokenizer knows it. Raises
-    `KeyError` when the version is neither 2.6 nor 4.5.
+    Raises `KeyError` when the version is neither 2.6 nor 4.5.
     """
     text_class: Any = DECODERS[str(tree["version"])]
     known = {*text_class.__dataclass_fields__, "rope_theta", "rope_scaling"} - {"architectures", "dtype", "model_type"}
@@ -74,14 +63,10 @@ def build_config(tree: Mapping[str, Any]) -> MiniCPMVConfig:
     )
 
 
-class MiniCPMV(PreTrainedModel, GenerationMixin):
+class MiniCPMV(PortedModel):
     """The whole model; without `llm.lm_head` unless its configuration has `has_head`."""
 
     config_class = MiniCPMVConfig
-    base_model_prefix = ""
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: MiniCPMVConfig) -> None:
         super().__init__(config)
@@ -97,10 +82,6 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> Any:
         """The decoder, without the head."""
         return self.llm.model
-
-    def get_input_embeddings(self) -> Any:
-        """The embedding of tokens."""
-        return self.llm.model.embed_tokens
 
     def get_video_features(
         self,
@@ -142,24 +123,14 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """The decoder over tokens [B, S] whose visual positions hold what was seen; logits where a cache is kept.
 
-        Padding counts no position: a sequence is the same whatever stands beside it in the batch. How the pixels lie
-        is for `get_video_features` alone. Raises `ValueError` when there is not one position for each visual token.
+        How the pixels lie is for `get_video_features` alone. Raises `ValueError` as `embed` does.
         """
-        embeds_BSD = self.llm.model.embed_tokens(input_ids)
-        if mm_encoder_outputs:
-            visual_BS = input_ids == self.config.video_token_id
-            tokens_ND = torch.cat([clip for seen in mm_encoder_outputs.values() for clip in seen.pooler_output])
-            if int(visual_BS.sum()) != len(tokens_ND):
-                raise ValueError(f"{int(visual_BS.sum())} places for {len(tokens_ND)} visual tokens")
-            embeds_BSD = embeds_BSD.masked_scatter(visual_BS[..., None], tokens_ND.to(embeds_BSD.dtype))
-        if attention_mask is None:  # transformers' `generate` drops a mask that hides nothing
-            num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-            attention_mask = input_ids.new_ones(len(input_ids), num_cached + input_ids.shape[1])
-        positions_BS = (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)
+        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        attention_mask = whole_mask(attention_mask, input_ids, num_cached)
         output = self.llm.model(
-            inputs_embeds=embeds_BSD,
+            inputs_embeds=self.embed(input_ids, mm_encoder_outputs),
             attention_mask=attention_mask,
-            position_ids=positions_BS[:, -input_ids.shape[1] :],
+            position_ids=count_positions(attention_mask)[:, -input_ids.shape[1] :],
             past_key_values=past_key_values,
             use_cache=use_cache,
         )

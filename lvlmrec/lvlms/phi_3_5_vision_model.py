@@ -24,15 +24,14 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
-    GenerationMixin,
     Phi3Config,
     Phi3Model,
-    PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+from lvlmrec.lvlms.port_model import PortedConfig, PortedModel, count_positions, whole_mask
 
 # The published configuration names this tower (openai/clip-vit-large-patch14-336) without its sizes.
 CLIP_LARGE_336 = {
@@ -47,22 +46,13 @@ UNUSED_LAYERS = 1  # at the end of the tower
 VISION = "model.vision_embed_tokens.img_processor.vision_model"
 
 
-class Phi35VisionConfig(PreTrainedConfig):
+class Phi35VisionConfig(PortedConfig):
     """What the model is built from; `build_config` makes it from a published config.json.
 
     `vision_config` counts the layers that are used, one less than published.
     """
 
     model_type = "phi3_v"
-    text_config: Any = None
-    vision_config: Any = None
-    video_token_id: int | None = None
-    image_token_id: int | None = None
-    has_head: bool = False
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
-        """The decoder's configuration."""
-        return self.text_config
 
 
 def build_config(tree: Mapping[str, Any]) -> Phi35VisionConfig:
@@ -95,14 +85,10 @@ def unread_weights(config: Phi35VisionConfig) -> list[str]:
     ]
 
 
-class Phi35Vision(PreTrainedModel, GenerationMixin):
+class Phi35Vision(PortedModel):
     """The whole model; without `lm_head` unless its configuration has `has_head`."""
 
     config_class = Phi35VisionConfig
-    base_model_prefix = ""
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: Phi35VisionConfig) -> None:
         super().__init__(config)
@@ -116,10 +102,6 @@ class Phi35Vision(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> Any:
         """The decoder, without the head."""
         return self.model
-
-    def get_input_embeddings(self) -> Any:
-        """The embedding of tokens."""
-        return self.model.embed_tokens
 
     def get_video_features(self, pixel_values_videos: Tensor, video_tiles: Tensor, return_dict: bool = True) -> Any:
         """The tower's last state and, as `pooler_output`, the visual tokens of each clip: B x [tokens, D].
@@ -151,21 +133,16 @@ class Phi35Vision(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """The decoder over tokens [B, S], visual positions hold the projected pictures; logits where a cache is kept.
 
-        Padding counts no position: a sequence is the same whatever stands beside it in the batch. An answer that is
-        generated across the line stays on its prompt's side. The tiles are for `get_video_features` alone.
+        An answer that is generated across the line stays on its prompt's side. The tiles are for `get_video_features`
+        alone. Raises `ValueError` as `embed` does.
         """
-        embeds_BSD = self.model.embed_tokens(input_ids)
-        if mm_encoder_outputs:
-            tokens = [token for seen in mm_encoder_outputs.values() for token in seen.pooler_output]
-            embeds_BSD = place_tokens(embeds_BSD, input_ids == self.config.video_token_id, torch.cat(tokens))
         num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if attention_mask is None:  # transformers' `generate` drops a mask that hides nothing
-            attention_mask = input_ids.new_ones(len(input_ids), num_cached + input_ids.shape[1])
+        attention_mask = whole_mask(attention_mask, input_ids, num_cached)
         if num_cached == 0:
             self._lengths_B1 = attention_mask.sum(dim=-1, keepdim=True)
         positions_2BS = positions_and_lengths(attention_mask, self._lengths_B1)
         hidden = self.model(
-            inputs_embeds=embeds_BSD,
+            inputs_embeds=self.embed(input_ids, mm_encoder_outputs),
             attention_mask=attention_mask,
             position_ids=positions_2BS[..., -input_ids.shape[1] :],
             past_key_values=past_key_values,
@@ -185,16 +162,9 @@ class Phi35Vision(PreTrainedModel, GenerationMixin):
         return bool((is_long_PB == is_long_PB[0]).all())
 
 
-def place_tokens(embeds_BSD: Tensor, visual_BS: Tensor, tokens_ND: Tensor) -> Tensor:
-    """`embeds_BSD` with the visual tokens, in order, at visual positions. Raises `ValueError` on another number."""
-    if int(visual_BS.sum()) != len(tokens_ND):
-        raise ValueError(f"{int(visual_BS.sum())} places for {len(tokens_ND)} visual tokens")
-    return embeds_BSD.masked_scatter(visual_BS[..., None], tokens_ND.to(embeds_BSD.dtype))
-
-
 def positions_and_lengths(attention_mask_BS: Tensor, lengths_B1: Tensor) -> Tensor:
     """int64 [2, B, S]: the position of each token, and the number of tokens that its sequence counts as."""
-    positions_BS = (attention_mask_BS.cumsum(dim=-1) - 1).clamp_min(0)
+    positions_BS = count_positions(attention_mask_BS)
     return torch.stack([positions_BS, lengths_B1.expand_as(positions_BS)])
 
 

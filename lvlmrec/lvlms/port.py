@@ -54,15 +54,10 @@ class PortedFamily:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
         from lvlmrec.lvlms import loading, native
 
-        device, info = loading.choose_device(config), self.inspect(config)
-        if info.identity != recipe.identity:
-            raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
+        device, info = loading.choose_device(config), loading.expect_identity(self, config, recipe)
         model_config = self._read(config)
         model_config.has_head = bool(recipe.text_names)
-        text, depth = model_config.get_text_config(), max(loading.num_layers_needed(recipe, info), 1)
-        text.num_hidden_layers = depth
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:depth]
+        loading.cut_config(model_config, recipe, info)
         model, processor = self.build(config, model_config)
         lvlm = native.NativeLVLM(self, model.to(device), processor, recipe, info, config.batch_size)
         if config.compile:
