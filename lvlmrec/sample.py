@@ -23,11 +23,20 @@ SEED = 0
 
 
 def ensure(workspace: str, *uris: str) -> None:
-    """Make the parts of the sample that `uris` point to, unless they are there."""
+    """Make the parts of the sample that `uris` point to, unless they are there.
+
+    Warns when a model of the sample is given something else to look at.
+    """
     root = Path(storage.absolute(workspace), "sample") if not storage.is_remote(workspace) else None
-    for path in (Path(storage.absolute(uri)) for uri in uris if uri and not storage.is_remote(uri)):
-        if root is None or not path.is_relative_to(root):
-            continue
+    if root is None:
+        return
+    paths = [Path(storage.absolute(uri)) for uri in uris if uri and not storage.is_remote(uri)]
+    inside = [path for path in paths if path.is_relative_to(root)]
+    if any(path.parent == root / "models" for path in inside) and len(inside) < len(uris):
+        print(
+            "sample: this model is tiny and untrained; set lvlm.model for features that mean something", file=sys.stderr
+        )
+    for path in inside:
         if path.parent == root / "models":
             _ensure_model(path)
         else:

@@ -23,7 +23,7 @@ class ModelConfig:
     """Where a model's files lie and how its forward runs."""
 
     name: str = option("llava_onevision", "model family")
-    model: str = option("${workspace}/sample/models/llava_onevision", "local directory or hub id (owner/name)")
+    model: str = option("${workspace}/sample/models/${.name}", "local directory or hub id (owner/name)")
     revision: str = option("", "branch, tag or commit of a hub id; empty is the default branch")
     dtype: str = option("float32", "dtype of weights and activations", choices=COMPUTE_DTYPES)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is cuda when there is one")
