@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.lvlms.protocol import ModelConfig
@@ -20,28 +20,43 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _UNREAD = re.compile(r"(README|LICENSE|NOTICE|USE_POLICY).*|.*\.md", re.IGNORECASE)
 
 
-def read_model_config(config: ModelConfig, model_type: str) -> Any:
+def read_model_config(config: ModelConfig, family: str, model_types: Collection[str] = ()) -> Any:
+    """`read_any_config` of a model whose `model_type` is the family's name or, where given, one of `model_types`.
+
+    Raises `ConfigError`, also when the files hold a model of another type.
+    """
+    model_types = model_types or (family,)
+    expected = f"a {' or '.join(model_types)} model"
+    model_config = read_any_config(config, expected)
+    if model_config.model_type not in model_types:
+        refuse(config, model_config, family, expected)
+    return model_config
+
+
+def read_any_config(config: ModelConfig, expected: str) -> Any:
     """The Hugging Face configuration of `config.model`; no code of the model's own is ever run.
 
-    Raises `ConfigError` when the directory or hub id cannot be read or holds another `model_type`.
+    Raises `ConfigError` when the directory or hub id cannot be read; the message says what is `expected` there.
     """
     from transformers import AutoConfig
 
-    expected = f"expected a local directory or a hub id (owner/name) of a {model_type} model"
+    expected = _expectation(expected)
     where = Path(config.model)
     if not where.is_dir() and not _HUB_ID.fullmatch(config.model):
         raise ConfigError(f"lvlm.model: {config.model!r}: no such directory; {expected}")
     if where.is_dir() and not (where / "config.json").is_file():
         raise ConfigError(f"lvlm.model: {config.model!r}: this directory has no config.json; {expected}")
     try:
-        model_config = AutoConfig.from_pretrained(config.model, revision=resolve_revision(config))
+        return AutoConfig.from_pretrained(config.model, revision=resolve_revision(config))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"lvlm.model: {config.model!r}: {expected}; {reason}") from error
-    if model_config.model_type != model_type:
-        found = model_config.model_type
-        raise ConfigError(f"lvlm.model: {config.model!r} is a {found} model; lvlm.name={model_type}: {expected}")
-    return model_config
+
+
+def refuse(config: ModelConfig, model_config: Any, family: str, expected: str) -> NoReturn:
+    """Raises `ConfigError`: these files hold another kind of model than the family reads."""
+    found = f"{config.model!r} is a {model_config.model_type} model"
+    raise ConfigError(f"lvlm.model: {found}; lvlm.name={family}: {_expectation(expected)}")
 
 
 def resolve_revision(config: ModelConfig) -> str:
@@ -93,6 +108,10 @@ def hash_directory(directory: Path) -> str:
         digest.update(f"{name.as_posix()}\0{path.stat().st_size}\0".encode())
         digest.update(_hash_file(path))
     return digest.hexdigest()
+
+
+def _expectation(expected: str) -> str:
+    return f"expected a local directory or a hub id (owner/name) of {expected}"
 
 
 def _hash_file(path: Path) -> bytes:

@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from lvlmrec.lvlms import LVLMS
+from lvlmrec.lvlms.text_encoder import TextFamily
+from lvlmrec.lvlms.vision_encoder import VisionFamily
 from lvlmrec.video import Clip
 
 torch.set_num_threads(1)
+ENCODERS = sorted(name for name, entry in LVLMS.items() if isinstance(entry, TextFamily | VisionFamily))
+LVLM_FAMILIES = sorted({*LVLMS} - {*ENCODERS})
 
 
 @pytest.fixture(scope="session")

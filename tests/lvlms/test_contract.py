@@ -1,4 +1,7 @@
-"""What every family in `LVLMS` must hold, against transformers itself. A new family is found by itself."""
+"""What every family of video-language models in `LVLMS` must hold, against transformers itself.
+
+A new family is found by itself. Encoders have a contract of their own: test_encoders.py.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig, prefix
 from lvlmrec.lvlms.pooling import TokenMasks, pool_tokens
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import Clip
+from tests.lvlms.conftest import LVLM_FAMILIES
 
 POOLINGS = ("visual_mean", "all_mean", "last_token")
 PROMPTS = {
@@ -34,7 +38,7 @@ BANK_TOLERANCE = 1e-6  # share of a feature's largest entry, float32; measured o
 NEIGHBOUR_TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 READS_SECONDS = {"qwen2_5_vl", "qwen3_vl"}
 
-pytestmark = pytest.mark.parametrize("family", sorted(LVLMS))
+pytestmark = pytest.mark.parametrize("family", LVLM_FAMILIES)
 
 
 def make_config(directory: Path, **changes: object) -> LVLMConfig:
@@ -310,10 +314,9 @@ def test_bfloat16_stays_near_float32(tiny_models, clips, family) -> None:
 
 def test_another_family_or_content_is_refused(tiny_models, clips, family) -> None:
     entry = LVLMS[family]
-    for other, directory in tiny_models.items():
-        if other != family:
-            with pytest.raises(ConfigError, match=rf"lvlm\.model: .*{other} model; lvlm.name={family}"):
-                entry.inspect(make_config(directory))
+    for other in {*LVLM_FAMILIES} - {family}:
+        with pytest.raises(ConfigError, match=rf"lvlm\.model: .*{other} model; lvlm.name={family}"):
+            entry.inspect(make_config(tiny_models[other]))
     config = make_config(tiny_models[family])
     recipe = recipes.resolve(RecipeConfig(taps=["llm.0"]), entry.inspect(config))
     with pytest.raises(ConfigError, match=r"lvlm\.model: .*the recipe names content:0"):

@@ -160,7 +160,9 @@ class Job:
 def test_the_default_is_the_sample_model_in_the_workspace() -> None:
     config = configuration.load(Job, [], ["workspace=/data"])
     assert (config.lvlm.name, config.lvlm.model) == ("llava_onevision", "/data/sample/models/llava_onevision")
-    with pytest.raises(ConfigError, match=r"lvlm\.name: 'llava' is not one of internvl, llava_onevision"):
+    with pytest.raises(
+        ConfigError, match=r"lvlm\.name: 'llava' is not one of image_encoder, internvl, llava_onevision"
+    ):
         configuration.load(Job, [], ["lvlm.name=llava"])
     with pytest.raises(ConfigError, match=r"lvlm\.dtype"):
         configuration.load(Job, [], ["lvlm.dtype=int8"])
