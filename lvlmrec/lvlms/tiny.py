@@ -57,7 +57,7 @@ def initialise(model: torch.nn.Module, seed: int) -> None:
         for name, weight in sorted(model.named_parameters()):
             if name.endswith("bias"):
                 weight.zero_()
-            elif weight.ndim == 1 and "newline" not in name:
+            elif weight.ndim <= 1 and "newline" not in name:
                 weight.fill_(1.0)
             elif "position" in name or "pos_embed" in name:
                 weight.normal_(0.0, POSITION_SCALE, generator=generator)

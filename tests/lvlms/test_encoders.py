@@ -46,8 +46,12 @@ VISION_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViTConfig", IMAGE),
     "timesformer": ("TimesformerConfig", {**IMAGE, "num_frames": FRAMES}),
     "vivit": ("VivitConfig", {**IMAGE, "num_frames": FRAMES, "tubelet_size": [2, 14, 14]}),
-    "vjepa2": ("VJEPA2Config", {**IMAGE, "crop_size": 56, "pred_hidden_size": 48, "pred_num_attention_heads": 4}),
+    "vjepa2": (
+        "VJEPA2Config",
+        {**IMAGE, "crop_size": 56, "pred_hidden_size": 48, "pred_num_attention_heads": 4, "pred_num_hidden_layers": 1},
+    ),
 }
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 CASES = [*ENCODERS, *TEXT_MODELS, *VISION_MODELS]
 PROCESSORS = {"image": "CLIPImageProcessor", "timesformer": "TimesformerVideoProcessor"}
 PROCESSORS |= {"vivit": "VivitVideoProcessor", "vjepa2": "VJEPA2VideoProcessor"}
@@ -70,7 +74,7 @@ def directories(tiny_models, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("encoders")
     for case, (name, arguments) in TEXT_MODELS.items():
         words = tiny.tokenizer({"cls_token": "[CLS]"})
-        arguments = {**arguments, "vocab_size": len(words), "pad_token_id": words.pad_token_id}
+        arguments = {**arguments, "vocab_size": len(words), **dict.fromkeys(SPECIAL_IDS, words.pad_token_id)}
         tiny.write(getattr(transformers, name)(**arguments), words, root / case, 0, "AutoModel")
     for case, (name, arguments) in VISION_MODELS.items():
         size, crop = {"shortest_edge": 56}, {"height": 56, "width": 56}
@@ -159,7 +163,7 @@ def reference(directory: Path, model: Any, recipe: Recipe) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_features_are_hugging_face_hidden_states_bit_for_bit(directories, case) -> None:
-    model, recipe = load(directories[case], batch_size=3)
+    model, recipe = load(directories[case])
     features, expected = extract(model, items()), reference(directories[case], model, recipe)
     assert list(features) == [str(name) for name in recipe.feature_names]
     assert {*features} == {*expected}
@@ -167,16 +171,19 @@ def test_features_are_hugging_face_hidden_states_bit_for_bit(directories, case) 
         feature = features[str(name)]
         assert feature.shape[1:] == recipe.shape(name)
         assert torch.equal(feature, expected[str(name)]), name
-        assert name.tap.layer == 0 or not torch.allclose(feature[0], feature[1], atol=1e-3), name
+        blind = name.tap.layer == 0 or (case == "qwen3" and name.pooling == "first_token")  # causal: it sees no word
+        assert blind or not torch.allclose(feature[0], feature[1], atol=1e-3), name
 
 
-@pytest.mark.parametrize("dtype", sorted(NEIGHBOUR_TOLERANCE))
-@pytest.mark.parametrize("case", CASES)
-def test_features_do_not_depend_on_batch_neighbours_or_order(directories, case, dtype) -> None:
-    alone = [extract(load(directories[case], dtype=dtype)[0], [item]) for item in items()]
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, "float32") for case in CASES), *((case, "bfloat16") for case in ENCODERS)]
+)
+def test_features_do_not_depend_on_batch_neighbours_or_order(directories, monkeypatch, case, dtype) -> None:
+    model, recipe = load(directories[case], dtype=dtype)
+    alone = [extract(model, [item]) for item in items()]
     order = [2, 0, 3, 1]
     for batch_size in (1, 2, 16):
-        model, recipe = load(directories[case], dtype=dtype, batch_size=batch_size)
+        monkeypatch.setattr(model, "_batch_size", batch_size)
         together = extract(model, [items()[row] for row in order])
         for name in map(str, recipe.feature_names):
             for place, row in enumerate(order):
@@ -188,7 +195,7 @@ def test_features_do_not_depend_on_batch_neighbours_or_order(directories, case, 
 def test_stopping_early_changes_nothing(directories, case) -> None:
     whole, recipe = load(directories[case])
     features, tower = extract(whole, items()), recipe.taps[0].tower
-    for layers in (("0",), ("1",), ("0", "2"), ("-1",)):
+    for layers in (("0",), ("0", "2"), ("-1",)):
         model, cut = load(directories[case], tuple(f"{tower}.{layer}" for layer in layers))
         held = [m for name, m in model._model.named_modules() if name.split(".")[-1] in ("layer", "layers", "stages")]  # type: ignore[attr-defined]
         assert len(held[0]) == max(cut.taps[-1].layer, 1)
