@@ -20,10 +20,13 @@ from lvlmrec.lvlms import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
 
 POOLINGS = ("all_mean", FIRST_TOKEN, "last_token")
+# what sentence-transformers calls them: true keys `pooling_mode_...`, or one key `pooling_mode`
 PUBLISHED = {
-    "pooling_mode_mean_tokens": "all_mean",
-    "pooling_mode_cls_token": FIRST_TOKEN,
-    "pooling_mode_lasttoken": "last_token",
+    "mean_tokens": "all_mean",
+    "mean": "all_mean",
+    "cls_token": FIRST_TOKEN,
+    "cls": FIRST_TOKEN,
+    "lasttoken": "last_token",
 }
 EXPECTED = "a text encoder"
 
@@ -90,12 +93,14 @@ def describe(config: ModelConfig) -> str:
     if "Pooling" not in kinds:
         return ""
     pooling = read_json(config, f"{kinds['Pooling']}/config.json") or {}
-    named = [name for mode, name in PUBLISHED.items() if pooling.get(mode)]
-    others = [mode for mode, used in pooling.items() if mode.startswith("pooling_mode") and used is True]
-    if len(others) > 1 or not named:
-        return f"its published embedding is pooled by {', '.join(others) or 'a rule of its own'}, which no column is"
+    modes = [key.removeprefix("pooling_mode_") for key, used in pooling.items() if used is True and "_mode_" in key]
+    modes = modes or [pooling.get("pooling_mode", "a rule of its own")]
+    if len(modes) > 1 or modes[0] not in PUBLISHED:
+        return f"its published embedding is pooled by {', '.join(modes)}, which no column is"
     left_out = [kind for kind in kinds if kind not in ("Transformer", "Pooling")]
-    return f"its published embedding is text.-1/{named[0]}" + (f" before {', '.join(left_out)}" if left_out else "")
+    return f"its published embedding is text.-1/{PUBLISHED[modes[0]]}" + (
+        f" before {', '.join(left_out)}" if left_out else ""
+    )
 
 
 def read_json(config: ModelConfig, name: str) -> Any:

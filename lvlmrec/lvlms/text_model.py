@@ -92,7 +92,10 @@ class TextModel:
             texts = [conversation.fill(prompt.text, prompt, item.texts, self._specials) for item in items]
             encoded = self._tokenizer(texts, truncation=True, max_length=self.limit)
             num_cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-            for rows in group([len(ids) for ids in encoded["input_ids"]], self._batch_size):
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            if not all(lengths):
+                raise InputError(f"item {items[lengths.index(0)].item_id!r}: its text has no token")
+            for rows in group(lengths, self._batch_size):
                 batches.append(self._batch(name, rows, [encoded["input_ids"][row] for row in rows]))
         if num_cut:
             print(f"{self.info.family}: {num_cut} texts cut to {self.limit} tokens", file=sys.stderr)

@@ -254,6 +254,12 @@ def test_items_that_lack_what_is_shown_are_named(directories, case) -> None:
         model.prepare([*items(), Item("bare", texts={"title": "  "})])
 
 
+def test_a_text_without_a_token_is_named(directories) -> None:
+    model, _ = load(directories["qwen3"], ("text.0",))
+    with pytest.raises(InputError, match=r"item 'mark': its text has no token"):
+        model.prepare([items()[0], Item("mark", texts={"title": "<|im_end|>"})])
+
+
 def test_an_empty_prompt_of_text_is_refused(directories) -> None:
     info = LVLMS["text_encoder"].inspect(make_config(directories["text_encoder"]))
     config = RecipeConfig(taps=["text.0"], prompts={"title": Prompt("", input="text")}, poolings=["all_mean"])
@@ -312,7 +318,9 @@ def test_what_sentence_transformers_says_of_its_model(directories, tmp_path) -> 
     assert text_encoder.describe(make_config(directory)) == expected
     pooling |= {"pooling_mode_max_tokens": True}
     (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    assert "pooling_mode_max_tokens, which no column is" in text_encoder.describe(make_config(directory))
+    assert "pooled by cls_token, max_tokens, which no column is" in text_encoder.describe(make_config(directory))
+    (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    assert "text.-1/all_mean" in text_encoder.describe(make_config(directory))
     (directory / "sentence_bert_config.json").write_text('{"max_seq_length": 7}')
     assert load(directory)[0].limit == 7  # type: ignore[attr-defined]
 
