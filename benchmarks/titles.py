@@ -1,4 +1,4 @@
-"""Claim: a catalogue's titles become features of every layer of a text encoder in minutes on a CPU, in a few MB.
+"""Claim: titles of a whole catalogue become features of every layer of a text encoder in minutes on a core, 5 kB each.
 
     python benchmarks/titles.py [FOLDER] [--model DIRECTORY_OR_HUB_ID] [--save] [dotted.key=value ...]
 

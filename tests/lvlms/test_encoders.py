@@ -134,31 +134,76 @@ def reference(directory: Path, model: Any, recipe: Recipe) -> dict[str, Tensor]:
     for batch in model.prepare(items()):
         if isinstance(batch, text_model.Batch):
             inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.attended.long()}
-            prefix, pooled = (
-                batch.prompt,
-                lambda state, b=batch: {
-                    pooling: text_model.pool_text(pooling, state, b.attended) for pooling in recipe.poolings
-                },
-            )
         else:
-            pixels = batch.pixels.flatten(0, 1) if "cover" in model.info.inputs else batch.pixels
-            inputs = {whole.main_input_name: pixels}
-            prefix, pooled = (
-                batch.kind,
-                lambda state, b=batch: vision_model.pool_states(
-                    recipe.poolings, state, len(b.rows), model._before_patches
-                ),
-            )
+            inputs = {whole.main_input_name: batch.pixels.flatten(0, 1) if reads_images(model) else batch.pixels}
         states = whole(**inputs, output_hidden_states=True).hidden_states
-        tower = next(iter(model.info.num_layers))
-        assert len(states) == model.info.num_layers[tower] + 1
+        ((tower, num_layers),) = model.info.num_layers.items()
+        assert len(states) == num_layers + 1
         for layer, state in enumerate(states):
-            for pooling, value in pooled(state).items():
-                column = columns.setdefault(
-                    f"{prefix}/{tower}.{layer}/{pooling}", torch.zeros(len(TITLES), value.shape[1])
-                )
-                column[batch.rows] = value
+            for pooling in recipe.poolings:
+                prefix, value = pool(model, batch, pooling, state)
+                empty = torch.zeros(len(TITLES), value.shape[1])
+                columns.setdefault(f"{prefix}/{tower}.{layer}/{pooling}", empty)[batch.rows] = value
     return columns
+
+
+def pool(model: Any, batch: Any, pooling: str, state: Tensor) -> tuple[str, Tensor]:
+    """A state of a batch as its columns have it, and their first name."""
+    if isinstance(batch, text_model.Batch):
+        return batch.prompt, text_model.pool_text(pooling, state, batch.attended)
+    return batch.kind, vision_model.pool_states([pooling], state, len(batch.rows), model._before_patches)[pooling]
+
+
+def reads_images(model: LVLM) -> bool:
+    return "cover" in model.info.inputs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_enters_a_model_is_what_its_own_processor_makes(directories, case) -> None:
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoTokenizer, AutoVideoProcessor
+
+    model, directory = load(directories[case])[0], directories[case]
+    for batch in model.prepare(items()):
+        shown = [items()[row] for row in batch.rows]
+        if isinstance(batch, text_model.Batch):
+            texts = [("A video: " if batch.prompt == "asked" else "") + item.texts["title"] for item in shown]
+            made = AutoTokenizer.from_pretrained(directory, padding_side="right")(
+                texts, padding=True, return_tensors="pt"
+            )
+            assert torch.equal(batch.ids, made["input_ids"])
+            assert torch.equal(batch.attended, made["attention_mask"].bool())
+            continue
+        clips = [getattr(item, batch.kind).frames for item in shown]
+        if reads_images(model):
+            images = [Image.fromarray(frame) for clip in clips for frame in clip]
+            made = AutoImageProcessor.from_pretrained(directory)(images=images, return_tensors="pt")
+        else:
+            processor = AutoVideoProcessor.from_pretrained(directory)
+            made = processor(videos=clips, do_sample_frames=False, return_tensors="pt")
+        expected = next(iter(made.values()))
+        torch.testing.assert_close(batch.pixels.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "before", "mean", "first"),
+    [
+        # two clips of two frames: a class token and two patches of width 1
+        (torch.arange(12.0).reshape(4, 3, 1), 1, [3.0, 9.0], [1.5, 7.5]),
+        # as maps of 1 x 2 pixels
+        (torch.arange(8.0).reshape(4, 1, 1, 2), 0, [1.5, 5.5], [1.0, 5.0]),
+    ],
+)
+def test_pooling_of_frames_by_hand(hidden, before, mean, first) -> None:
+    pooled = vision_model.pool_states(("visual_mean", "first_token"), hidden, 2, before)
+    assert pooled["visual_mean"].flatten().tolist() == mean
+    assert pooled["first_token"].flatten().tolist() == first
+
+
+def test_pooling_of_texts_by_hand() -> None:
+    hidden, attended = torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])
+    pooled = {pooling: float(text_model.pool_text(pooling, hidden, attended)) for pooling in text_encoder.POOLINGS}
+    assert pooled == {"all_mean": 2.0, "first_token": 1.0, "last_token": 3.0}
 
 
 @pytest.mark.parametrize("case", CASES)
