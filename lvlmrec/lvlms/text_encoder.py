@@ -11,6 +11,7 @@ follows there is not applied: a norm changes no cosine, a Dense module does, and
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,13 @@ class TextFamily:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
         from lvlmrec.lvlms import text_model
 
-        return text_model.load(config, recipe, self.inspect(config), read_config(config, self.name))
+        model_config = read_config(config, self.name)
+        sentence_config = read_json(config, "sentence_bert_config.json") or {}
+        model = text_model.load(config, recipe, self.inspect(config), model_config, sentence_config)
+        published = describe(config)
+        if published:
+            print(f"{self.name}: {published}", file=sys.stderr)
+        return model
 
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny random BERT, 3 layers x 48, as an ordinary Hugging Face directory, the same bytes for a seed."""

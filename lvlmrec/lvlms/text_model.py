@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
-from lvlmrec.lvlms import conversation, encoder, loading, source, text_encoder
+from lvlmrec.lvlms import conversation, encoder, loading, source
 from lvlmrec.lvlms.hooks import Pool, ignore
 from lvlmrec.lvlms.pooling import last_position, masked_mean
 from lvlmrec.lvlms.protocol import Item, ModelConfig
@@ -35,8 +35,13 @@ class Batch:
     attended: Tensor
 
 
-def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any) -> TextModel:
-    """The model of `config`, ready for `recipe`. Raises `ConfigError`, also when the files are not the recipe's."""
+def load(
+    config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any, sentence_config: Mapping[str, Any]
+) -> TextModel:
+    """The model of `config`, ready for `recipe`; `sentence_config` is what sentence-transformers says of it.
+
+    Raises `ConfigError`, also when the files are not the recipe's.
+    """
     from transformers import AutoTokenizer
 
     with loading.reading(config):
@@ -45,10 +50,7 @@ def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any)
         raise ConfigError(f"lvlm.model: {config.model!r}: no tokenizer.json, and none can be made of its files")
     model_config.use_cache = False
     model = encoder.load(config, recipe, info, model_config)
-    published = text_encoder.describe(config)
-    if published:
-        print(f"{info.family}: {published}", file=sys.stderr)
-    limit = max_tokens(model, tokenizer, text_encoder.read_json(config, "sentence_bert_config.json") or {})
+    limit = max_tokens(model, tokenizer, sentence_config)
     return TextModel(model, encoder.find_layers(model, config), tokenizer, limit, recipe, info, config.batch_size)
 
 
