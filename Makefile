@@ -23,11 +23,12 @@ $(READY): pyproject.toml
 demo: setup
 	$(BIN)/python rayjobs/demo.py workspace=$(WORKSPACE)
 
-test: test-fast
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 	$(BIN)/python -m pytest -m "slow or gpu"
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not family"
 
 lint: setup
 	$(BIN)/ruff format --check .

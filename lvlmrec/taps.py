@@ -74,7 +74,7 @@ def resolve(texts: Iterable[str], num_layers: Mapping[str, int]) -> tuple[Tap, .
             resolved.update(Tap(text[:-2], layer) for layer in range(num_layers[text[:-2]] + 1))
             continue
         tap = parse(text)
-        if tap.tower == PROJECTOR:
+        if tap.tower == PROJECTOR and "llm" in num_layers:
             resolved.add(tap)
             continue
         top = num_layers.get(tap.tower)

@@ -65,22 +65,30 @@ class DecodeConfig:
 
 
 def decode(rows: pa.Table, recipe: Recipe, config: DecodeConfig) -> Iterator[pa.Table]:
-    """What a recipe shows of each item, decoded in the child process of this worker; row by row, to bound memory."""
-    for row in rows.to_pylist():
-        started = time.perf_counter()
-        try:
-            _check_texts(recipe, row)
-            outcome: dict[str, Any] = {TEXTS: [(field, row[field]) for field in recipe.fields]}
-            for kind in recipe.media:
-                clip = _decode(row[MEDIA_COLUMNS[kind]], recipe.frames if kind == "video" else 1, recipe, config)
-                outcome |= {f"{kind}.{name}": value for name, value in _clip_row(clip).items()}
-        except VideoError as error:
-            outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: _one_line(error.message)}
-        except (OSError, ValueError) as error:
-            outcome = {STAGE: "fetch", ERROR: type(error).__name__, MESSAGE: _one_line(error)}
-        seconds = time.perf_counter() - started
-        known = {ITEM_ID: row[ITEM_ID], URI: row.get(URI, ""), DECODE_SECONDS: seconds}
-        yield pa.Table.from_pylist([known | outcome], schema=DECODED)
+    """What a recipe shows of each item, decoded in the child process of this worker.
+
+    Row by row, to bound memory; texts alone are one table, for a table per row would cost more than they do.
+    """
+    outcomes = (_outcome(row, recipe, config) for row in rows.to_pylist())
+    for known in ([outcome] for outcome in outcomes) if recipe.media else [[*outcomes]]:
+        yield pa.Table.from_pylist(known, schema=DECODED)
+
+
+def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[str, Any]:
+    """A row of `DECODED`."""
+    started = time.perf_counter()
+    try:
+        _check_texts(recipe, row)
+        outcome: dict[str, Any] = {TEXTS: [(field, row[field]) for field in recipe.fields]}
+        for kind in recipe.media:
+            clip = _decode(row[MEDIA_COLUMNS[kind]], recipe.frames if kind == "video" else 1, recipe, config)
+            outcome |= {f"{kind}.{name}": value for name, value in _clip_row(clip).items()}
+    except VideoError as error:
+        outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: _one_line(error.message)}
+    except (OSError, ValueError) as error:
+        outcome = {STAGE: "fetch", ERROR: type(error).__name__, MESSAGE: _one_line(error)}
+    seconds = time.perf_counter() - started
+    return {ITEM_ID: row[ITEM_ID], URI: row.get(URI, ""), DECODE_SECONDS: seconds} | outcome
 
 
 def _decode(uri: str, num_frames: int, recipe: Recipe, config: DecodeConfig) -> Clip:

@@ -76,7 +76,7 @@ class LVLMInfo:
     `identity` names the weights by content (local directory) or by hub id and resolved commit, never by path.
     `num_layers` and `width` have one entry per tower: `llm` and `vision` of an LVLM, `text` of a text encoder, `vision`
     of a video or image encoder. `width` may name single taps too, where layers differ. `inputs` are what its prompts
-    can show, `poolings` what its taps can be pooled by.
+    can show, `poolings` what its taps can be pooled by. `frames` is the number it was made for, 0 for any.
     """
 
     family: str
@@ -86,6 +86,7 @@ class LVLMInfo:
     width: Mapping[str, int]
     inputs: tuple[str, ...] = INPUTS
     poolings: tuple[str, ...] = (*POOLINGS, MERGED, NEW_MERGED)
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,8 @@ def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str
     """
     if not config.taps or not config.poolings:
         raise ConfigError("recipe.taps and recipe.poolings: expected at least one of each")
+    if info.frames and config.frames != info.frames:
+        raise ConfigError(f"recipe.frames: {config.frames}: this {info.family} reads exactly {info.frames} frames")
     resolved_taps = taps.resolve(config.taps, info.num_layers)
     _check_poolings(config, info)
     _check_prompts(config, info)

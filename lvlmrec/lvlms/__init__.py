@@ -1,8 +1,10 @@
-"""Frozen large video-language models behind one protocol: one file per family, one line in `LVLMS`.
+"""Frozen large video-language models, and encoders of text, images and videos, behind one protocol.
+
+One file per family, one line in `LVLMS`:
 
     info = LVLMS[config.name].inspect(config)              # from files alone
     model = LVLMS[config.name].load(config, recipe)
-    features = model.extract(clips)                        # feature name -> float32 [B, D]
+    features = model.extract(model.prepare(items))         # feature name -> float32 [B, D]
 
 Importing this room imports neither torch nor transformers.
 """
@@ -12,7 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lvlmrec.config import option
-from lvlmrec.lvlms import internvl, llava_onevision, minicpm_v, phi_3_5_vision, qwen2_5_vl, qwen2_vl, qwen3_vl
+from lvlmrec.lvlms import (
+    internvl,
+    llava_onevision,
+    minicpm_v,
+    phi_3_5_vision,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    text_encoder,
+    vision_encoder,
+)
 from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
 
 __all__ = ["LVLM", "LVLMS", "LVLMConfig", "LVLMFamily"]
@@ -26,6 +38,9 @@ LVLMS: dict[str, LVLMFamily] = {
     "qwen2_5_vl": qwen2_5_vl.FAMILY,
     "qwen2_vl": qwen2_vl.FAMILY,
     "qwen3_vl": qwen3_vl.FAMILY,
+    "image_encoder": vision_encoder.IMAGE_FAMILY,
+    "text_encoder": text_encoder.FAMILY,
+    "video_encoder": vision_encoder.VIDEO_FAMILY,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -31,43 +31,57 @@ def load_model(family: Named, config: ModelConfig, recipe: Recipe) -> Any:
     torchvision_shim.ensure_importable()
     from transformers import AutoModelForImageTextToText
 
-    device, info = choose_device(config), expect_identity(family, config, recipe)
+    info = family.inspect(config)
+    check_identity(config, recipe, info)
     model_config = source.read_model_config(config, family.name)
-    cut_config(model_config, recipe, info)
+    cut(model_config.get_text_config(), num_layers_needed(recipe, info))
+    device = choose_device(config)
+    model = load_weights(AutoModelForImageTextToText, config, model_config, config.attention)
+    return (model if recipe.text_names else model.base_model).to(device)
+
+
+def load_weights(
+    auto_class: Any, config: ModelConfig, model_config: Any, attention: str | None, unread: Collection[str] = ()
+) -> Any:
+    """The model that `model_config` describes, in eval mode, on the CPU. Raises `ConfigError`.
+
+    Every weight comes from the files, except those of the modules called `unread`, which no tap is made of.
+    """
     with reading(config):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             config.model,
             revision=source.resolve_revision(config),
             config=model_config,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
+            attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
         )
     model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    missing = [key for key in missing if not {*key.split(".")} & {*unread}]
     if missing:
         raise ConfigError(f"lvlm.model: {config.model!r} lacks {len(missing)} weights, first {missing[0]}")
-    model = model if recipe.text_names else model.base_model
-    return model.eval().requires_grad_(False).to(device)
+    return model.eval().requires_grad_(False)
 
 
-def expect_identity(family: Named, config: ModelConfig, recipe: Recipe) -> LVLMInfo:
-    """What the files are. Raises `ConfigError` when they are not the recipe's."""
-    info = family.inspect(config)
+def check_identity(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> None:
+    """Raises `ConfigError` when the files are not the recipe's."""
     if info.identity != recipe.identity:
         raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
-    return info
 
 
-def cut_config(model_config: Any, recipe: Recipe, info: LVLMInfo) -> None:
-    """Leave the decoder the layers that `recipe` runs: all for an answer, else up to the highest tap; at least one."""
+def cut(model_config: Any, depth: int) -> None:
+    """Take the layers above `depth` out of a configuration; one stays, its input may be tapped."""
+    model_config.num_hidden_layers = max(depth, 1)
+    if getattr(model_config, "layer_types", None):
+        model_config.layer_types = model_config.layer_types[: max(depth, 1)]
+
+
+def num_layers_needed(recipe: Recipe, info: LVLMInfo) -> int:
+    """How many of the decoder's layers a recipe runs: all for an answer, else up to the highest tap."""
     top = max((tap.layer for tap in recipe.taps if tap.tower == "llm"), default=0)
-    depth = info.num_layers["llm"] if recipe.text_names else max(top, 1)
-    text = model_config.get_text_config()
-    text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
+    return info.num_layers["llm"] if recipe.text_names else top
 
 
 def load_processor(config: ModelConfig) -> Any:

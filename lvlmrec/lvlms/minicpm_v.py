@@ -70,7 +70,7 @@ def read_config(version: str, config: ModelConfig) -> Any:
     from lvlmrec.lvlms.minicpm_v_model import build_config
 
     family = name_of(version)
-    tree = source.read_config(config, "minicpmv", family)
+    tree = source.read_config(config, ("minicpmv",), family)
     if str(tree["version"]) != version:
         found = f"minicpmv model of version {tree['version']}"
         raise ConfigError(f"lvlm.model: {config.model!r} is a {found}; lvlm.name={family} reads version {version}")

@@ -40,7 +40,7 @@ def read_config(config: ModelConfig) -> Any:
     """The configuration of a published config.json. Raises `ConfigError` when it is of another model."""
     from lvlmrec.lvlms.phi_3_5_vision_model import build_config
 
-    return build_config(source.read_config(config, MODEL_TYPE, NAME))
+    return build_config(source.read_config(config, (MODEL_TYPE,), NAME))
 
 
 def build(config: ModelConfig, model_config: Any) -> tuple[Any, Any]:

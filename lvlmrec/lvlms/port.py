@@ -54,10 +54,11 @@ class PortedFamily:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
         from lvlmrec.lvlms import loading, native
 
-        device, info = loading.choose_device(config), loading.expect_identity(self, config, recipe)
+        device, info = loading.choose_device(config), self.inspect(config)
+        loading.check_identity(config, recipe, info)
         model_config = self._read(config)
         model_config.has_head = bool(recipe.text_names)
-        loading.cut_config(model_config, recipe, info)
+        loading.cut(model_config.get_text_config(), loading.num_layers_needed(recipe, info))
         model, processor = self.build(config, model_config)
         lvlm = native.NativeLVLM(self, model.to(device), processor, recipe, info, config.batch_size)
         if config.compile:

@@ -6,9 +6,9 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.lvlms.protocol import ModelConfig
@@ -21,41 +21,51 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _UNREAD = re.compile(r"(README|LICENSE|NOTICE|USE_POLICY).*|.*\.md", re.IGNORECASE)
 
 
-def read_model_config(config: ModelConfig, model_type: str) -> Any:
+def read_model_config(config: ModelConfig, family: str, model_types: Collection[str] = ()) -> Any:
+    """`read_any_config` of a model whose `model_type` is the family's name or, where given, one of `model_types`.
+
+    Raises `ConfigError`, also when the files hold a model of another type.
+    """
+    model_types = model_types or (family,)
+    read_config(config, model_types, family)
+    return read_any_config(config, f"a {' or '.join(model_types)} model")
+
+
+def read_any_config(config: ModelConfig, expected: str) -> Any:
     """The Hugging Face configuration of `config.model`; no code of the model's own is ever run.
 
-    Raises `ConfigError` when the directory or hub id cannot be read or holds another `model_type`.
+    Raises `ConfigError` when the directory or hub id cannot be read; the message says what is `expected` there.
     """
     from transformers import AutoConfig
 
-    read_config(config, model_type)
+    _check_place(config, expected)
     try:
         return AutoConfig.from_pretrained(config.model, revision=resolve_revision(config))
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"lvlm.model: {config.model!r}: {one_line(error)}") from error
+        raise ConfigError(f"lvlm.model: {config.model!r}: {_expectation(expected)}; {one_line(error)}") from error
 
 
-def read_config(config: ModelConfig, model_type: str, family: str = "") -> dict[str, Any]:
-    """The config.json of `config.model` as it is; `family` is the key in `LVLMS` where that is not the `model_type`.
+def read_config(config: ModelConfig, model_types: Collection[str], family: str) -> dict[str, Any]:
+    """The config.json of `config.model` as it is, also of a `model_type` that transformers does not hold.
 
-    Raises `ConfigError` when the directory or hub id cannot be read or holds another `model_type`.
+    Raises `ConfigError` when the directory or hub id cannot be read or holds a model of none of `model_types`.
     """
-    expected = f"expected a local directory or a hub id (owner/name) of a {model_type} model"
-    where = Path(config.model)
-    if not where.is_dir() and not _HUB_ID.fullmatch(config.model):
-        raise ConfigError(f"lvlm.model: {config.model!r}: no such directory; {expected}")
-    if where.is_dir() and not (where / "config.json").is_file():
-        raise ConfigError(f"lvlm.model: {config.model!r}: this directory has no config.json; {expected}")
+    expected = f"a {' or '.join(model_types)} model"
+    _check_place(config, expected)
     try:
         tree = read_json(config, "config.json")
     except ConfigError as error:
         reason = one_line(error.__cause__ or error)
-        raise ConfigError(f"lvlm.model: {config.model!r}: {expected}; {reason}") from error
-    if tree is None or tree.get("model_type") != model_type:
-        found = (tree or {}).get("model_type")
-        named = f"lvlm.name={family or model_type}"
-        raise ConfigError(f"lvlm.model: {config.model!r} is a {found} model; {named}: {expected}")
+        raise ConfigError(f"lvlm.model: {config.model!r}: {_expectation(expected)}; {reason}") from error
+    if tree is None or tree.get("model_type") not in model_types:
+        refuse(config, str((tree or {}).get("model_type")), family, expected)
     return tree
+
+
+def refuse(config: ModelConfig, model_type: str, family: str, expected: str) -> NoReturn:
+    """Raises `ConfigError`: these files hold another kind of model than the family reads."""
+    found = f"{config.model!r} is a {model_type} model"
+    raise ConfigError(f"lvlm.model: {found}; lvlm.name={family}: {_expectation(expected)}")
 
 
 def read_json(config: ModelConfig, name: str) -> dict[str, Any] | None:
@@ -134,6 +144,18 @@ def hash_directory(directory: Path) -> str:
         digest.update(f"{name.as_posix()}\0{path.stat().st_size}\0".encode())
         digest.update(_hash_file(path))
     return digest.hexdigest()
+
+
+def _check_place(config: ModelConfig, expected: str) -> None:
+    where = Path(config.model)
+    if not where.is_dir() and not _HUB_ID.fullmatch(config.model):
+        raise ConfigError(f"lvlm.model: {config.model!r}: no such directory; {_expectation(expected)}")
+    if where.is_dir() and not (where / "config.json").is_file():
+        raise ConfigError(f"lvlm.model: {config.model!r}: this directory has no config.json; {_expectation(expected)}")
+
+
+def _expectation(expected: str) -> str:
+    return f"expected a local directory or a hub id (owner/name) of {expected}"
 
 
 def _hash_file(path: Path) -> bytes:

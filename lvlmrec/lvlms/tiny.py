@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlmrec.lvlms import source
+from lvlmrec.lvlms import source, torchvision_shim
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +28,17 @@ SENTENCES = (
 )
 
 
-def write(model_config: Any, processor: Any, directory: Path, seed: int) -> None:
+def write(
+    model_config: Any, processor: Any, directory: Path, seed: int, auto_class: str = "AutoModelForImageTextToText"
+) -> None:
     """Write configuration, weights drawn from `seed`, and processor. The global random state is left as it was."""
     import torch
-    from transformers import AutoModelForImageTextToText
+
+    torchvision_shim.ensure_importable()
+    import transformers
 
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForImageTextToText.from_config(model_config, dtype=torch.float32)
+        model = getattr(transformers, auto_class).from_config(model_config, dtype=torch.float32)
     initialise(model, seed)
     with source.quiet():
         model.save_pretrained(directory)
@@ -53,11 +57,11 @@ def initialise(model: torch.nn.Module, seed: int) -> None:
         for name, weight in sorted(model.named_parameters()):
             if name.endswith("bias"):
                 weight.zero_()
-            elif weight.ndim == 1 and "newline" not in name:
+            elif weight.ndim <= 1 and "newline" not in name:
                 weight.fill_(1.0)
             elif "position" in name or "pos_embed" in name:
                 weight.normal_(0.0, POSITION_SCALE, generator=generator)
-            elif "embed_tokens" in name or weight.ndim == 1 or "cls_token" in name:
+            elif "embed_tokens" in name or "word_embeddings" in name or weight.ndim == 1 or "cls_token" in name:
                 weight.normal_(0.0, 1.0, generator=generator)
             else:
                 weight.normal_(0.0, weight[0].numel() ** -0.5, generator=generator)

@@ -77,5 +77,5 @@ def test_a_missing_folder_an_empty_one_and_colliding_stems(tmp_path: Path) -> No
     with pytest.raises(InputError, match="holds no items"):
         read_manifest(str(tmp_path / "empty"))
     touch(tmp_path, "same.mp4", "same.mkv")
-    with pytest.raises(InputError, match="'same' stands for several videos"):
+    with pytest.raises(InputError, match="'same' has several values of uri"):
         read_manifest(str(tmp_path))

@@ -10,9 +10,22 @@ import pytest
 import torch
 
 from lvlmrec.lvlms import LVLMS
+from lvlmrec.lvlms.text_encoder import TextFamily
+from lvlmrec.lvlms.vision_encoder import VisionFamily
 from lvlmrec.video import Clip
 
 torch.set_num_threads(1)
+ENCODERS = sorted(name for name, entry in LVLMS.items() if isinstance(entry, TextFamily | VisionFamily))
+LVLM_FAMILIES = sorted({*LVLMS} - {*ENCODERS})
+QUICK = {"llava_onevision", "qwen3_vl"}  # frames stacked and packed; timestamps, deepstack, multimodal positions
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests over all families take minutes: the quick part holds two of them."""
+    for item in items:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")  # type: ignore[attr-defined]
+        if family in LVLM_FAMILIES and family not in QUICK:
+            item.add_marker(pytest.mark.family)
 
 
 @pytest.fixture(scope="session")

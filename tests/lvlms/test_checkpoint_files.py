@@ -34,7 +34,7 @@ def config_of(directory: Path, **changes: Any) -> LVLMConfig:
 
 def load(directory: Path, num_layers: int = 4, left_out: tuple[str, ...] = (HEAD,), **changes: Any) -> Any:
     config = config_of(directory, **changes)
-    model_config = build_config(source.read_config(config, "minicpmv"))
+    model_config = build_config(source.read_config(config, ("minicpmv",), config.name))
     model_config.text_config.num_hidden_layers = num_layers
     return checkpoint_files.load_weights(MiniCPMV, model_config, config, LAYERS, left_out)
 
@@ -114,7 +114,7 @@ def test_names_may_be_mapped(model_dir) -> None:
         metadata={"format": "pt"},
     )
     config = config_of(model_dir)
-    model_config = build_config(source.read_config(config, "minicpmv"))
+    model_config = build_config(source.read_config(config, ("minicpmv",), config.name))
     mapping = {r"^model\.sampler\.": "resampler."}
     model = checkpoint_files.load_weights(MiniCPMV, model_config, config, LAYERS, [HEAD], mapping)
     assert torch.equal(model.resampler.proj, weights["resampler.proj"])

@@ -1,4 +1,7 @@
-"""What every family in `LVLMS` must hold, against transformers itself. A new family is found by itself."""
+"""What every family of video-language models in `LVLMS` must hold, against transformers itself.
+
+A new family is found by itself. Encoders have a contract of their own: test_encoders.py.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig, prefix
 from lvlmrec.lvlms.pooling import TokenMasks, pool_tokens
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import Clip
+from tests.lvlms.conftest import LVLM_FAMILIES
 
 POOLINGS = ("visual_mean", "all_mean", "last_token")
 PROMPTS = {
@@ -41,7 +45,7 @@ PORTS = {
 }
 READS_SECONDS = {"qwen2_5_vl", "qwen3_vl"}
 
-pytestmark = pytest.mark.parametrize("family", sorted(LVLMS))
+pytestmark = pytest.mark.parametrize("family", LVLM_FAMILIES)
 
 
 def make_config(directory: Path, **changes: object) -> LVLMConfig:
@@ -321,11 +325,10 @@ def test_bfloat16_stays_near_float32(tiny_models, clips, family) -> None:
 
 def test_another_family_or_content_is_refused(tiny_models, clips, family) -> None:
     entry = LVLMS[family]
-    for other, directory in tiny_models.items():
-        if other != family:
-            found = json.loads((directory / "config.json").read_text())["model_type"]
-            with pytest.raises(ConfigError, match=rf"lvlm\.model: .*{found} model.*; lvlm.name={family}"):
-                entry.inspect(make_config(directory))
+    for other in {*LVLM_FAMILIES} - {family}:
+        found = json.loads((tiny_models[other] / "config.json").read_text())["model_type"]
+        with pytest.raises(ConfigError, match=rf"lvlm\.model: .*{found} model.*; lvlm.name={family}"):
+            entry.inspect(make_config(tiny_models[other]))
     config = make_config(tiny_models[family])
     recipe = recipes.resolve(RecipeConfig(taps=["llm.0"]), entry.inspect(config))
     with pytest.raises(ConfigError, match=r"lvlm\.model: .*the recipe names content:0"):

@@ -16,14 +16,14 @@ from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
+from tests.lvlms.conftest import LVLM_FAMILIES
 from tests.lvlms.test_contract import hugging_face
 
 TOLERANCE = 2e-6  # share of a feature's largest entry, float32: rows of other lengths are summed in another order
 TITLES = ("A cat plays the piano", "How to fold a shirt in two seconds, explained slowly for beginners", "surf")
 ASK = Prompt("What is shown?", max_new_tokens=6)
-NAMES = sorted(LVLMS)
 
-pytestmark = pytest.mark.parametrize("family", NAMES)
+pytestmark = pytest.mark.parametrize("family", LVLM_FAMILIES)
 
 
 @functools.cache
