@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from lvlmrec.config import option
 from lvlmrec.lvlms import (
+    auto,
     internvl,
     llava_onevision,
     minicpm_v,
@@ -42,6 +43,7 @@ LVLMS: dict[str, LVLMFamily] = {
     "text_encoder": text_encoder.FAMILY,
     "video_encoder": vision_encoder.VIDEO_FAMILY,
 }
+LVLMS["auto"] = auto.AutoFamily(dict(LVLMS))
 
 
 @dataclass(frozen=True)

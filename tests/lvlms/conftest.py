@@ -16,7 +16,7 @@ from lvlmrec.video import Clip
 
 torch.set_num_threads(1)
 ENCODERS = sorted(name for name, entry in LVLMS.items() if isinstance(entry, TextFamily | VisionFamily))
-LVLM_FAMILIES = sorted({*LVLMS} - {*ENCODERS})
+LVLM_FAMILIES = sorted({*LVLMS} - {*ENCODERS, "auto"})
 QUICK = {"llava_onevision", "qwen3_vl"}  # frames stacked and packed; timestamps, deepstack, multimodal positions
 
 
