@@ -57,8 +57,10 @@ def read_config(config: ModelConfig, model_types: Collection[str], family: str) 
     except ConfigError as error:
         reason = one_line(error.__cause__ or error)
         raise ConfigError(f"lvlm.model: {config.model!r}: {_expectation(expected)}; {reason}") from error
-    if tree is None or tree.get("model_type") not in model_types:
-        refuse(config, str((tree or {}).get("model_type")), family, expected)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"lvlm.model: {config.model!r}: config.json holds no JSON object; {_expectation(expected)}")
+    if tree.get("model_type") not in model_types:
+        refuse(config, str(tree.get("model_type")), family, expected)
     return tree
 
 
@@ -68,8 +70,8 @@ def refuse(config: ModelConfig, model_type: str, family: str, expected: str) -> 
     raise ConfigError(f"lvlm.model: {found}; lvlm.name={family}: {_expectation(expected)}")
 
 
-def read_json(config: ModelConfig, name: str) -> dict[str, Any] | None:
-    """The JSON object in a file of the model, None where the model has no such file. Raises `ConfigError`."""
+def read_json(config: ModelConfig, name: str) -> Any:
+    """The JSON in a file of the model, None where the model has no such file. Raises `ConfigError`."""
     from transformers.utils import cached_file
 
     try:
@@ -82,12 +84,9 @@ def read_json(config: ModelConfig, name: str) -> dict[str, Any] | None:
             )
         if not path.is_file():
             return None
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"lvlm.model: {config.model!r}: {name}: {one_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"lvlm.model: {config.model!r}: {name} holds no JSON object")
-    return tree
 
 
 def one_line(error: BaseException) -> str:

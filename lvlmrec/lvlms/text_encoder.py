@@ -10,7 +10,6 @@ follows there is not applied: a norm changes no cosine, a Dense module does, and
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ class TextFamily:
         from lvlmrec.lvlms import text_model
 
         model_config = read_config(config, self.name)
-        sentence_config = read_json(config, "sentence_bert_config.json") or {}
+        sentence_config = source.read_json(config, "sentence_bert_config.json") or {}
         model = text_model.load(config, recipe, self.inspect(config), model_config, sentence_config)
         published = describe(config)
         if published:
@@ -95,11 +94,11 @@ def read_config(config: ModelConfig, family: str) -> Any:
 
 def describe(config: ModelConfig) -> str:
     """What the files of sentence-transformers say of the model, in one line; empty for one that has none."""
-    modules = read_json(config, "modules.json") or []
+    modules = source.read_json(config, "modules.json") or []
     kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
     if "Pooling" not in kinds:
         return ""
-    pooling = read_json(config, f"{kinds['Pooling']}/config.json") or {}
+    pooling = source.read_json(config, f"{kinds['Pooling']}/config.json") or {}
     modes = [key.removeprefix("pooling_mode_") for key, used in pooling.items() if used is True and "_mode_" in key]
     modes = modes or [pooling.get("pooling_mode", "a rule of its own")]
     if len(modes) > 1 or modes[0] not in PUBLISHED:
@@ -108,20 +107,6 @@ def describe(config: ModelConfig) -> str:
     return f"its published embedding is text.-1/{PUBLISHED[modes[0]]}" + (
         f" before {', '.join(left_out)}" if left_out else ""
     )
-
-
-def read_json(config: ModelConfig, name: str) -> Any:
-    """A JSON file beside the model's; None where there is none."""
-    from transformers.utils import cached_file
-
-    path = cached_file(
-        config.model,
-        name,
-        revision=source.resolve_revision(config),
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if path is None else json.loads(Path(path).read_text())
 
 
 FAMILY = TextFamily("text_encoder")

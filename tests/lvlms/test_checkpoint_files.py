@@ -127,12 +127,12 @@ def test_a_cut_off_file_is_the_users_fault(model_dir) -> None:
         load(model_dir)
 
 
-def test_a_json_file_is_an_object_or_absent(model_dir) -> None:
+def test_a_json_file_is_there_or_absent_and_a_configuration_is_an_object(model_dir) -> None:
     assert source.read_json(config_of(model_dir), "absent.json") is None
     assert source.read_json(config_of(model_dir), "config.json") == json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text("[1]")
     with pytest.raises(ConfigError, match=r"config\.json holds no JSON object"):
-        source.read_json(config_of(model_dir), "config.json")
+        source.read_config(config_of(model_dir), ("minicpmv",), "minicpm_v_4_5")
 
 
 def test_the_tokenizer_is_read_whatever_class_is_named(model_dir) -> None:
