@@ -16,13 +16,18 @@ from dataclasses import dataclass
 from lvlmrec.config import option
 from lvlmrec.lvlms import (
     auto,
+    gemma3,
+    gemma4,
     internvl,
+    llava_next_video,
     llava_onevision,
     minicpm_v,
+    minicpmv4_6,
     phi_3_5_vision,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
+    smolvlm,
     text_encoder,
     vision_encoder,
 )
@@ -31,14 +36,19 @@ from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
 __all__ = ["LVLM", "LVLMS", "LVLMConfig", "LVLMFamily"]
 
 LVLMS: dict[str, LVLMFamily] = {
+    "gemma3": gemma3.FAMILY,
+    "gemma4": gemma4.FAMILY,
     "internvl": internvl.FAMILY,
+    "llava_next_video": llava_next_video.FAMILY,
     "llava_onevision": llava_onevision.FAMILY,
     "minicpm_v_2_6": minicpm_v.V2_6,
     "minicpm_v_4_5": minicpm_v.V4_5,
+    "minicpmv4_6": minicpmv4_6.FAMILY,
     "phi_3_5_vision": phi_3_5_vision.FAMILY,
     "qwen2_5_vl": qwen2_5_vl.FAMILY,
     "qwen2_vl": qwen2_vl.FAMILY,
     "qwen3_vl": qwen3_vl.FAMILY,
+    "smolvlm": smolvlm.FAMILY,
     "image_encoder": vision_encoder.IMAGE_FAMILY,
     "text_encoder": text_encoder.FAMILY,
     "video_encoder": vision_encoder.VIDEO_FAMILY,

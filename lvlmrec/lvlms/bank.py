@@ -7,7 +7,7 @@ of ends are R = P * B, prompt by prompt.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +37,16 @@ class Reading:
 
 
 class Bank:
-    """Reads prompts with one base model. `batch_size` bounds the rows of a forward over ends."""
+    """Reads prompts with one base model. `batch_size` bounds the rows of a forward over ends.
 
-    def __init__(self, base: Any, hooks: Hooks, recipe: Recipe, batch_size: int) -> None:
+    `shares_prefix` is that of a family, see `family.NativeFamily`.
+    """
+
+    def __init__(
+        self, base: Any, hooks: Hooks, recipe: Recipe, batch_size: int, shares_prefix: Callable[[Any, Tensor], bool]
+    ) -> None:
         self._base, self._hooks, self._batch_size = base, hooks, batch_size
+        self._shares_prefix = shares_prefix
         self._poolings = {name: poolings_of(prompt, recipe.poolings) for name, prompt in recipe.prompts.items()}
         self._groups = [
             [name for name, p in recipe.prompts.items() if p.input == kind and p.place == "after"]
@@ -62,11 +68,8 @@ class Bank:
         return pooled
 
     def _may_share(self, prompts: Sequence[Reading]) -> bool:
-        """Not where the model reads the start of a sequence by the length of all of it, and that tells two apart."""
-        if not hasattr(self._base, "shares_prefix"):
-            return True
         lengths_PB = torch.stack([prompt.tokens["attention_mask"].sum(dim=1) for prompt in prompts])
-        return bool(self._base.shares_prefix(lengths_PB))
+        return self._shares_prefix(self._base, lengths_PB)
 
     def _read_alone(self, prompt: str, reading: Reading) -> dict[str, Tensor]:
         """One forward of the decoder: the pooled features of one prompt."""
@@ -105,7 +108,8 @@ class Bank:
             group = names[begin : begin + at_once]
             masks = prefix.suffix_masks([bank[name].masks for name in group], length)
             self._hooks.pool = functools.partial(self._pool_ends, pooled, group, starts, masks)
-            prefix.run_suffixes(decoder, [call_of(name) for name in group], length, cache)
+            attended = [bank[name].tokens["attention_mask"] for name in group]
+            prefix.run_suffixes(decoder, [call_of(name) for name in group], attended, length, cache)
         return pooled
 
     def _pool_ends(

@@ -13,11 +13,10 @@ import torch
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import Prompt
-from lvlmrec.lvlms.media import placeholder
+from lvlmrec.lvlms.media import content_type, placeholder
 from lvlmrec.lvlms.pooling import TokenMasks
 
 _PROBE = "Where does this text stand?"
-_CONTENT_TYPE = {"video": "video", "cover": "image"}
 
 
 def render(processor: Any, name: str, prompt: Prompt) -> str:
@@ -35,7 +34,7 @@ def render(processor: Any, name: str, prompt: Prompt) -> str:
     if prompt.input == "text":
         return _apply(processor, [prompt.text])
     token = placeholder(processor, prompt.input)
-    media = {"type": _CONTENT_TYPE[prompt.input]}
+    media = {"type": content_type(processor, prompt.input)}
 
     def in_order(shown: Any, text: str) -> list[Any]:
         parts = [shown, text] if prompt.place == "after" else [text, shown]

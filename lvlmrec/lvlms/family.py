@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Patches = Callable[["Tensor", Mapping[str, Any], int], Sequence["Tensor"]]
+SharesPrefix = Callable[[Any, "Tensor"], bool]
+
+
+def always(base: Any, lengths_PB: Tensor) -> bool:
+    """Each prompt's own end continues the states of what all of them begin with."""
+    return True
+
+
+def never(base: Any, lengths_PB: Tensor) -> bool:
+    """Every prompt is read from its beginning."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class NativeFamily:
     modality        whether the model takes the frames as a `video` or as one `image` each
     minimum_frames  a shorter clip repeats its last frame up to this many
     video_options   options of the video processor that must not change with transformers' defaults
+    shares_prefix   whether prompts with so many tokens [P, B] may share one run of the base model over their video
     tiny            configuration and processor of a tiny model; see `tiny.py`
     """
 
@@ -42,6 +54,7 @@ class NativeFamily:
     modality: str = "video"
     minimum_frames: int = 1
     video_options: Mapping[str, Any] = field(default_factory=dict)
+    shares_prefix: SharesPrefix = always
 
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is, from its files, without loading its weights. Raises `ConfigError`."""

@@ -72,7 +72,13 @@ def check_identity(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> None:
 
 
 def cut(model_config: Any, depth: int) -> None:
-    """Take the layers above `depth` out of a configuration; one stays, its input may be tapped."""
+    """Take the layers above `depth` out of a configuration; one stays, its input may be tapped.
+
+    All stay where the weights of one depend on how many there are: in small Gemma 4 the last layers have no keys of
+    their own, and one table embeds tokens for all layers.
+    """
+    if getattr(model_config, "num_kv_shared_layers", 0) or getattr(model_config, "hidden_size_per_layer_input", 0):
+        return
     model_config.num_hidden_layers = max(depth, 1)
     if getattr(model_config, "layer_types", None):
         model_config.layer_types = model_config.layer_types[: max(depth, 1)]

@@ -12,7 +12,7 @@ from lvlmrec.errors import InputError
 from lvlmrec.video import Clip
 
 UNKNOWN_FPS = 24.0  # transformers' own assumption about a video without a duration
-_TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids")
+_NOT_MEDIA = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "video_metadata")
 
 
 class Options(Protocol):
@@ -41,24 +41,35 @@ class Media:
         return {key: value for key, value in self.inputs.items() if not is_pixels(key)}
 
 
+def content_type(processor: Any, kind: str) -> str:
+    """What a chat template calls a video or a cover: frames are images to a processor that knows no videos."""
+    return "video" if kind == "video" and hasattr(processor, "video_token") else "image"
+
+
 def placeholder(processor: Any, kind: str) -> str:
     """The text that a chat template writes for a video or a cover; the processor replaces it."""
-    return str(processor.video_token if kind == "video" else processor.image_token)
+    return str(processor.video_token if content_type(processor, kind) == "video" else processor.image_token)
 
 
 def process(options: Options, processor: Any, kind: str, clips: Sequence[Clip]) -> Media:
     """The videos, or the covers, of a batch of items."""
-    arguments = _videos(options, clips) if kind == "video" else {"images": [_at_least(c.frames, 1)[0] for c in clips]}
+    token = placeholder(processor, kind)
+    if content_type(processor, kind) == "video":
+        arguments, text = _videos(options, clips), [token] * len(clips)
+    else:
+        images = [[*_at_least(clip.frames, 1)[: None if kind == "video" else 1]] for clip in clips]
+        arguments, text = {"images": images}, [token * len(frames) for frames in images]
     inputs = processor(
-        text=[placeholder(processor, kind)] * len(clips),
+        text=text,
         input_data_format="channels_last",
         return_text_replacement_offsets=True,
         return_tensors="pt",
         padding=True,
         **arguments,
     )
-    texts = [offsets[0]["replacement"] for offsets in inputs.pop("text_replacement_offsets")]
-    return Media({key: value for key, value in inputs.items() if key not in _TOKEN_KEYS}, texts)
+    replaced = inputs.pop("text_replacement_offsets")
+    texts = ["".join(offset["replacement"] for offset in offsets) for offsets in replaced]
+    return Media({key: value for key, value in inputs.items() if key not in _NOT_MEDIA}, texts)
 
 
 def required(clip: Clip | None, item_id: str, kind: str) -> Clip:

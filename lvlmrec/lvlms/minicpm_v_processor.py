@@ -93,12 +93,12 @@ class MiniCPMVProcessor:
         text: Sequence[str],
         videos: Sequence[np.ndarray] = (),
         video_metadata: Sequence[Mapping[str, Any]] = (),
-        images: Sequence[np.ndarray] = (),
+        images: Sequence[Sequence[np.ndarray]] = (),
         max_slice_nums: int = 1,
         packing: int | None = None,
         **rest: Any,
     ) -> dict[str, Any]:
-        """Tensors of clips (uint8 [F, H, W, 3] each) or of pictures ([H, W, 3]), see `MiniCPMV.get_video_features`.
+        """Tensors of clips (uint8 [F, H, W, 3] each) or of lists of one picture ([H, W, 3]); see `get_video_features`.
 
         max_slice_nums  that of the frames of a clip
         packing         frames that share one set of queries (4.5); None is the authors' rule for so many frames
@@ -111,7 +111,7 @@ class MiniCPMVProcessor:
             ticks = frame_ticks(metadata) if self.reads_times else [NO_TIME] * len(frames)
             size = pack_size(len(frames), packing) if self.reads_times else 1
             seen.texts.append("\n".join(self._show(seen, frames, ticks, size, max_slice_nums)))
-        for picture in images:
+        for (picture,) in images:
             (shown,) = self._show(seen, picture[None], [NO_TIME], 1, self._max_slice_nums)
             seen.texts.append(("<image_id>0</image_id>" if self._use_image_id else "") + shown)
         pixels, grid = pack_patches(seen.pictures, self._patch)

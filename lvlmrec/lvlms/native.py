@@ -49,6 +49,8 @@ class Layout(Protocol):
     def minimum_frames(self) -> int: ...
     @property
     def video_options(self) -> Mapping[str, Any]: ...
+    @property
+    def shares_prefix(self) -> Callable[[Any, Tensor], bool]: ...
     def inspect(self, config: ModelConfig) -> LVLMInfo: ...
 
 
@@ -89,11 +91,13 @@ class NativeLVLM:
         # One thread may prepare while another answers, and a tokenizer is not for two.
         self._tokenizer = copy.deepcopy(processor.tokenizer)
         self._specials = conversation.special_tokens(processor)
+        wanted = inspect.signature(self._base.forward).parameters
+        self._types_name = "token_type_ids" if "token_type_ids" in wanted else "mm_token_type_ids"
         self._has_llm_taps = any(tap.tower == "llm" for tap in recipe.taps)
         prompts = recipe.prompts if self._has_llm_taps or recipe.text_names else {}
         self._texts = {name: conversation.render(processor, name, prompt) for name, prompt in prompts.items()}
         self.hooks = Hooks(self._base, family.vision_layers, recipe, info.num_layers["llm"])
-        self._bank = Bank(self._base, self.hooks, recipe, batch_size)
+        self._bank = Bank(self._base, self.hooks, recipe, batch_size, family.shares_prefix)
 
     def prepare(self, items: Sequence[Item]) -> list[Batch]:
         """See `protocol.LVLM.prepare`. Videos with different numbers of frames never share a batch."""
@@ -226,7 +230,7 @@ class NativeLVLM:
         """Tokens on the device, with their kinds where the model reads those."""
         if self._processor.return_mm_token_type_ids:
             types = self._processor.create_mm_token_type_ids(tokens["input_ids"].tolist())
-            tokens = tokens | {"mm_token_type_ids": torch.tensor(types)}
+            tokens = tokens | {self._types_name: torch.tensor(types)}
         return {key: value.to(self._base.device) for key, value in tokens.items()}
 
     def _modality(self, kind: str) -> str:
@@ -249,8 +253,12 @@ class NativeLVLM:
 
 
 def _pool_projected(vision: Any, num_clips: int) -> Tensor:
-    """float32 [B, D]: the mean of each clip's projected tokens, given as [B, N, D], [B * F, N, D] or B x [N, D]."""
+    """float32 [B, D]: the mean of each clip's projected tokens.
+
+    They are given as [B, N, D] or [B * F, N, D], or as B or B * F parts [N, D] of different sizes.
+    """
     projected = vision.pooler_output
-    if not isinstance(projected, tuple):
-        projected = projected.reshape(num_clips, -1, projected.shape[-1])
-    return pool_patches(projected)
+    if isinstance(projected, Tensor):
+        return pool_patches(list(projected.reshape(num_clips, -1, projected.shape[-1])))
+    num_parts = len(projected) // num_clips
+    return pool_patches([torch.cat(projected[i : i + num_parts]) for i in range(0, len(projected), num_parts)])

@@ -134,4 +134,5 @@ FAMILY = PortedFamily(
     read_config=read_config,
     build=build,
     tiny=write_tiny,
+    shares_prefix=lambda base, lengths_PB: base.shares_prefix(lengths_PB),
 )

@@ -93,18 +93,18 @@ class Phi35VisionProcessor:
         self,
         text: Sequence[str],
         videos: Sequence[np.ndarray] | None = None,
-        images: Sequence[np.ndarray] | None = None,
+        images: Sequence[Sequence[np.ndarray]] | None = None,
         num_crops: int | None = None,
         **rest: Any,
     ) -> dict[str, Any]:
-        """Tensors of clips (uint8 [F, H, W, 3] each) or of pictures (uint8 [H, W, 3]), and the text of each.
+        """Tensors of clips (uint8 [F, H, W, 3] each) or of lists of pictures (uint8 [H, W, 3]), and their texts.
 
         The tensors are those of `Phi35Vision.get_video_features` and `get_image_features`.
 
         num_crops  a picture is cut into so many tiles at most; None is `VIDEO_CROPS` or `COVER_CROPS`
         rest       what transformers' own processors are asked for beside; here it is always so
         """
-        clips = [picture[None] for picture in images] if videos is None else videos  # type: ignore[union-attr]
+        clips = [np.stack(pictures) for pictures in images] if videos is None else videos  # type: ignore[union-attr]
         crops = num_crops or (COVER_CROPS if videos is None else VIDEO_CROPS)
         views, tiles, replacements = [], [], []
         for frames in clips:

@@ -14,7 +14,7 @@ from typing import Any
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms import source
-from lvlmrec.lvlms.family import Patches
+from lvlmrec.lvlms.family import Patches, SharesPrefix, always
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
 
 
@@ -37,6 +37,7 @@ class PortedFamily:
     modality: str = "video"
     minimum_frames: int = 1
     video_options: Mapping[str, Any] = field(default_factory=dict)
+    shares_prefix: SharesPrefix = always
 
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is, from its files, without loading its weights. Raises `ConfigError`."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lvlmrec.lvlms.pooling import TokenMasks
 
 Call = dict[str, Any]  # the keyword arguments of one call of a decoder
+_BY_POSITION = ("visual_pos_masks", "per_layer_inputs")  # of Qwen3-VL and Gemma 4
 _VISUAL_ARGUMENTS = ("visual_pos_masks", "deepstack_visual_embeds")  # of Qwen3-VL; no end holds a visual token
 
 
@@ -73,38 +74,50 @@ def run_prefix(decoder: nn.Module, call: Call, length: int) -> Any:
     """Run `decoder` over the first `length` positions of `call`. Returns the filled cache."""
     from transformers import DynamicCache
 
+    masks = call["attention_mask"]
     cut = {
         "inputs_embeds": call["inputs_embeds"][:, :length],
-        "attention_mask": call["attention_mask"][:, :length],
+        "attention_mask": {kind: _cut_mask(mask, length) for kind, mask in masks.items()}
+        if isinstance(masks, dict)  # one for each type of layer
+        else _cut_mask(masks, length),
         "position_ids": None if call.get("position_ids") is None else call["position_ids"][..., :length],
     }
-    if call.get("visual_pos_masks") is not None:
-        cut["visual_pos_masks"] = call["visual_pos_masks"][:, :length]
+    cut |= {key: call[key][:, :length] for key in _BY_POSITION if call.get(key) is not None}
     cache = DynamicCache()
     decoder(**call | cut | {"past_key_values": cache, "use_cache": True})
     return cache
 
 
-def run_suffixes(decoder: nn.Module, calls: Sequence[Call], length: int, cache: Any) -> None:
+def run_suffixes(
+    decoder: nn.Module, calls: Sequence[Call], attended: Sequence[Tensor], length: int, cache: Any
+) -> None:
     """Run `decoder` over what follows the first `length` positions of each of `calls`, all in one batch [P * B, Q].
 
+    No end holds a visual token, so that its attention is causal, whatever it is among those: the decoder makes its own
+    masks of `attended`, the calls' padding masks [B, S].
     Shorter ends are padded on the right, where causal attention lets nobody look. `cache` is left as it was.
     """
     from transformers import DynamicCache
 
     longest = max(call["inputs_embeds"].shape[1] for call in calls)
-    embeds_RQD = torch.cat([_pad(call["inputs_embeds"][:, length:], longest - length, dim=1) for call in calls])
-    mask_RS = torch.cat([_pad(call["attention_mask"], longest, dim=1) for call in calls])
+
+    def ends(key: str) -> Tensor:
+        return torch.cat([_pad(call[key][:, length:], longest - length, dim=1) for call in calls])
+
+    mask_RS = torch.cat([_pad(mask_BS, longest, dim=1) for mask_BS in attended])
     positions = None
-    if calls[0].get("position_ids") is not None:  # [..., B, S]; multimodal RoPE has 3 or 4 of them per token
-        ends = [_pad(call["position_ids"][..., length:], longest - length, dim=-1) for call in calls]
-        positions = torch.cat(ends, dim=-2)
+    if calls[0].get("position_ids") is not None:  # [..., B or 1, S]; multimodal RoPE has 3 or 4 of them per token
+        parts = [_pad(call["position_ids"][..., length:], longest - length, dim=-1) for call in calls]
+        batch_size = len(calls[0]["inputs_embeds"])
+        positions = torch.cat([part.expand(*part.shape[:-2], batch_size, -1) for part in parts], dim=-2)
     # A layer of the copy joins new keys to the old ones in a new tensor: the prefix is never written to.
     copy = DynamicCache(
         [(_repeat(layer.keys, len(calls)), _repeat(layer.values, len(calls))) for layer in cache.layers]
     )
     call = {key: value for key, value in calls[0].items() if key not in _VISUAL_ARGUMENTS}
-    suffixes = {"inputs_embeds": embeds_RQD, "attention_mask": mask_RS, "position_ids": positions}
+    suffixes = {"inputs_embeds": ends("inputs_embeds"), "attention_mask": mask_RS, "position_ids": positions}
+    if call.get("per_layer_inputs") is not None:
+        suffixes["per_layer_inputs"] = ends("per_layer_inputs")
     decoder(**call | suffixes | {"past_key_values": copy, "use_cache": True})
 
 
@@ -122,6 +135,13 @@ def suffix_masks(masks: Sequence[TokenMasks], length: int) -> TokenMasks:
         join([end.new for end in ends]),
         join([end.end for end in ends]),
     )
+
+
+def _cut_mask(mask: Tensor | None, length: int) -> Tensor | None:
+    """The first `length` positions of a padding mask [B, S], or of who sees whom, [B, 1, S, S]."""
+    if mask is None:
+        return None
+    return mask[:, :length] if mask.ndim == 2 else mask[..., :length, :length]
 
 
 def _last_position(mask_BS: Tensor) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lvlmrec.lvlms import LVLMS
+from lvlmrec.lvlms.protocol import Item
 from lvlmrec.lvlms.text_encoder import TextFamily
 from lvlmrec.lvlms.vision_encoder import VisionFamily
 from lvlmrec.video import Clip
@@ -26,6 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")  # type: ignore[attr-defined]
         if family in LVLM_FAMILIES and family not in QUICK:
             item.add_marker(pytest.mark.family)
+
+
+TITLES = ("A cat plays the piano", "How to fold a shirt in two seconds, explained slowly for beginners", "surf")
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +61,11 @@ def clips() -> list[Clip]:
 def make_clip() -> Callable[..., Clip]:
     """`make_clip(height, width, num_frames=4, seed=0)`."""
     return gradient_clip
+
+
+@pytest.fixture(scope="session")
+def items(clips, make_clip) -> list[Item]:
+    """The three clips with covers and titles."""
+    covers = [make_clip(60, 100, num_frames=1, seed=7), make_clip(100, 60, num_frames=1, seed=8)]
+    rows = zip(clips, [*covers, covers[0]], TITLES, strict=True)
+    return [Item(f"item{i}", clip, cover, {"title": title}) for i, (clip, cover, title) in enumerate(rows)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from lvlmrec.errors import ConfigError
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
-from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig, prefix
+from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig, media, prefix
 from lvlmrec.lvlms.pooling import TokenMasks, pool_tokens
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import Clip
@@ -38,12 +39,16 @@ BANK_TOLERANCE = 1e-6  # share of a feature's largest entry, float32; measured o
 # Share of a feature's largest entry. Kernels sum in another order for another batch shape; nothing else may differ.
 # Measured on CPU: 3.5e-7 and 8e-3 with clips of different sizes (Qwen-VL pads them), 0 with equal ones.
 NEIGHBOUR_TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+# Times more where a linear layer's decays are differences of long sums and a norm divides by what is left: 16 measured.
+LINEAR = {"minicpmv4_6": 20}
 PORTS = {
     "minicpm_v_2_6": "minicpm_v_reference",
     "minicpm_v_4_5": "minicpm_v_reference",
     "phi_3_5_vision": "phi_3_5_vision_reference",
 }
-READS_SECONDS = {"qwen2_5_vl", "qwen3_vl"}
+FRAMES_ARE_IMAGES = {"Gemma3Processor"}
+READS_PROMPTS_ALONE = {"minicpmv4_6"}
+READS_SECONDS = {"qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma4"}
 
 pytestmark = pytest.mark.parametrize("family", LVLM_FAMILIES)
 
@@ -82,13 +87,43 @@ class Reference:
     masks: TokenMasks
 
 
-def messages(processor: Any, prompt: Prompt) -> list[dict[str, Any]]:
+def videos(processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
+    """Clips as a user of transformers passes them."""
+    if type(processor).__name__ in FRAMES_ARE_IMAGES:
+        return {"images": [[*clip.frames] for clip in clips], "input_data_format": "channels_last"}
+    metadata = [
+        {
+            "total_num_frames": clip.num_source_frames,
+            "fps": clip.num_source_frames / clip.duration,
+            "duration": clip.duration,
+            "height": clip.frames.shape[1],
+            "width": clip.frames.shape[2],
+            "frames_indices": clip.frame_indices.tolist(),
+        }
+        for clip in clips
+    ]
+    options: dict[str, Any] = {"cap_pixels_per_frame": True} if "Qwen" in type(processor).__name__ else {}
+    if "MiniCPM" in type(processor).__name__:
+        options = {"max_slice_nums": 1, "stack_frames": 1}
+    return {
+        "videos": [clip.frames for clip in clips],
+        "video_metadata": metadata,
+        "do_sample_frames": False,
+        **options,
+    }
+
+
+def messages(processor: Any, prompt: Prompt, num_frames: int) -> list[dict[str, Any]]:
     """The conversation as a user of transformers writes it; LLaVA-OneVision's template reorders its parts."""
-    if prompt.place == "before" and type(processor).__name__ == "LlavaOnevisionProcessor":
+    is_images = type(processor).__name__ in FRAMES_ARE_IMAGES
+    video = [{"type": "image"}] * num_frames if is_images else [{"type": "video"}]
+    if prompt.input != "video":
+        video = [{"type": "image"}] if prompt.input == "cover" else []
+    if prompt.input == "video" and prompt.place == "before" and type(processor).__name__ == "LlavaOnevisionProcessor":
         content = [{"type": "text", "text": f"{prompt.text}\n<video>"}]
     else:
-        content = [{"type": "video"}] + ([{"type": "text", "text": prompt.text}] if prompt.text else [])
-        content = content if prompt.place == "after" else content[::-1]
+        text = [{"type": "text", "text": prompt.text}] if prompt.text else []
+        content = video + text if prompt.place == "after" else text + video
     return [{"role": "user", "content": content}]
 
 
@@ -101,41 +136,25 @@ def hugging_face(directory: Path) -> tuple[Any, Any]:
         port = importlib.import_module(f"tests.lvlms.{PORTS[directory.name]}")
         return port.Model(directory), port.Processor(directory)
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    model.config.vision_config.tie_last_hidden_states = False  # Gemma 4 would put its pooled tokens last
     return model, AutoProcessor.from_pretrained(directory)
 
 
 @torch.inference_mode()
 def reference(directory: Path, clips: Sequence[Clip], prompt: Prompt) -> Reference:
     model, processor = hugging_face(directory)
-    text = processor.apply_chat_template(messages(processor, prompt), add_generation_prompt=True)
-    options = {"cap_pixels_per_frame": True} if "qwen" in directory.name else {}
-    inputs = processor(
-        text=[text] * len(clips),
-        videos=[clip.frames for clip in clips],
-        video_metadata=[
-            {
-                "total_num_frames": clip.num_source_frames,
-                "fps": clip.num_source_frames / clip.duration,
-                "duration": clip.duration,
-                "height": clip.frames.shape[1],
-                "width": clip.frames.shape[2],
-                "frames_indices": clip.frame_indices.tolist(),
-            }
-            for clip in clips
-        ],
-        do_sample_frames=False,
-        return_tensors="pt",
-        padding=True,
-        **options,
-    )
+    text = processor.apply_chat_template(messages(processor, prompt, len(clips[0].frames)), add_generation_prompt=True)
+    inputs = processor(text=[text] * len(clips), return_tensors="pt", padding=True, **videos(processor, clips))
     modality = "video" if "pixel_values_videos" in inputs else "image"
-    pixels = {k: v for k, v in inputs.items() if k.startswith("pixel_values") or k == "video_grid_thw"}
     encode = getattr(model.model, f"get_{modality}_features")
+    pixels = {key: value for key, value in inputs.items() if key in inspect.signature(encode).parameters}
     vision = encode(**pixels, output_hidden_states=True, return_dict=True).hidden_states
     hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     visual = inputs["input_ids"] == getattr(model.config, f"{modality}_token_id")
-    if any("cls_token" in name for name, _ in model.named_parameters()):
+    if any(f"{n}_" in name for n in ("cls", "class") for name, _ in model.named_parameters()):
         vision = tuple(state[:, 1:] for state in vision)
+    if "video_position_ids" in inputs:  # frames padded to one number of patches
+        vision = tuple(state[(inputs["video_position_ids"] != -1).all(dim=-1)] for state in vision)
     none = torch.zeros_like(visual)
     return Reference(hidden, vision, TokenMasks(inputs["attention_mask"].bool(), visual, none, none))
 
@@ -153,8 +172,10 @@ def plain_pool(pooling: str, hidden: torch.Tensor, masks: TokenMasks) -> np.ndar
 
 @pytest.mark.parametrize("prompt", sorted(PROMPTS))
 def test_llm_features_are_hugging_face_hidden_states_bit_for_bit(tiny_models, clips, family, prompt) -> None:
-    expected = reference(tiny_models[family], clips, PROMPTS[prompt])
     model, recipe = load(tiny_models[family], prompts=(prompt,))  # a single prompt has a forward of its own
+    (batch,) = model.prepare([Item(str(row), clip) for row, clip in enumerate(clips)])
+    clips = [clips[row] for row in batch.rows]  # kernels can round the last rows of a batch in another way
+    expected = reference(tiny_models[family], clips, PROMPTS[prompt])
     features = extract(model, clips)
     num_layers = model.info.num_layers["llm"]
     assert len(expected.hidden) == num_layers + 1
@@ -177,7 +198,8 @@ def test_a_bank_of_prompts_gives_what_separate_forwards_give(
     clips = [*clips, make_clip(90, 160, num_frames=1, seed=5)]
     model, recipe = load(tiny_models[family], prompts=AFTER_AND_BEFORE, batch_size=batch_size)
     features = extract(model, clips)
-    assert len(shared) == (4 if batch_size == 1 else 2)  # once for each batch of clips
+    is_shared = family not in READS_PROMPTS_ALONE
+    assert len(shared) == (4 if batch_size == 1 else 2) * is_shared  # once for each batch of clips
     for prompt in AFTER_AND_BEFORE:
         alone = extract(load(tiny_models[family], prompts=(prompt,), batch_size=batch_size)[0], clips)
         for name in set(alone) & set(features):
@@ -185,8 +207,7 @@ def test_a_bank_of_prompts_gives_what_separate_forwards_give(
             assert difference <= BANK_TOLERANCE, (name, difference)
     for tap in (name.tap for name in recipe.feature_names if name.tap.tower == "llm"):
         means = [features[f"{prompt}/{tap}/visual_mean"] for prompt in ("after", "long", "bare")]
-        assert torch.equal(means[0], means[1])
-        assert torch.equal(means[0], means[2])
+        assert not is_shared or all(torch.equal(mean, means[0]) for mean in means)
 
 
 def test_what_reads_the_video_alone_needs_no_forward_of_the_prompts(tiny_models, clips, family, monkeypatch) -> None:
@@ -277,13 +298,14 @@ def test_features_do_not_depend_on_neighbours_order_or_length(tiny_models, clips
     model, recipe = load(tiny_models[family], batch_size=3, dtype=dtype)
     mixed = [clips[2], make_clip(90, 160, num_frames=1, seed=5), clips[0], clips[1]]
     together, shuffled = extract(model, clips), extract(model, mixed)
+    tolerance = NEIGHBOUR_TOLERANCE[dtype] * (LINEAR.get(family, 1) if dtype == "float32" else 1)
     for row, clip in enumerate([*clips, mixed[1]]):
         alone = extract(model, [clip])
         for name in map(str, recipe.feature_names):
             scale = float(alone[name].abs().max())
             others = [shuffled[name][[2, 3, 0, 1][row]]] + ([together[name][row]] if row < 3 else [])
             for other in others:
-                assert float((other - alone[name][0]).abs().max()) <= NEIGHBOUR_TOLERANCE[dtype] * scale, name
+                assert float((other - alone[name][0]).abs().max()) <= tolerance * scale, name
 
 
 def test_the_same_clip_gives_the_same_bits_every_time(tiny_models, clips, family) -> None:
@@ -336,7 +358,7 @@ def test_another_family_or_content_is_refused(tiny_models, clips, family) -> Non
 
 
 def test_a_prompt_may_not_hold_a_place_holder(tiny_models, family) -> None:
-    token = hugging_face(tiny_models[family])[1].video_token
+    token = media.placeholder(hugging_face(tiny_models[family])[1], "video")
     entry, config = LVLMS[family], make_config(tiny_models[family])
     prompts = {"sly": Prompt(f"Compare with {token}")}
     recipe = recipes.resolve(RecipeConfig(taps=["llm.0"], prompts=prompts), entry.inspect(config))

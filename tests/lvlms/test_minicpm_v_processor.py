@@ -141,7 +141,7 @@ def test_a_cover_is_a_numbered_picture_with_slices(tiny_models, make_clip) -> No
     for name in ("minicpm_v_2_6", "minicpm_v_4_5"):
         processor = tiny_processor(tiny_models[name])
         pictures = [make_clip(60, 100, num_frames=1).frames[0], make_clip(120, 360, num_frames=1).frames[0]]
-        inputs = processor(text=[processor.image_token] * 2, images=pictures)
+        inputs = processor(text=[processor.image_token] * 2, images=[[picture] for picture in pictures])
         small, large = (offsets[0]["replacement"] for offsets in inputs["text_replacement_offsets"])
         assert small == f"<image_id>0</image_id><image>{tokens}</image>"
         assert large == small + f"<slice>{tokens}</slice>" * 3  # 3.4 areas of 112 x 112, at most 3 slices
@@ -153,7 +153,7 @@ def test_settings_are_the_published_ones_where_files_do_not_say(tiny_models, tmp
     directory = Path(shutil.copytree(tiny_models["minicpm_v_2_6"], tmp_path / "minicpm_v_2_6"))
     (directory / "preprocessor_config.json").unlink()
     picture = make_clip(720, 1280, num_frames=1).frames[0]
-    inputs = tiny_processor(directory)(text=["(<image>./</image>)"], images=[picture])
+    inputs = tiny_processor(directory)(text=["(<image>./</image>)"], images=[[picture]])
     assert inputs["grid_hw"][0].tolist() == [24, 43]
     assert inputs["num_groups"].tolist() == [7]  # the whole and 3 x 2 slices: 4.6 areas of 448 x 448
 

@@ -263,7 +263,7 @@ def test_the_start_of_a_long_sequence_is_long_though_it_is_short_itself(director
     seen: list[torch.Tensor] = []
     handle = model.get_decoder().norm.register_forward_hook(lambda _, __, out: seen.append(out))
     cache = prefix.run_prefix(model.get_decoder(), call, 9)
-    prefix.run_suffixes(model.get_decoder(), [call], 9, cache)
+    prefix.run_suffixes(model.get_decoder(), [call], [call["attention_mask"]], 9, cache)
     handle.remove()
     torch.testing.assert_close(torch.cat(seen, dim=1), model(**tokens).last_hidden_state, rtol=1e-5, atol=1e-5)
 
@@ -319,7 +319,7 @@ def test_covers_and_titles(directory: Path, make_clip: Any) -> None:
     processor = plain.Processor(directory)
     for row, cover in enumerate(covers):
         text = f"<|user|>\n<|image|>\nThe title is cake {row}  .<|end|>\n<|assistant|>\n"
-        inputs = processor([text], images=[cover.frames[0]])
+        inputs = processor([text], images=[[cover.frames[0]]])
         assert inputs["pixel_values_videos"][0][0][0].shape[0] == 1 + 15
         with torch.inference_mode():
             state = plain.Model(directory)(**inputs).hidden_states[-1]

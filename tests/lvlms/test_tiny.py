@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import RecipeConfig
+from lvlmrec.features.recipe import Prompt, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.family import NativeFamily
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import Clip
+from tests.lvlms.test_contract import messages, videos
 
 NUM_COLOURS = 4
 NUM_FRAMES = 4
@@ -45,12 +46,9 @@ def test_auto_classes_load_and_generate(tiny_models, clips, family) -> None:
     processor = AutoProcessor.from_pretrained(tiny_models[family])
     model, report = AutoModelForImageTextToText.from_pretrained(tiny_models[family], output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    content = [{"type": "video"}, {"type": "text", "text": "Describe this video."}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    metadata = [{"total_num_frames": 120, "fps": 25.0, "frames_indices": clips[0].frame_indices.tolist()}]
-    inputs = processor(
-        text=[text], videos=[clips[0].frames], video_metadata=metadata, do_sample_frames=False, return_tensors="pt"
-    )
+    content = messages(processor, Prompt("Describe this video."), len(clips[0].frames))
+    text = processor.apply_chat_template(content, add_generation_prompt=True)
+    inputs = processor(text=[text], return_tensors="pt", **videos(processor, clips[:1]))
     length = inputs["input_ids"].shape[1]
     tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert tokens.shape == (1, length + 3)
