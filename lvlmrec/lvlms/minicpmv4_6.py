@@ -23,10 +23,9 @@ def tiny() -> tuple[Any, Any]:
         MiniCPMV4_6ImageProcessor,
         MiniCPMV4_6Processor,
         MiniCPMV4_6VideoProcessor,
-        Qwen3_5TextConfig,
     )
 
-    from lvlmrec.lvlms.tiny import chat_sizes, chat_template, tokenizer
+    from lvlmrec.lvlms.tiny import chat_template, tokenizer
 
     ends = {
         f"{name}_{end}_token": f"<{slash}{name}>"
@@ -35,28 +34,9 @@ def tiny() -> tuple[Any, Any]:
     }
     words = tokenizer({"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", **ends})
     side, patch = 112, 14
-    sizes: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 4, "hidden_size": 96}
-    linear: dict[str, Any] = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
-    linear |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    rope: dict[str, Any] = {
-        "rope_type": "default",
-        "rope_theta": 10_000.0,
-        "partial_rotary_factor": 0.5,
-        "mrope_section": [2, 1, 1],
-    }
-    text = Qwen3_5TextConfig(
-        **chat_sizes(words),
-        **sizes,
-        **linear,
-        intermediate_size=128,
-        num_key_value_heads=2,
-        head_dim=16,
-        rope_parameters=rope,
-        layer_types=["linear_attention", "full_attention"] * 2,
-    )
     vision = {"num_attention_heads": 4, "num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 96}
     model_config = MiniCPMV4_6Config(
-        text_config=text.to_dict(),
+        text_config=tiny_text(words),
         vision_config=vision | {"image_size": side, "patch_size": patch},
         insert_layer_id=1,
         image_token_id=words.image_token_id,
@@ -69,6 +49,35 @@ def tiny() -> tuple[Any, Any]:
         chat_template=chat_template("<|video_pad|>", "<|image_pad|>"),
     )
     return model_config, processor
+
+
+def tiny_text(words: Any) -> dict[str, Any]:
+    """A text configuration of 4 layers x 96, four heads of 16."""
+    from transformers import Qwen3_5TextConfig
+
+    from lvlmrec.lvlms.tiny import chat_sizes
+
+    config = Qwen3_5TextConfig(
+        **chat_sizes(words),
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_hidden_layers=4,
+        hidden_size=96,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        },
+    )
+    return dict(config.to_dict())
 
 
 def patches(hidden: Tensor, inputs: Mapping[str, Any], num_clips: int) -> Sequence[Tensor]:

@@ -319,7 +319,7 @@ def test_covers_and_titles(directory: Path, make_clip: Any) -> None:
     processor = plain.Processor(directory)
     for row, cover in enumerate(covers):
         text = f"<|user|>\n<|image|>\nThe title is cake {row}  .<|end|>\n<|assistant|>\n"
-        inputs = processor([text], images=[[cover.frames[0]]])
+        inputs = processor([text], images=[cover.frames[0]])
         assert inputs["pixel_values_videos"][0][0][0].shape[0] == 1 + 15
         with torch.inference_mode():
             state = plain.Model(directory)(**inputs).hidden_states[-1]
