@@ -17,8 +17,10 @@ from typing import Any
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms import source
-from lvlmrec.lvlms.family import NativeFamily, patches_of_frames
+from lvlmrec.lvlms.family import NativeFamily, always, never, patches_of_frames
 from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
+
+_ATTENTION = {"full_attention", "sliding_attention"}  # layers whose keys and values prompts can share
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,14 @@ def look_at(config: ModelConfig, model_config: Any) -> Found:
     need("mm_encoder_outputs" in takes, "its forward takes no encoded media (mm_encoder_outputs)")
     token = getattr(model_config, f"{modality}_token_id", None)
     need(token is not None, f"its configuration has no {modality}_token_id")
+    attends = {*(getattr(model_config.get_text_config(), "layer_types", None) or ())} <= _ATTENTION
     return Found(
         name=model_config.model_type,
         vision_layers="",
         patches=patches_of_frames,
         tiny=_no_tiny,
         modality=modality,
+        shares_prefix=always if attends else never,
     )
 
 
