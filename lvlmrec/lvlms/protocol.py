@@ -65,8 +65,9 @@ class LVLM(Protocol):
         Merged tokens [K, D] lie in one row, one after another; `Recipe.shape` tells.
         Pooled means are accumulated and returned in float32 whatever the compute dtype, so that they are rounded
         once, where they are stored. An item's features are the same for any batch up to the order of summation:
-        2e-6 of a feature's largest entry in float32 (4e-5 with layers of linear attention), 2e-2 in bfloat16. Of merged tokens this holds for their mean
-        weighted by size; which tokens were merged can turn on a last bit. So can the next word of an answer.
+        2e-6 of a feature's largest entry in float32 (4e-5 with layers of linear attention), 2e-2 in bfloat16. Of
+        merged tokens this holds for their mean weighted by size; which tokens were merged can turn on a last bit. So
+        can the next word of an answer.
         """
 
 

@@ -147,7 +147,8 @@ def reference(directory: Path, clips: Sequence[Clip], prompt: Prompt) -> Referen
     inputs = processor(text=[text] * len(clips), return_tensors="pt", padding=True, **videos(processor, clips))
     modality = "video" if "pixel_values_videos" in inputs else "image"
     encode = getattr(model.model, f"get_{modality}_features")
-    pixels = {key: value for key, value in inputs.items() if key in inspect.signature(encode).parameters}
+    wanted = inspect.signature(encode).parameters
+    pixels = {k: v for k, v in inputs.items() if k in wanted or k.startswith("pixel_values")}
     vision = encode(**pixels, output_hidden_states=True, return_dict=True).hidden_states
     hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     visual = inputs["input_ids"] == getattr(model.config, f"{modality}_token_id")
