@@ -135,7 +135,7 @@ class Extractor:
     `code` are the files of the repository that `lvlm.code` names.
     """
 
-    def __init__(self, lvlm: LVLMConfig, recipe: Recipe, code: Mapping[str, bytes]) -> None:
+    def __init__(self, lvlm: LVLMConfig, recipe: Recipe, code: Mapping[str, bytes] | None = None) -> None:
         self.recipe = recipe
         if code:
             lvlm = dataclasses.replace(lvlm, code=str(authors_code.unpack(code)))
@@ -244,7 +244,7 @@ def _motion_row(clips: MotionClips) -> dict[str, Any]:
 def _items(rows: pa.Table, recipe: Recipe) -> list[Item]:
     """Rows of `DECODED` as the model takes them; pictures and motion are buffers that are not copied."""
     kinds = [MOTION if kind == "video" and recipe.video_form == MOTION else kind for kind in recipe.media]
-    shown = {kind: _motions(rows) if kind == MOTION else _clips(rows, kind) for kind in kinds}
+    shown: dict[str, Any] = {kind: _motions(rows) if kind == MOTION else _clips(rows, kind) for kind in kinds}
     texts = rows[TEXTS].to_pylist()
     return [
         Item(item_id, **{kind: seen[i] for kind, seen in shown.items()}, texts=dict(texts[i] or []))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lvlmrec import storage
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
-from lvlmrec.lvlms import authors_code, conversation, generation, loading
+from lvlmrec.lvlms import authors_code, conversation, generation, loading, torchvision_shim
 from lvlmrec.lvlms.hooks import Hooks
 from lvlmrec.lvlms.pooling import TokenMasks, pool_columns
 from lvlmrec.lvlms.protocol import Item, ModelConfig
@@ -64,6 +64,7 @@ def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> VideoLaVIT:
     if storage.is_remote(config.code) or not (folder / authors_code.FAMILIES[config.name]).is_file():
         folder = authors_code.unpack(authors_code.of(config))
     device = loading.choose_device(config)
+    torchvision_shim.ensure_importable()
     build_model = authors_code.import_from(folder, "models").build_model
     runner = build_model(
         model_path=config.model,
