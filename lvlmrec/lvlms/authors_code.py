@@ -27,6 +27,7 @@ from lvlmrec.lvlms.protocol import ModelConfig
 # Entries of `LVLMS` that run their authors' code -> a file in the folder from which that code imports.
 FAMILIES = {"video_lavit": "models/__init__.py"}
 MAX_BYTES = 32 * 2**20  # of Python files: a repository has well under one MiB
+_unpacked: dict[str, Path] = {}
 _COMMIT = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
 
 
@@ -64,8 +65,11 @@ def digest(files: Mapping[str, bytes]) -> str:
 
 
 def unpack(files: Mapping[str, bytes]) -> Path:
-    """A folder with `files` in it, of this process alone and for as long as it lives."""
-    folder = Path(tempfile.mkdtemp(prefix="lvlmrec-code-"))
+    """A folder with `files` in it, of this process alone and for as long as it lives; the same for the same files."""
+    name = digest(files)
+    if name in _unpacked:
+        return _unpacked[name]
+    folder = _unpacked[name] = Path(tempfile.mkdtemp(prefix="lvlmrec-code-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path, content in files.items():
         target = folder / path

@@ -14,13 +14,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lvlmrec import storage
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms import authors_code, conversation, generation, loading, torchvision_shim
@@ -60,12 +58,9 @@ def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> VideoLaVIT:
     """The model of `config`, loaded by the authors' code. Raises `ConfigError`."""
     if info.identity != recipe.identity:
         raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
-    folder = Path(config.code)
-    if storage.is_remote(config.code) or not (folder / authors_code.FAMILIES[config.name]).is_file():
-        folder = authors_code.unpack(authors_code.of(config))
     device = loading.choose_device(config)
     torchvision_shim.ensure_importable()
-    build_model = authors_code.import_from(folder, "models").build_model
+    build_model = authors_code.import_from(authors_code.unpack(authors_code.of(config)), "models").build_model
     runner = build_model(
         model_path=config.model,
         model_dtype=DTYPES[config.dtype],

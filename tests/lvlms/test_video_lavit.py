@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import sysconfig
 import venv
@@ -210,7 +209,7 @@ def test_what_the_family_needs_and_lacks_is_named(config: LVLMConfig, changes: d
 )
 def test_prompts_that_it_does_not_read_are_refused(config: LVLMConfig, prompt: Prompt, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        recipes.resolve(RecipeConfig(prompts={"p": prompt}, poolings=["visual_mean"]), FAMILY.inspect(config))
+        recipes.resolve(RecipeConfig(prompts={"p": prompt}, poolings=["all_mean"]), FAMILY.inspect(config))
 
 
 def test_poolings_and_marks_that_it_does_not_have_are_refused(config: LVLMConfig) -> None:
@@ -261,7 +260,7 @@ def test_code_that_cannot_be_imported_is_named(config: LVLMConfig, tmp_path: Pat
     first = ready(config)
     assert first
     with pytest.raises(ConfigError, match=r"lvlm\.code: this process already holds another module 'models'"):
-        ready(dataclasses.replace(config, code=str(write_code(tmp_path / "b"))))
+        ready(dataclasses.replace(config, code=str(write_code(tmp_path / "b", requires="json"))))
 
 
 def test_the_families_that_run_code_are_in_the_table() -> None:
@@ -287,10 +286,9 @@ def test_videos_to_features_in_an_environment_of_the_models_own(
     import ray
 
     code, python = write_code(tmp_path / "LaVIT", requires=REQUIRED), make_environment(tmp_path / "environment")
-    python = Path(os.environ.get("LVLMREC_TEST_PYTHON", python))
     videos = tmp_path / "videos"
     videos.mkdir()
-    for number, num_frames in enumerate((60, 150, 270)):
+    for number, num_frames in enumerate((60, 150, 420)):
         write_video(videos / f"v{number}.mp4", num_frames=num_frames, size=(96, 64))
     (videos / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
     overrides = [
@@ -313,11 +311,10 @@ def test_videos_to_features_in_an_environment_of_the_models_own(
     assert store.read_rejected(plan.feature_set)["item_id"].tolist() == ["noise"]
     assert not {*OWN_MODULES} & {*sys.modules}
 
-    monkeypatch.syspath_prepend(str(python.parents[1] / "lib"))
     monkeypatch.setitem(sys.modules, REQUIRED, type(sys)(REQUIRED))
     lvlm = video_lavit_model.load(config.lvlm, plan.recipe, FAMILY.inspect(config.lvlm))
     index = store.read(plan.feature_set).index
-    for number, num_clips in enumerate((1, 1, 2)):
+    for number, num_clips in enumerate((1, 1, 3)):
         item = Item(f"v{number}", motion=motion_clips(videos / f"v{number}.mp4", config.recipe.frames))
         entry = index[index["item_id"] == item.item_id].iloc[0]
         table = storage.read_table(f"{plan.feature_set}/parts/{entry['part']}")
