@@ -80,8 +80,8 @@ class LVLMInfo:
     `num_layers` and `width` have one entry per tower: `llm` and `vision` of an LVLM, `text` of a text encoder, `vision`
     of a video or image encoder. `width` may name single taps too, where layers differ. `inputs` are what its prompts
     can show and `places` where a prompt's text may stand, `poolings` what its taps can be pooled by. `frames` is the
-    number it was made for, 0 for any. `video_form` is what it is shown of a video: `frames`, or key frames and `motion`,
-    which `video_encoder` found. A model that `is_random` draws random numbers whenever it looks at a video.
+    number it was made for, 0 for any. `video_form` is what it is shown of a video: `frames`, or key frames and the
+    `motion` that `video_encoder` found. A model that `is_random` draws random numbers whenever it looks at a video.
     """
 
     family: str
