@@ -15,10 +15,11 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.runtime_env import RuntimeEnv
 
 from lvlmrec.columns import ERROR, ITEM_ID, STAGE
 from lvlmrec.config import option
-from lvlmrec.errors import InputError, JobFailed
+from lvlmrec.errors import ConfigError, InputError, JobFailed
 from lvlmrec.extraction import estimate, stages
 from lvlmrec.extraction.estimate import EstimateConfig
 from lvlmrec.extraction.manifest import columns_for, read_manifest, texts_from
@@ -83,6 +84,7 @@ def plan(config: ExtractConfig) -> Plan:
     """Check the input and the model, resolve the recipe and find what is missing. Raises `InputError`."""
     if config.pool.max_actors < config.pool.min_actors:
         raise InputError(f"pool.max_actors: {config.pool.max_actors} is below pool.min_actors={config.pool.min_actors}")
+    _check_environment(config.lvlm.environment)
     code = authors_code.of(config.lvlm)
     info = LVLMS[config.lvlm.name].inspect(config.lvlm)
     recipe = recipes.resolve(config.recipe, info, config.seed, texts_from(config.input))
@@ -93,6 +95,17 @@ def plan(config: ExtractConfig) -> Plan:
     item_ids = manifest[ITEM_ID].to_pylist()
     todo = manifest.filter(pa.array([item_id not in seen for item_id in item_ids]))
     return Plan(config, recipe, uri, frozenset(item_ids), todo, report, code)
+
+
+def _check_environment(environment: dict[str, Any]) -> None:
+    """Ray itself only logs a key that it does not know. Raises `ConfigError`."""
+    if unknown := {*environment} - RuntimeEnv.known_fields:
+        choices = ", ".join(sorted(field for field in RuntimeEnv.known_fields if not field.startswith("_")))
+        raise ConfigError(f"lvlm.environment: unknown {', '.join(sorted(unknown))}; Ray's runtime_env has {choices}")
+    try:
+        RuntimeEnv(**environment)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lvlm.environment: {' '.join(str(error).split())}") from error
 
 
 def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lvlmrec.motion import ENCODER
 
 NAME = "video_lavit"
 POOLINGS = ("visual_mean", "all_mean", "last_token")
+EXPECTED = "expected the local folder language_model_sft of the published weights"
 # What the authors' code can do, of what `ModelConfig` offers.
 OFFERED: dict[str, tuple[Any, ...]] = {
     "dtype": ("bfloat16", "float16"),
@@ -65,19 +66,18 @@ class VideoLaVITFamily:
         return video_lavit_model.load(config, recipe, self.inspect(config))
 
     def write_tiny(self, directory: Path, seed: int) -> NoReturn:
-        """Raises `ConfigError`: a model of this family is written by its authors' code."""
-        raise ConfigError(f"lvlm.name: {NAME}: only its authors' code makes a model; there is no tiny one")
+        """Raises `ConfigError`: only the authors' code could make one."""
+        raise ConfigError(f"lvlm.model: of {NAME} there is no tiny model; {EXPECTED}")
 
 
 def _read_config(config: ModelConfig) -> dict[str, Any]:
     """config.json of the published weights. Raises `ConfigError`."""
-    expected = "expected the local folder language_model_sft of the published weights"
     if not Path(config.model).is_dir():
-        raise ConfigError(f"lvlm.model: {config.model!r}: no such directory; {expected}")
+        raise ConfigError(f"lvlm.model: {config.model!r}: no such directory; {EXPECTED}")
     tree = source.read_json(config, "config.json") or {}
     for key in ("num_hidden_layers", "hidden_size"):
         if not isinstance(tree.get(key), int):
-            raise ConfigError(f"lvlm.model: {config.model!r}: no {key} in its config.json; {expected}")
+            raise ConfigError(f"lvlm.model: {config.model!r}: no {key} in its config.json; {EXPECTED}")
     return tree
 
 

@@ -265,8 +265,21 @@ def test_code_that_cannot_be_imported_is_named(config: LVLMConfig, tmp_path: Pat
 
 def test_the_families_that_run_code_are_in_the_table() -> None:
     assert {*authors_code.FAMILIES} <= {*LVLMS}
-    with pytest.raises(ConfigError, match="no tiny one"):
+    with pytest.raises(ConfigError, match=r"lvlm\.model: of video_lavit there is no tiny model"):
         FAMILY.write_tiny(Path("unused"), 0)
+
+
+def test_an_environment_that_ray_does_not_know_is_named(tmp_path: Path, code: Path, weights: Path) -> None:
+    def plan(*overrides: str) -> pipeline.Plan:
+        shared = [f"workspace={tmp_path}", f"input={tmp_path}", f"lvlm.model={weights}", f"lvlm.code={code}"]
+        return pipeline.plan(load(ExtractConfig, ["lvlm/video_lavit.yaml"], [*shared, *overrides]))
+
+    write_video(tmp_path / "a.mp4")
+    assert plan().config.lvlm.environment["pip"]["pip_check"] is False
+    with pytest.raises(ConfigError, match=r"lvlm\.environment: unknown pipp; Ray's runtime_env has .*pip, "):
+        plan("lvlm.environment={pipp: [torch]}")
+    with pytest.raises(ConfigError, match=r"lvlm\.environment: .*image_uri"):
+        plan("lvlm.environment={image_uri: image, pip: [torch]}")
 
 
 def make_environment(folder: Path) -> Path:
