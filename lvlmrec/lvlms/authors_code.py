@@ -24,8 +24,8 @@ from lvlmrec import storage
 from lvlmrec.errors import ConfigError
 from lvlmrec.lvlms.protocol import ModelConfig
 
-# Entries of `LVLMS` that run their authors' code -> a file in the folder from which that code imports.
-FAMILIES = {"video_lavit": "models/__init__.py"}
+# Entries of `LVLMS` that run their authors' code -> a file that no other folder of the repository has.
+FAMILIES = {"video_lavit": "models/modeling_video_lavit_hf.py"}
 MAX_BYTES = 32 * 2**20  # of Python files: a repository has well under one MiB
 _unpacked: dict[str, Path] = {}
 _COMMIT = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")

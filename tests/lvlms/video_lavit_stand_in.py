@@ -16,7 +16,7 @@ FILES = {
     "conversation.py": "VIDEO_TOKEN_INDEX = -201\n",
     "utils.py": "MARKS = {'image': (100, 101), 'motion': (102, 103)}\nFIRST_CODE = 104\n",
     "models/__init__.py": """
-        from models.model import Model, Tokenizer
+        from models.modeling_video_lavit_hf import Model, Tokenizer
 
 
         class Runner:
@@ -36,7 +36,7 @@ FILES = {
             assert understanding and not use_xformers
             return Runner(model_path, model_dtype, device_id, max_video_clips)
         """,
-    "models/model.py": """
+    "models/modeling_video_lavit_hf.py": """
         import types
 
         import torch
@@ -107,7 +107,9 @@ FILES = {
 
 
 def write_code(folder: Path, *, requires: str = "") -> Path:
-    """The repository, the package in a folder of its own in it; with `requires` it imports that library first."""
+    """The repository, the package in one of its folders; with `requires` it imports that library first."""
+    (folder / "LaVIT" / "models").mkdir(parents=True)  # as in theirs, the code of another model lies beside it
+    (folder / "LaVIT" / "models" / "__init__.py").write_text("raise AssertionError\n")
     for name, text in FILES.items():
         path = folder / "VideoLaVIT" / name
         path.parent.mkdir(parents=True, exist_ok=True)
