@@ -74,7 +74,8 @@ def _read_config(config: ModelConfig) -> dict[str, Any]:
     """config.json of the published weights. Raises `ConfigError`."""
     if not Path(config.model).is_dir():
         raise ConfigError(f"lvlm.model: {config.model!r}: no such directory; {EXPECTED}")
-    tree = source.read_json(config, "config.json") or {}
+    found = source.read_json(config, "config.json")
+    tree: dict[str, Any] = found if isinstance(found, dict) else {}
     for key in ("num_hidden_layers", "hidden_size"):
         if not isinstance(tree.get(key), int):
             raise ConfigError(f"lvlm.model: {config.model!r}: no {key} in its config.json; {EXPECTED}")
