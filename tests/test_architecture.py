@@ -31,7 +31,7 @@ RECOMMENDING = {
     "experiment",
     "checkpoint",
 }
-GROUND = {"config", "columns", "errors", "storage", "tracking", "video", "taps", "bitstream", "job"}
+GROUND = {"config", "columns", "errors", "storage", "tracking", "video", "motion", "taps", "bitstream", "job"}
 # room -> what of the project it may import
 ALLOWED = {
     "models": {"models", "config", "taps", "errors"},
@@ -42,7 +42,7 @@ ALLOWED = {
     "taps": {"errors"},
     "features": {"features", "config", "columns", "errors", "storage", "taps"},
     "baselines": {"baselines", "config", "errors", "columns"},
-    "lvlms": {"lvlms", "features", "config", "columns", "errors", "storage", "taps", "video"},
+    "lvlms": {"lvlms", "features", "config", "columns", "errors", "storage", "taps", "video", "motion"},
     "data": {"data", "config", "columns", "errors", "storage", "video"},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +44,16 @@ def bytes_per_item(recipe: Recipe) -> int:
     return features + answers
 
 
-def time_sample(rows: pa.Table, recipe: Recipe, decode: DecodeConfig, lvlm: LVLMConfig) -> dict[str, float]:
+def time_sample(
+    rows: pa.Table, recipe: Recipe, decode: DecodeConfig, lvlm: LVLMConfig, code: Mapping[str, bytes]
+) -> dict[str, float]:
     """Seconds per video of each stage, on one worker each, and of loading the model. Runs where the model would.
 
     The first batch warms the model up and is not counted.
     """
     decoded = pa.concat_tables(list(stages.decode(rows, recipe, decode)))
     started = time.perf_counter()
-    extractor = Extractor(lvlm, recipe)
+    extractor = Extractor(lvlm, recipe, code)
     load_seconds = time.perf_counter() - started
     good = decoded.filter(pc.is_null(decoded[ERROR]))
     extractor(good.slice(0, lvlm.batch_size))
@@ -93,9 +96,13 @@ def describe(told: dict[str, Any]) -> str:
 
 
 def time_remotely(
-    todo: pa.Table, recipe: Recipe, decode: DecodeConfig, lvlm: LVLMConfig, num_videos: int, cpus: float, gpus: float
+    rows: pa.Table,
+    recipe: Recipe,
+    decode: DecodeConfig,
+    lvlm: LVLMConfig,
+    code: Mapping[str, bytes],
+    resources: Mapping[str, Any],
 ) -> dict[str, float]:
-    """`time_sample` on a worker with the resources of one actor."""
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus)(time_sample)
-    seconds: dict[str, float] = ray.get(task.remote(sample_rows(todo, num_videos), recipe, decode, lvlm))
+    """`time_sample` on a worker with `resources`, Ray's arguments for one actor."""
+    seconds: dict[str, float] = ray.get(ray.remote(**resources)(time_sample).remote(rows, recipe, decode, lvlm, code))
     return seconds

@@ -1,9 +1,9 @@
 """Decoding in a child process, so that a file that hangs or kills the decoder costs that file only.
 
 The child is this module run as a program, not a multiprocessing worker: it is started from Ray workers, whose
-`__main__` is not ours. It imports PyAV and numpy alone, and lives on between videos.
+`__main__` is not ours. It imports PyAV, Pillow and numpy alone, and lives on between videos.
 
-Each message is an 8-byte length and JSON; the pictures of a clip follow its JSON as raw bytes. Nothing is unpickled
+Each message is an 8-byte length and JSON; pictures and motion follow their JSON as raw bytes. Nothing is unpickled
 from a process that has parsed a hostile file.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import resource
 import select
@@ -20,25 +21,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, TypeVar
 
 import av.logging
-import av.subtitles.stream  # PyAV imports it late: under a small memory limit that would look like a broken install
+import av.sidedata.motionvectors  # PyAV imports both late: under a small memory limit
+import av.subtitles.stream  # that would look like a broken install
 import numpy as np
 
+from lvlmrec.motion import CLIP_FRAMES, KEYFRAME_SIZE, MAP_SIZE, MotionClips, motion_clips
 from lvlmrec.video import Clip, VideoError, sample_clip
 
+T = TypeVar("T", Clip, MotionClips)
 DEFAULT_MEMORY_MB = 4096
 START_SECONDS = 60.0  # a loaded machine is slow to import numpy; a video's own limit does not count that
 STDERR_BYTES = 64 * 1024
+STREAM_BYTES = 4 * 2**30  # an hour at the bit rate that `motion.encode` aims at
 LENGTH = struct.Struct("<Q")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class IsolatedDecoder:
-    """`sample_clip` in a child process with limits of its own. Not for use by several threads at once.
+    """`sample_clip` and `motion_clips` in a child process with limits. Not for use by several threads at once.
 
     The child starts with the first video, and again after a video that cost its life. It dies with the thread that
     started it (prctl(2), PR_SET_PDEATHSIG): at the next video another one starts.
@@ -68,14 +74,23 @@ class IsolatedDecoder:
         Raises `VideoError`, also with error `timeout`, `decoder_died` or `out_of_memory`, and `RuntimeError` if the
         child cannot be started.
         """
+        request = {"path": os.fspath(path), "num_frames": num_frames, "max_side": max_side}
+        return self._ask(request, self._receive_clip, timeout_s)
+
+    def motion_clips(self, path: str | Path, max_clips: int, timeout_s: float) -> MotionClips:
+        """What `motion.motion_clips` gives, within `timeout_s` seconds. Raises as `sample_clip`."""
+        return self._ask({"path": os.fspath(path), "max_clips": max_clips}, self._receive_motion, timeout_s)
+
+    def _ask(self, request: dict[str, Any], receive: Callable[[dict[str, Any], float], T], timeout_s: float) -> T:
+        """What follows the answer's header, as `receive(header, deadline)` reads it."""
         if self._child is None or self._child.poll() is not None:
             self._start()
         is_usable = False
         try:
             deadline = time.monotonic() + timeout_s
-            self._send({"path": os.fspath(path), "num_frames": num_frames, "max_side": max_side})
+            self._send(request)
             answer = self._receive_json(deadline)
-            clip = self._receive_clip(answer, deadline) if "error" not in answer else None
+            received = receive(answer, deadline) if "error" not in answer else None
             is_usable = answer.get("stage") in (None, "open", "probe")  # a failed decoder may have left memory behind
         except TimeoutError:
             message = f"no clip within {timeout_s:g} s; the decoder was killed"
@@ -85,9 +100,9 @@ class IsolatedDecoder:
         finally:
             if not is_usable:  # whatever interrupted the exchange: no later video may read what is left of it
                 self.close()
-        if clip is None:
+        if received is None:
             raise VideoError(answer["stage"], answer["error"], answer["message"])
-        return clip
+        return received
 
     def close(self) -> None:
         """Ends the child. The next video starts another."""
@@ -144,6 +159,18 @@ class IsolatedDecoder:
             duration=header["duration"],
         )
 
+    def _receive_motion(self, header: dict[str, Any], deadline: float) -> MotionClips:
+        starts = np.array(header["starts"], np.int64)
+        keyframes = np.frombuffer(self._receive(len(starts) * KEYFRAME_SIZE**2 * 3, deadline), np.uint8)
+        motion_shape = (len(starts), 2, CLIP_FRAMES, *MAP_SIZE)
+        motion = np.frombuffer(self._receive(math.prod(motion_shape) * 4, deadline), np.float32)
+        return MotionClips(
+            keyframes=keyframes.reshape(len(starts), KEYFRAME_SIZE, KEYFRAME_SIZE, 3),
+            motion=motion.reshape(motion_shape),
+            starts=starts,
+            num_frames=header["num_frames"],
+        )
+
     def _receive(self, num_bytes: int, deadline: float) -> bytearray:
         """Raises `TimeoutError` at the deadline and `EOFError` when the child has gone."""
         assert self._child is not None and self._child.stdout is not None
@@ -191,14 +218,14 @@ def _limit(memory_mb: int, parent: int) -> None:
     if os.getppid() != parent:  # it died before the line above
         os._exit(0)
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (STDERR_BYTES, STDERR_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (STDERR_BYTES, STREAM_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     av.logging.set_level(None)  # FFmpeg's log has no bound
 
 
 def _answer(request: dict[str, Any], answers: int) -> None:
     try:
-        clip = sample_clip(request["path"], request["num_frames"], request["max_side"])
+        header, arrays = _read_motion(request) if "max_clips" in request else _read_clip(request)
     except VideoError as error:
         message = error.message + _memory_hint()
         _write_json(answers, {"stage": error.stage, "error": error.error, "message": message})
@@ -206,6 +233,13 @@ def _answer(request: dict[str, Any], answers: int) -> None:
     except MemoryError:
         _write_json(answers, {"stage": "decode", "error": "out_of_memory", "message": "MemoryError outside FFmpeg"})
         return
+    _write_json(answers, header)
+    for array in arrays:
+        _write(answers, np.ascontiguousarray(array).data.cast("B"))
+
+
+def _read_clip(request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    clip = sample_clip(request["path"], request["num_frames"], request["max_side"])
     header = {
         "shape": clip.frames.shape,
         "timestamps": clip.timestamps.tolist(),
@@ -213,8 +247,17 @@ def _answer(request: dict[str, Any], answers: int) -> None:
         "num_source_frames": clip.num_source_frames,
         "duration": clip.duration,
     }
-    _write_json(answers, header)
-    _write(answers, clip.frames.data.cast("B"))
+    return header, [clip.frames]
+
+
+def _read_motion(request: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """The encoded stream of a long video outgrows memory; only here may the child write more than its log."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (STREAM_BYTES, STREAM_BYTES))
+    try:
+        clips = motion_clips(request["path"], request["max_clips"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (STDERR_BYTES, STREAM_BYTES))
+    return {"starts": clips.starts.tolist(), "num_frames": clips.num_frames}, [clips.keyframes, clips.motion]
 
 
 def _memory_hint() -> str:

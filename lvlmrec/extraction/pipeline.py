@@ -15,10 +15,11 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.runtime_env import RuntimeEnv
 
 from lvlmrec.columns import ERROR, ITEM_ID, STAGE
 from lvlmrec.config import option
-from lvlmrec.errors import InputError, JobFailed
+from lvlmrec.errors import ConfigError, InputError, JobFailed
 from lvlmrec.extraction import estimate, stages
 from lvlmrec.extraction.estimate import EstimateConfig
 from lvlmrec.extraction.manifest import columns_for, read_manifest, texts_from
@@ -27,7 +28,7 @@ from lvlmrec.extraction.stages import DecodeConfig, Extractor
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features import store
 from lvlmrec.features.recipe import Recipe, RecipeConfig
-from lvlmrec.lvlms import LVLMS, LVLMConfig
+from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code
 
 BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same size
 CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
@@ -65,7 +66,10 @@ class ExtractConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an extraction has to do: `todo` are the rows of the manifest that no part and no rejection covers."""
+    """What an extraction has to do: `todo` are the rows of the manifest that no part and no rejection covers.
+
+    `code` are the files of the authors' repository, for a family that runs it: they travel with the actors.
+    """
 
     config: ExtractConfig
     recipe: Recipe
@@ -73,12 +77,15 @@ class Plan:
     item_ids: frozenset[str]
     todo: pa.Table
     manifest_report: dict[str, int]
+    code: dict[str, bytes]
 
 
 def plan(config: ExtractConfig) -> Plan:
     """Check the input and the model, resolve the recipe and find what is missing. Raises `InputError`."""
     if config.pool.max_actors < config.pool.min_actors:
         raise InputError(f"pool.max_actors: {config.pool.max_actors} is below pool.min_actors={config.pool.min_actors}")
+    _check_environment(config.lvlm.environment)
+    code = authors_code.of(config.lvlm)
     info = LVLMS[config.lvlm.name].inspect(config.lvlm)
     recipe = recipes.resolve(config.recipe, info, config.seed, texts_from(config.input))
     manifest, report = read_manifest(config.input, columns_for(recipe))
@@ -87,7 +94,18 @@ def plan(config: ExtractConfig) -> Plan:
     seen = {*store.pending_index(uri)[ITEM_ID], *store.read_rejected(uri)[ITEM_ID]}
     item_ids = manifest[ITEM_ID].to_pylist()
     todo = manifest.filter(pa.array([item_id not in seen for item_id in item_ids]))
-    return Plan(config, recipe, uri, frozenset(item_ids), todo, report)
+    return Plan(config, recipe, uri, frozenset(item_ids), todo, report, code)
+
+
+def _check_environment(environment: dict[str, Any]) -> None:
+    """Ray itself only logs a key that it does not know. Raises `ConfigError`."""
+    if unknown := {*environment} - RuntimeEnv.known_fields:
+        choices = ", ".join(sorted(field for field in RuntimeEnv.known_fields if not field.startswith("_")))
+        raise ConfigError(f"lvlm.environment: unknown {', '.join(sorted(unknown))}; Ray's runtime_env has {choices}")
+    try:
+        RuntimeEnv(**environment)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lvlm.environment: {' '.join(str(error).split())}") from error
 
 
 def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, Any]:
@@ -127,15 +145,20 @@ def _estimate(plan: Plan) -> dict[str, Any]:
     is_worth_it = len(todo) >= estimate.WORTH_TIMING * config.estimate.videos or config.estimate.only
     if config.estimate.videos and len(todo) and is_worth_it:
         seconds = estimate.time_remotely(
-            todo,
+            estimate.sample_rows(todo, config.estimate.videos),
             plan.recipe,
             config.decode,
             config.lvlm,
-            config.estimate.videos,
-            config.pool.cpus_per_actor,
-            config.pool.gpus_per_actor,
+            plan.code,
+            _actor_resources(config),
         )
     return estimate.estimate(len(todo), plan.recipe, seconds, _workers(config.pool))
+
+
+def _actor_resources(config: ExtractConfig) -> dict[str, Any]:
+    """Ray's arguments for a process that holds the model; without `lvlm.environment` it runs in the job's own."""
+    resources: dict[str, Any] = {"num_cpus": config.pool.cpus_per_actor, "num_gpus": config.pool.gpus_per_actor}
+    return resources | ({"runtime_env": config.lvlm.environment} if config.lvlm.environment else {})
 
 
 def _result(plan: Plan, tally: Tally, seconds: float, index: pd.DataFrame) -> dict[str, Any]:
@@ -181,11 +204,10 @@ def _dataset(plan: Plan) -> ray.data.Dataset:
     )
     features = clips.map_batches(
         Extractor,
-        fn_constructor_kwargs={"lvlm": config.lvlm, "recipe": plan.recipe},
+        fn_constructor_kwargs={"lvlm": config.lvlm, "recipe": plan.recipe, "code": plan.code},
         batch_size=config.lvlm.batch_size * BATCHES_AT_ONCE,
         batch_format="pyarrow",
-        num_cpus=pool.cpus_per_actor,
-        num_gpus=pool.gpus_per_actor,
+        **_actor_resources(config),
         compute=ActorPoolStrategy(
             min_size=pool.min_actors,
             max_size=pool.max_actors,

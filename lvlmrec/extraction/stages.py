@@ -6,6 +6,7 @@ A row that fails at a stage keeps its place and carries `stage`, `error` and `me
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import time
@@ -23,9 +24,10 @@ from lvlmrec.config import option
 from lvlmrec.extraction.isolation import IsolatedDecoder
 from lvlmrec.extraction.manifest import MEDIA_COLUMNS
 from lvlmrec.features import store
-from lvlmrec.features.recipe import MEDIA, Recipe
-from lvlmrec.lvlms import LVLMS, LVLMConfig
+from lvlmrec.features.recipe import MEDIA, MOTION, Recipe
+from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code
 from lvlmrec.lvlms.protocol import Item
+from lvlmrec.motion import CLIP_FRAMES, ENCODER, KEYFRAME_SIZE, MAP_SIZE, MotionClips
 from lvlmrec.video import Clip, VideoError
 
 # A row's share of the time that its batch spent in a stage; see `Extractor`.
@@ -42,6 +44,12 @@ CLIP = {
     "num_source_frames": pa.int64(),
     "duration": pa.float64(),
 }
+MOTION_CLIPS = {
+    "keyframes": pa.large_binary(),
+    "motion": pa.large_binary(),
+    "starts": pa.list_(pa.int64()),
+    "num_frames": pa.int64(),
+}
 MEASURED = {name: pa.float64() for name in SECONDS}
 DECODED = pa.schema(
     {
@@ -52,6 +60,7 @@ DECODED = pa.schema(
         DECODE_SECONDS: pa.float64(),
     }
     | {f"{kind}.{name}": column for kind in MEDIA for name, column in CLIP.items()}
+    | {f"{MOTION}.{name}": column for name, column in MOTION_CLIPS.items()}
 )
 WRITTEN = pa.schema({ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, **MEASURED})
 
@@ -81,8 +90,7 @@ def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[
         _check_texts(recipe, row)
         outcome: dict[str, Any] = {TEXTS: [(field, row[field]) for field in recipe.fields]}
         for kind in recipe.media:
-            clip = _decode(row[MEDIA_COLUMNS[kind]], recipe.frames if kind == "video" else 1, recipe, config)
-            outcome |= {f"{kind}.{name}": value for name, value in _clip_row(clip).items()}
+            outcome |= _decode(row[MEDIA_COLUMNS[kind]], kind, recipe, config)
     except VideoError as error:
         outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: _one_line(error.message)}
     except (OSError, ValueError) as error:
@@ -91,11 +99,25 @@ def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[
     return {ITEM_ID: row[ITEM_ID], URI: row.get(URI, ""), DECODE_SECONDS: seconds} | outcome
 
 
-def _decode(uri: str, num_frames: int, recipe: Recipe, config: DecodeConfig) -> Clip:
+def _decode(uri: str, kind: str, recipe: Recipe, config: DecodeConfig) -> dict[str, Any]:
+    """Columns of `DECODED`: a video or cover as a clip, or a video as key frames and motion."""
     if not uri:
         raise VideoError("fetch", "missing", "the manifest names no file")
+    decoder, limit = _decoder(config.memory_mb), config.timeout_s
     with storage.local_copy(uri) as path:
-        return _decoder(config.memory_mb).sample_clip(path, num_frames, recipe.frame_max_side, config.timeout_s)
+        if kind == "video" and recipe.video_form == MOTION:
+            _check_encoder(recipe)
+            kind, values = MOTION, _motion_row(decoder.motion_clips(path, recipe.frames, limit))
+        else:
+            num_frames = recipe.frames if kind == "video" else 1
+            values = _clip_row(decoder.sample_clip(path, num_frames, recipe.frame_max_side, limit))
+    return {f"{kind}.{name}": value for name, value in values.items()}
+
+
+def _check_encoder(recipe: Recipe) -> None:
+    """Motion depends on the encoder's version: one feature set, one version. Raises `RuntimeError`."""
+    if recipe.video_encoder != ENCODER:
+        raise RuntimeError(f"this worker's encoder is {ENCODER}, the recipe's {recipe.video_encoder}: install one PyAV")
 
 
 def _check_texts(recipe: Recipe, row: Mapping[str, str]) -> None:
@@ -110,10 +132,13 @@ class Extractor:
 
     While one batch is in the model's `extract`, the next is prepared and the one after it fetched. The seconds of the
     rows of a batch add up to what it spent in `prepare` and in `extract`, failed attempts included; waiting is not.
+    `code` are the files of the repository that `lvlm.code` names.
     """
 
-    def __init__(self, lvlm: LVLMConfig, recipe: Recipe) -> None:
+    def __init__(self, lvlm: LVLMConfig, recipe: Recipe, code: Mapping[str, bytes] | None = None) -> None:
         self.recipe = recipe
+        if code:
+            lvlm = dataclasses.replace(lvlm, code=str(authors_code.unpack(code)))
         self.lvlm = LVLMS[lvlm.name].load(lvlm, recipe)
         self._preparing, self._extracting = threading.Lock(), threading.Lock()
 
@@ -152,7 +177,7 @@ class Extractor:
             prepared = self.lvlm.prepare(items)
         with self._extracting, _timed(spent, FORWARD_SECONDS):
             columns = self.lvlm.extract(prepared)
-        num_frames = [item.video.num_distinct_frames if item.video else 0 for item in items]
+        num_frames = [_num_distinct_frames(item) for item in items]
         table = store.feature_table(self.recipe, [item.item_id for item in items], num_frames, columns)
         table = table.append_column(URI, rows[URI].cast(pa.string()))
         return table.append_column(DECODE_SECONDS, rows[DECODE_SECONDS])
@@ -207,14 +232,44 @@ def _clip_row(clip: Clip) -> dict[str, Any]:
     }
 
 
+def _motion_row(clips: MotionClips) -> dict[str, Any]:
+    return {
+        "keyframes": clips.keyframes.tobytes(),
+        "motion": clips.motion.tobytes(),
+        "starts": clips.starts.tolist(),
+        "num_frames": clips.num_frames,
+    }
+
+
 def _items(rows: pa.Table, recipe: Recipe) -> list[Item]:
-    """Rows of `DECODED` as the model takes them; frames are buffers that are not copied."""
-    clips = {kind: _clips(rows, kind) for kind in recipe.media}
+    """Rows of `DECODED` as the model takes them; pictures and motion are buffers that are not copied."""
+    kinds = [MOTION if kind == "video" and recipe.video_form == MOTION else kind for kind in recipe.media]
+    shown: dict[str, Any] = {kind: _motions(rows) if kind == MOTION else _clips(rows, kind) for kind in kinds}
     texts = rows[TEXTS].to_pylist()
     return [
-        Item(item_id, **{kind: clips[kind][i] for kind in recipe.media}, texts=dict(texts[i] or []))
+        Item(item_id, **{kind: seen[i] for kind, seen in shown.items()}, texts=dict(texts[i] or []))
         for i, item_id in enumerate(rows[ITEM_ID].to_pylist())
     ]
+
+
+def _motions(rows: pa.Table) -> list[MotionClips]:
+    columns = [rows[f"{MOTION}.{name}"] for name in MOTION_CLIPS]
+    return [
+        MotionClips(
+            keyframes=np.frombuffer(keyframes.as_buffer(), np.uint8).reshape(-1, KEYFRAME_SIZE, KEYFRAME_SIZE, 3),
+            motion=np.frombuffer(motion.as_buffer(), np.float32).reshape(-1, 2, CLIP_FRAMES, *MAP_SIZE),
+            starts=np.array(starts.as_py(), np.int64),
+            num_frames=num_frames.as_py(),
+        )
+        for keyframes, motion, starts, num_frames in zip(*columns, strict=True)
+    ]
+
+
+def _num_distinct_frames(item: Item) -> int:
+    """How many pictures of its video an item's model sees: frames, or key frames."""
+    if item.motion is not None:
+        return len(item.motion.starts)
+    return item.video.num_distinct_frames if item.video else 0
 
 
 def _clips(rows: pa.Table, kind: str) -> list[Clip]:

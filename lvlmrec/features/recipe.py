@@ -26,6 +26,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 PLACES = ("after", "before")
 MEDIA = ("video", "cover")
 INPUTS = (*MEDIA, "text")
+FRAMES, MOTION = "frames", "motion"  # what a model is shown of a video
 ANSWER, FINISH = "text", "finish"  # last part of the names of the columns with what was generated, and why it ended
 FORMAT = 2  # counted up when sampling, pooling or naming change what a feature is
 
@@ -52,7 +53,9 @@ class Prompt:
 class RecipeConfig:
     """What to extract, as a user writes it."""
 
-    frames: int = option(8, "frames sampled uniformly from each video", minimum=1)
+    frames: int = option(
+        8, "frames sampled uniformly from each video; of a model that sees motion, its clips at most", minimum=1
+    )
     frame_max_side: int = option(
         1280, "larger frames are scaled down to this many pixels on the longer side", minimum=16
     )
@@ -76,7 +79,9 @@ class LVLMInfo:
     `identity` names the weights by content (local directory) or by hub id and resolved commit, never by path.
     `num_layers` and `width` have one entry per tower: `llm` and `vision` of an LVLM, `text` of a text encoder, `vision`
     of a video or image encoder. `width` may name single taps too, where layers differ. `inputs` are what its prompts
-    can show, `poolings` what its taps can be pooled by. `frames` is the number it was made for, 0 for any.
+    can show and `places` where a prompt's text may stand, `poolings` what its taps can be pooled by. `frames` is the
+    number it was made for, 0 for any. `video_form` is what it is shown of a video: `frames`, or key frames and the
+    `motion` that `video_encoder` found. A model that `is_random` draws random numbers whenever it looks at a video.
     """
 
     family: str
@@ -87,11 +92,18 @@ class LVLMInfo:
     inputs: tuple[str, ...] = INPUTS
     poolings: tuple[str, ...] = (*POOLINGS, MERGED, NEW_MERGED)
     frames: int = 0
+    places: tuple[str, ...] = PLACES
+    video_form: str = FRAMES
+    video_encoder: str = ""
+    is_random: bool = False
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe resolved against a model: taps counted from 0, the model named by its content."""
+    """A recipe resolved against a model: taps counted from 0, the model named by its content.
+
+    Of a model that sees motion `frames` is the number of clips at most, and `frame_max_side` is 0: it has no effect.
+    """
 
     family: str
     identity: str
@@ -105,6 +117,8 @@ class Recipe:
     width: Mapping[str, int]
     seed: int = 0
     texts_from: str = ""
+    video_form: str = FRAMES
+    video_encoder: str = ""
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -174,11 +188,14 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `Recipe.from_json` reads them back."""
-        return asdict(self) | {
+        tree = asdict(self) | {
             "taps": [str(tap) for tap in self.taps],
             "poolings": list(self.poolings),
             "format": FORMAT,
         }
+        if self.video_form == FRAMES:  # feature sets of frames keep the fingerprints they had before there was motion
+            del tree["video_form"], tree["video_encoder"]
+        return tree
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Recipe:
@@ -219,7 +236,8 @@ def poolings_of(prompt: Prompt, poolings: Sequence[str]) -> tuple[str, ...]:
 def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str = "") -> Recipe:
     """The recipe of `config` for the model that `info` describes. Raises `ConfigError`.
 
-    `seed` draws the answers that are sampled; `texts_from` names the feature set whose generated texts prompts read.
+    `seed` draws the answers that are sampled, and what a random model draws; `texts_from` names the feature set whose
+    generated texts prompts read.
     """
     if not config.taps or not config.poolings:
         raise ConfigError("recipe.taps and recipe.poolings: expected at least one of each")
@@ -238,14 +256,16 @@ def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str
         identity=info.identity,
         compute_dtype=info.compute_dtype,
         frames=config.frames,
-        frame_max_side=config.frame_max_side,
+        frame_max_side=config.frame_max_side if info.video_form == FRAMES else 0,
         taps=resolved_taps,
         prompts=config.prompts,
         poolings=tuple(dict.fromkeys(config.poolings)),
         dtype=config.dtype,
         width=dict(info.width),
-        seed=seed if is_sampled else 0,
+        seed=seed if is_sampled or info.is_random else 0,
         texts_from=texts_from if any(prompt.fields for prompt in config.prompts.values()) else "",
+        video_form=info.video_form,
+        video_encoder=info.video_encoder,
     )
 
 
@@ -271,13 +291,17 @@ def _check_prompts(config: RecipeConfig, info: LVLMInfo) -> None:
             raise ConfigError(f"{key}: a prompt's name has no '/' and is not one of {', '.join(MEDIA)}")
         if prompt.input not in info.inputs:
             raise ConfigError(f"{key}.input: {prompt.input!r}: {info.family} reads {', '.join(info.inputs)}")
+        if prompt.place not in info.places:
+            raise ConfigError(
+                f"{key}.place: {prompt.place!r}: {info.family} reads a prompt {' or '.join(info.places)} the video"
+            )
         if prompt.input == "text" and not prompt.text:
             raise ConfigError(f"{key}.text: empty, and input=text shows nothing else; name a column such as {{title}}")
         if not poolings_of(prompt, config.poolings) and not prompt.max_new_tokens:
             raise ConfigError(f"{key}: none of recipe.poolings {config.poolings} has tokens in it")
         if prompt.text and not set(taps.READS_TEXT) & set(info.num_layers):
             raise ConfigError(f"{key}.text: {prompt.text!r}: {info.family} reads no text; leave it empty")
-        if prompt.max_new_tokens and "llm" not in info.num_layers:
+        if prompt.max_new_tokens and not {*OF_ANSWER} & {*info.poolings}:
             raise ConfigError(f"{key}.max_new_tokens: {prompt.max_new_tokens}: {info.family} generates no text")
         if prompt.top_p == 0 or prompt.top_p > 1:
             raise ConfigError(f"{key}.top_p: {prompt.top_p} is not above 0 and up to 1")

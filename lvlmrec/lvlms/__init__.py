@@ -29,6 +29,7 @@ from lvlmrec.lvlms import (
     qwen3_vl,
     smolvlm,
     text_encoder,
+    video_lavit,
     vision_encoder,
 )
 from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
@@ -49,6 +50,7 @@ LVLMS: dict[str, LVLMFamily] = {
     "qwen2_vl": qwen2_vl.FAMILY,
     "qwen3_vl": qwen3_vl.FAMILY,
     "smolvlm": smolvlm.FAMILY,
+    "video_lavit": video_lavit.FAMILY,
     "image_encoder": vision_encoder.IMAGE_FAMILY,
     "text_encoder": text_encoder.FAMILY,
     "video_encoder": vision_encoder.VIDEO_FAMILY,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lvlmrec.config import option
 from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.motion import MotionClips
 from lvlmrec.video import Clip
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class ModelConfig:
     attention: str = option("sdpa", "attention kernel", choices=ATTENTIONS)
     batch_size: int = option(4, "videos per forward", minimum=1)
     compile: bool = option(False, "torch.compile the layers of the decoder; results then differ in their last bits")
+    code: str = option("", "the authors' repository, for families that run it: folder, or zip by URL with its commit")
+    environment: dict[str, Any] = option(
+        {}, "Ray runtime_env of the processes that hold the model, such as {pip: [...]}, {py_executable: ...}"
+    )
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Item:
 
     video  the sampled frames
     cover  the cover image, a clip of one frame
+    motion key frames and motion vectors, of a video that is not shown as frames
     texts  columns of the manifest by name: title, text, ...
     """
 
@@ -45,6 +51,7 @@ class Item:
     video: Clip | None = None
     cover: Clip | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
+    motion: MotionClips | None = None
 
 
 class LVLM(Protocol):

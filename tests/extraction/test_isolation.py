@@ -16,6 +16,7 @@ import pytest
 
 import lvlmrec
 from lvlmrec.extraction.isolation import IsolatedDecoder
+from lvlmrec.motion import motion_clips
 from lvlmrec.video import VideoError, sample_clip
 from tests.videos import write_video
 
@@ -228,3 +229,39 @@ def test_turned_videos_come_through_the_pipe(real_data: Path, angle: int) -> Non
         clip = decoder.sample_clip(path, 4, 1280, timeout_s=30)
     assert expected.frames.flags.c_contiguous
     np.testing.assert_array_equal(clip.frames, expected.frames)
+
+
+def test_motion_comes_from_the_same_child(decoder: IsolatedDecoder, tmp_path: Path, good: Path, endless: Path) -> None:
+    path = write_video(tmp_path / "long.mp4", options=X264, num_frames=420, size=(96, 64))
+    here, there = motion_clips(path, 16), decoder.motion_clips(path, 16, timeout_s=60)
+    pid = decoder.pid
+    for name in ("keyframes", "motion", "starts"):
+        np.testing.assert_array_equal(getattr(there, name), getattr(here, name))
+        assert getattr(there, name).dtype == getattr(here, name).dtype
+    assert (len(there.starts), there.num_frames) == (3, here.num_frames)
+    assert_works(decoder, good)
+    with pytest.raises(VideoError) as caught:
+        decoder.motion_clips(Path(__file__), 16, timeout_s=20)
+    assert caught.value.stage == "open"
+    assert decoder.pid == pid
+    with pytest.raises(VideoError, match=r"0\.3 s") as caught:
+        decoder.motion_clips(endless, 16, timeout_s=0.3)
+    assert caught.value.error == "timeout"
+    assert len(decoder.motion_clips(path, 1, timeout_s=60).starts) == 1
+
+
+@pytest.mark.slow
+def test_a_stream_that_outgrows_memory_goes_to_a_file(decoder: IsolatedDecoder, tmp_path: Path) -> None:
+    """Noise takes all the bits there are: more than `motion.STREAM_MEMORY_BYTES` of them."""
+    path = tmp_path / "noise.mp4"
+    rng = np.random.default_rng(0)
+    noise = [av.VideoFrame.from_ndarray(rng.integers(0, 255, (480, 640, 3), dtype=np.uint8)) for _ in range(7)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=6)
+        stream.width, stream.height, stream.bit_rate = 640, 480, 6_000_000
+        for index in range(600):
+            frame = noise[index % 7]
+            frame.pts = None
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert decoder.motion_clips(path, 16, timeout_s=200).num_frames >= 598

@@ -1,10 +1,12 @@
 """The stages of the pipeline as plain functions over Arrow tables, without Ray."""
 
+import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -13,9 +15,10 @@ from lvlmrec.extraction import estimate, stages
 from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.stages import DecodeConfig, Extractor
 from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import LVLMInfo, Prompt, Recipe, RecipeConfig
+from lvlmrec.features.recipe import MOTION, LVLMInfo, Prompt, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
+from lvlmrec.motion import ENCODER, motion_clips
 from tests.videos import write_video
 
 INFO = LVLMInfo("stand_in", "x", "float32", {"llm": 2, "vision": 1}, {"llm": 3, "vision": 3})
@@ -159,3 +162,63 @@ def test_the_slowest_stage_is_named_with_a_remedy() -> None:
     assert report["stages"]["decode"] == {"seconds": 16.0, "busy": 0.8}
     assert report["stages"]["write"] == {"seconds": 0.4}
     assert report["slowest_stage"].startswith("decode: 80% busy with 2; more pool.decode_tasks")
+
+
+MOTION_INFO = dataclasses.replace(INFO, video_form=MOTION, video_encoder=ENCODER, is_random=True)
+
+
+def motion_recipe(max_clips: int = 16) -> Recipe:
+    return recipes.resolve(RecipeConfig(frames=max_clips, taps=["llm.1"]), MOTION_INFO, seed=5)
+
+
+def test_videos_travel_as_key_frames_and_motion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LVLMS, "stand_in", Family())  # type: ignore[misc]
+    for name, num_frames in {"short": 20, "long": 420}.items():
+        write_video(tmp_path / f"{name}.mp4", num_frames=num_frames, size=(96, 64))
+    uris = [str(tmp_path / "short.mp4"), __file__, str(tmp_path / "long.mp4")]
+    rows = pa.table({"item_id": ["short", "text", "long"], "uri": uris})
+    recipe = motion_recipe()
+    assert (recipe.seed, recipe.frame_max_side) == (5, 0)
+    decoded = pa.concat_tables(list(stages.decode(rows, recipe, DecodeConfig())))
+    assert decoded.schema == stages.DECODED
+    assert decoded["stage"].to_pylist() == [None, "open", None]
+    items = stages._items(decoded.take([0, 2]), recipe)
+    for item, num_clips in zip(items, (1, 3), strict=True):
+        expected = motion_clips(tmp_path / f"{item.item_id}.mp4", 16)
+        assert item.video is None
+        assert item.motion is not None
+        assert len(item.motion.starts) == num_clips
+        for name in ("keyframes", "motion", "starts"):
+            np.testing.assert_array_equal(getattr(item.motion, name), getattr(expected, name))
+        assert item.motion.num_frames == expected.num_frames
+
+    def means(prepared: list[Item]) -> dict[str, torch.Tensor]:
+        value = torch.tensor([[float(item.motion.motion.mean())] * 3 for item in prepared if item.motion])
+        return {str(name): value for name in recipe.feature_names}
+
+    extractor = Extractor(LVLMConfig(name="stand_in"), recipe)
+    extractor.lvlm.extract = means  # type: ignore[method-assign]
+    written = extractor(decoded)
+    assert dict(zip(*(written[name].to_pylist() for name in ("item_id", "num_distinct_frames")), strict=True)) == {
+        "short": 1,
+        "long": 3,
+        "text": None,
+    }
+    one = next(stages.decode(rows.slice(2), motion_recipe(max_clips=1), DecodeConfig()))
+    assert one["motion.starts"][0].as_py() == [12]
+
+
+def test_another_encoder_than_the_recipes_stops_the_run(tmp_path: Path) -> None:
+    rows = pa.table({"item_id": ["a"], "uri": [str(write_video(tmp_path / "a.mp4"))]})
+    other = dataclasses.replace(motion_recipe(), video_encoder="libavcodec 1.0.0 mpeg4")
+    with pytest.raises(RuntimeError, match=r"encoder is libavcodec .*, the recipe's libavcodec 1\.0\.0 mpeg4"):
+        next(stages.decode(rows, other, DecodeConfig()))
+
+
+@pytest.mark.data
+def test_a_real_video_gives_three_clips(real_data: Path) -> None:
+    rows = pa.table({"item_id": ["1002"], "uri": [str(real_data / "microlens_videos" / "1002.mp4")]})
+    decoded = next(stages.decode(rows, motion_recipe(), DecodeConfig()))
+    assert decoded["error"].to_pylist() == [None]
+    assert decoded["motion.starts"][0].as_py() == [12, 36, 60]
+    assert decoded["motion.num_frames"][0].as_py() == 98
