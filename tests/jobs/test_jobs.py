@@ -162,9 +162,13 @@ def _ended(client: Any, job: str) -> Any:
     ("job", "arguments", "said"),
     [
         ("extract", ["recipe.frmes=4"], "did you mean recipe.frames? choices: "),
-        ("extract", ["lvlm.name=llava"], "lvlm.name: 'llava' is not one of internvl, llava_onevision"),
+        ("extract", ["lvlm.name=llava"], "lvlm.name: 'llava' is not one of auto, gemma3, "),
         ("extract", ["lvlm.model=/nowhere/model", "input={videos}"], "lvlm.model"),
-        ("extract", ["input=/nowhere/videos"], "input '/nowhere/videos': no such manifest, folder or prefix"),
+        (
+            "extract",
+            ["input=/nowhere/videos"],
+            "input '/nowhere/videos': no such manifest, folder, prefix or feature set",
+        ),
         ("extract", ["input={broken}"], "broken.parquet': unreadable manifest"),
         ("train", ["model.item_encoder.name=dfff"], "model.item_encoder.name: 'dfff' is not one of dff, fusion, id"),
         ("train", ["dataset.path=/nowhere"], "/nowhere"),

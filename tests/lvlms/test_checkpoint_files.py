@@ -22,6 +22,9 @@ from lvlmrec.lvlms.minicpm_v_model import MiniCPMV, build_config  # noqa: E402
 LAYERS, HEAD = "llm.model.layers", r"llm\.lm_head\."
 
 
+pytestmark = pytest.mark.family
+
+
 @pytest.fixture
 def model_dir(tiny_models, tmp_path) -> Path:
     """A copy of a tiny model that a test may spoil."""

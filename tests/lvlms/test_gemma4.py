@@ -11,6 +11,8 @@ from lvlmrec.lvlms import gemma4
 from tests.lvlms import test_contract as contract
 from tests.lvlms import test_prompts as prompts
 
+pytestmark = pytest.mark.family
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

@@ -19,6 +19,8 @@ torchvision_shim.ensure_importable()
 
 from lvlmrec.lvlms import minicpm_v_processor as processor_file  # noqa: E402
 
+pytestmark = pytest.mark.family
+
 
 @pytest.mark.parametrize(
     ("size", "fitted"),

@@ -126,6 +126,7 @@ def test_flash_attention_is_refused_where_it_is_missing(copied) -> None:
         load(make_config(copied, attention="flash_attention_2"))
 
 
+@pytest.mark.slow
 def test_hub_ids_without_network(copied, tmp_path) -> None:
     """A cached hub id resolves to its commit; an unknown one is the configuration's fault."""
     repository = tmp_path / "hub" / "models--acme--tiny"
@@ -162,7 +163,7 @@ def test_the_default_is_the_sample_model_in_the_workspace() -> None:
     assert (config.lvlm.name, config.lvlm.model) == ("llava_onevision", "/data/sample/models/llava_onevision")
     other = configuration.load(Job, [], ["workspace=/data", "lvlm.name=qwen2_vl"])
     assert other.lvlm.model == "/data/sample/models/qwen2_vl"
-    with pytest.raises(ConfigError, match=r"lvlm\.name: 'llava' is not one of auto, image_encoder, .*qwen3_vl"):
+    with pytest.raises(ConfigError, match=r"lvlm\.name: 'llava' is not one of auto, gemma3, .*qwen3_vl"):
         configuration.load(Job, [], ["lvlm.name=llava"])
     with pytest.raises(ConfigError, match=r"lvlm\.dtype"):
         configuration.load(Job, [], ["lvlm.dtype=int8"])

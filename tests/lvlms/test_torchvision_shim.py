@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from subprocess import run
 
+import pytest
+
 from lvlmrec.lvlms import torchvision_shim
 
 FRESH = """
@@ -21,6 +23,7 @@ print(len(torchvision_shim._declared))
 """
 
 
+@pytest.mark.slow
 def test_operators_are_declared_exactly_where_the_plain_import_fails() -> None:
     lines = run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True).stdout.splitlines()
     missing, resized, declared = lines

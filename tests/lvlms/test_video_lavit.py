@@ -31,6 +31,8 @@ from lvlmrec.motion import ENCODER, MotionClips, motion_clips, normalise_keyfram
 from tests.lvlms.video_lavit_stand_in import LAYERS, REQUIRED, WIDTH, write_code, write_weights
 from tests.videos import write_video
 
+pytestmark = pytest.mark.family
+
 FAMILY = LVLMS["video_lavit"]
 PROMPTS = {"describe": Prompt("Describe this video."), "title": Prompt("It is called {title}. What is shown?")}
 OWN_MODULES = ("models", "utils", "conversation")
