@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lvlmrec import taps
@@ -70,6 +70,9 @@ class RecipeConfig:
         "answer), eos, prompt_eos, first_token (of an encoder); or a few: merged_16, new_merged_8",
     )
     dtype: str = option("float16", "dtype of the stored features", choices=DTYPES)
+    video_options: dict[str, int] = option(
+        {}, "options of the family's video processor, such as packing of minicpm_v_4_5"
+    )
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ class LVLMInfo:
     `num_layers` and `width` have one entry per tower: `llm` and `vision` of an LVLM, `text` of a text encoder, `vision`
     of a video or image encoder. `width` may name single taps too, where layers differ. `inputs` are what its prompts
     can show and `places` where a prompt's text may stand, `poolings` what its taps can be pooled by. `frames` is the
-    number it was made for, 0 for any. `video_form` is what it is shown of a video: `frames`, or key frames and the
-    `motion` that `video_encoder` found. A model that `is_random` draws random numbers whenever it looks at a video.
+    number it was made for, 0 for any. `video_options` are those of its video processor, with their defaults.
+    `video_form` is what it is shown of a video: `frames`, or key frames and the `motion` that `video_encoder` found. A
+    model that `is_random` draws random numbers whenever it looks at a video.
     """
 
     family: str
@@ -92,6 +96,7 @@ class LVLMInfo:
     inputs: tuple[str, ...] = INPUTS
     poolings: tuple[str, ...] = (*POOLINGS, MERGED, NEW_MERGED)
     frames: int = 0
+    video_options: Mapping[str, int] = field(default_factory=dict)
     places: tuple[str, ...] = PLACES
     video_form: str = FRAMES
     video_encoder: str = ""
@@ -115,6 +120,7 @@ class Recipe:
     poolings: tuple[str, ...]
     dtype: str
     width: Mapping[str, int]
+    video_options: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     texts_from: str = ""
     video_form: str = FRAMES
@@ -262,11 +268,22 @@ def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str
         poolings=tuple(dict.fromkeys(config.poolings)),
         dtype=config.dtype,
         width=dict(info.width),
+        video_options=_video_options(config, info),
         seed=seed if is_sampled or info.is_random else 0,
         texts_from=texts_from if any(prompt.fields for prompt in config.prompts.values()) else "",
         video_form=info.video_form,
         video_encoder=info.video_encoder,
     )
+
+
+def _video_options(config: RecipeConfig, info: LVLMInfo) -> dict[str, int]:
+    for name, value in config.video_options.items():
+        if name not in info.video_options:
+            choices = ", ".join(info.video_options) or "none"
+            raise ConfigError(
+                f"recipe.video_options.{name}={value}: not an option of {info.family}; choices: {choices}"
+            )
+    return dict(info.video_options) | config.video_options
 
 
 def _check_poolings(config: RecipeConfig, info: LVLMInfo) -> None:

@@ -41,7 +41,7 @@ class NativeFamily:
     vision_width    the vision configuration's key for the width of its layers
     modality        whether the model takes the frames as a `video` or as one `image` each
     minimum_frames  a shorter clip repeats its last frame up to this many
-    video_options   options of the video processor that must not change with transformers' defaults
+    video_options   options of the video processor that a recipe records and may set, with their defaults
     shares_prefix   whether prompts with so many tokens [P, B] may share one run of the base model over their video
     tiny            configuration and processor of a tiny model; see `tiny.py`
     """
@@ -66,6 +66,7 @@ class NativeFamily:
             compute_dtype=config.dtype,
             num_layers={"llm": text.num_hidden_layers, "vision": vision.num_hidden_layers},
             width={"llm": text.hidden_size, "vision": getattr(vision, self.vision_width)},
+            video_options=dict(self.video_options),
         )
 
     def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:

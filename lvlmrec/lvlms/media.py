@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,15 +13,6 @@ from lvlmrec.video import Clip
 
 UNKNOWN_FPS = 24.0  # transformers' own assumption about a video without a duration
 _NOT_MEDIA = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "video_metadata")
-
-
-class Options(Protocol):
-    """What differs between families; the fields are explained in `family.NativeFamily`."""
-
-    @property
-    def minimum_frames(self) -> int: ...
-    @property
-    def video_options(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -51,11 +42,13 @@ def placeholder(processor: Any, kind: str) -> str:
     return str(processor.video_token if content_type(processor, kind) == "video" else processor.image_token)
 
 
-def process(options: Options, processor: Any, kind: str, clips: Sequence[Clip]) -> Media:
-    """The videos, or the covers, of a batch of items."""
+def process(
+    processor: Any, kind: str, clips: Sequence[Clip], video_options: Mapping[str, Any], minimum_frames: int
+) -> Media:
+    """The videos, or the covers, of a batch of items. A video is shown `minimum_frames` frames at least."""
     token = placeholder(processor, kind)
     if content_type(processor, kind) == "video":
-        arguments, text = _videos(options, clips), [token] * len(clips)
+        arguments, text = _videos(clips, minimum_frames) | dict(video_options), [token] * len(clips)
     else:
         images = [[*_at_least(clip.frames, 1)[: None if kind == "video" else 1]] for clip in clips]
         arguments, text = {"images": images}, [token * len(frames) for frames in images]
@@ -84,13 +77,12 @@ def is_pixels(key: str) -> bool:
     return key.startswith("pixel_values")
 
 
-def _videos(options: Options, clips: Sequence[Clip]) -> dict[str, Any]:
-    frames = [_at_least(clip.frames, options.minimum_frames) for clip in clips]
+def _videos(clips: Sequence[Clip], minimum_frames: int) -> dict[str, Any]:
+    frames = [_at_least(clip.frames, minimum_frames) for clip in clips]
     return {
         "videos": frames,
         "video_metadata": [_metadata(clip, len(frames[row])) for row, clip in enumerate(clips)],
         "do_sample_frames": False,
-        **options.video_options,
     }
 
 

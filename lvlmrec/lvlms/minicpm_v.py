@@ -165,7 +165,7 @@ def _family(version: str) -> PortedFamily:
         read_config=partial(read_config, version),
         build=build,
         tiny=partial(write_tiny, version),
-        video_options={"max_slice_nums": 1},
+        video_options={"max_slice_nums": 1} | ({"packing": 0} if version == "4.5" else {}),
     )
 
 

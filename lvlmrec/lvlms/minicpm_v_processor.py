@@ -95,13 +95,13 @@ class MiniCPMVProcessor:
         video_metadata: Sequence[Mapping[str, Any]] = (),
         images: Sequence[Sequence[np.ndarray]] = (),
         max_slice_nums: int = 1,
-        packing: int | None = None,
+        packing: int = 0,
         **rest: Any,
     ) -> dict[str, Any]:
         """Tensors of clips (uint8 [F, H, W, 3] each) or of lists of one picture ([H, W, 3]); see `get_video_features`.
 
         max_slice_nums  that of the frames of a clip
-        packing         frames that share one set of queries (4.5); None is the authors' rule for so many frames
+        packing         frames that share one set of queries (4.5); 0 is the authors' rule for so many frames
         rest            what transformers' own processors are asked for beside; here it is always so
 
         `text_replacement_offsets` holds what replaces the place-holder of each.
@@ -210,7 +210,7 @@ def frame_ticks(metadata: Mapping[str, Any]) -> list[int]:
     return [int(tick) for tick in np.rint(seconds * TICKS_PER_SECOND).clip(0, max(num_ticks - 1, 0))]
 
 
-def pack_size(num_frames: int, packing: int | None) -> int:
+def pack_size(num_frames: int, packing: int) -> int:
     """Frames per pack: as asked, or as few as keep the number of packs within `MAX_GROUPS`, at most `MAX_PACKING`."""
     return packing or min(math.ceil(num_frames / MAX_GROUPS), MAX_PACKING)
 

@@ -48,8 +48,6 @@ class Layout(Protocol):
     @property
     def minimum_frames(self) -> int: ...
     @property
-    def video_options(self) -> Mapping[str, Any]: ...
-    @property
     def shares_prefix(self) -> Callable[[Any, Tensor], bool]: ...
     def inspect(self, config: ModelConfig) -> LVLMInfo: ...
 
@@ -143,7 +141,9 @@ class NativeLVLM:
         shown = {}
         for kind in self._recipe.media:
             clips = [media.required(getattr(items[row], kind), items[row].item_id, kind) for row in rows]
-            processed = media.process(self._family, self._processor, kind, clips)
+            processed = media.process(
+                self._processor, kind, clips, self._recipe.video_options, self._family.minimum_frames
+            )
             shown[kind] = Media(
                 {key: self._on_host(key, value) for key, value in processed.inputs.items()}, processed.texts
             )

@@ -49,6 +49,7 @@ class PortedFamily:
             compute_dtype=config.dtype,
             num_layers={"llm": text.num_hidden_layers, "vision": vision.num_hidden_layers},
             width={"llm": text.hidden_size, "vision": vision.hidden_size},
+            video_options=dict(self.video_options),
         )
 
     def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:

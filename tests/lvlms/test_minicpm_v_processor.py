@@ -13,7 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from lvlmrec.errors import ConfigError
+from lvlmrec.features import recipe as recipes
+from lvlmrec.features.recipe import Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig, minicpm_v, torchvision_shim
+from lvlmrec.lvlms.protocol import Item
 
 torchvision_shim.ensure_importable()
 
@@ -97,7 +101,7 @@ def test_times_are_the_nearest_tenth_of_a_second(fps, total) -> None:
 
 @pytest.mark.parametrize(("frames", "packing"), [(1, 1), (16, 1), (180, 1), (181, 2), (360, 2), (361, 3), (540, 3)])
 def test_many_frames_are_packed(frames, packing) -> None:
-    assert processor_file.pack_size(frames, None) == packing
+    assert processor_file.pack_size(frames, 0) == packing
     assert processor_file.pack_size(frames, 6) == 6
 
 
@@ -171,3 +175,26 @@ def test_prompts_are_the_published_ones(tiny_models) -> None:
         "<|im_start|>user\n(<image>./</image>)\nWhat?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
     assert new.apply_chat_template(conversation, add_generation_prompt=False).endswith("What?<|im_end|>\n")
+
+
+def test_packing_is_part_of_the_recipe_and_changes_the_features(tiny_models, make_clip) -> None:
+    family, clip = LVLMS["minicpm_v_4_5"], make_clip(60, 90, num_frames=6)
+    config = dataclasses.replace(
+        LVLMConfig(), name="minicpm_v_4_5", model=str(tiny_models["minicpm_v_4_5"]), device="cpu"
+    )
+    info = family.inspect(config)
+    found = {}
+    for packing in (0, 3):
+        wanted = RecipeConfig(taps=["llm.-1"], video_options={"packing": packing})
+        recipe = recipes.resolve(wanted, info)
+        assert recipe.video_options == {"max_slice_nums": 1, "packing": packing}
+        assert Recipe.from_json(recipe.to_json()) == recipe
+        model = family.load(config, recipe)
+        (found[recipe.fingerprint],) = model.extract(model.prepare([Item("a", clip)])).values()
+    assert len(found) == 2
+    first, second = found.values()
+    assert not torch.allclose(first, second, atol=1e-3)
+    with pytest.raises(
+        ConfigError, match=r"recipe\.video_options\.fps=2: not an option of minicpm_v_4_5; choices: max_"
+    ):
+        recipes.resolve(RecipeConfig(video_options={"fps": 2}), info)
