@@ -1,7 +1,8 @@
 """What packets say of their pictures without decoding: where decoding can begin, what can be left out.
 
-H.264 and HEVC here, AV1 in `av1`. Key frame flags of containers are not enough. They also mark H.264 recovery points, from which decoding is only
-nearly right, and HEVC pictures "not used for reference" may still be used by higher temporal layers.
+H.264 and HEVC are read here, AV1 in `av1`. Key frame flags of containers are not enough. They also mark H.264 recovery
+points, from which decoding is only nearly right, and HEVC pictures "not used for reference" may still be used by higher
+temporal layers.
 
 Source: ITU-T H.264 (08/2021) 7.3.1, 7.4.1; H.265 (08/2021) 7.3.1, 7.4.2.2; ISO/IEC 14496-15 for length prefixes.
 """
