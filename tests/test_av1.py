@@ -92,11 +92,8 @@ def test_every_frame_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan
         np.testing.assert_array_equal(sample_clip(path, 1, 64).frames[0], every[k])
 
 
-@pytest.mark.parametrize("parameters", ["pred-struct=1:sframe-dist=5:sframe-mode=1"])
-def test_what_is_not_understood_is_decoded_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: str
-) -> None:
-    path = write_av1(tmp_path / "v.mp4", gop=40, options=svt(parameters))
+def test_s_frames_are_not_understood_and_everything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_av1(tmp_path / "v.mp4", gop=40, options=svt("pred-struct=1:sframe-dist=5:sframe-mode=1"))
     monkeypatch.setattr(video, "decode_plan", lambda *_: pytest.fail("was planned"))
     every, _ = decode_all(path, 7)
     np.testing.assert_array_equal(sample_clip(path, 7, 64).frames, every)
@@ -152,10 +149,11 @@ def pictures_despite_faults(path: Path) -> dict[int, np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_damaged_headers_never_make_other_pictures(tmp_path: Path, seed: int) -> None:
-    rng = random.Random(seed)  # noqa: S311 (no secret)
+    rng = random.Random(seed)
     options = svt("film-grain=30:scm=1") if seed == 1 else SVT
     path = write_av1(tmp_path / "v.mp4", gop=12, num_frames=20, options=options)
     data = path.read_bytes()
+    intact, _ = decode_all(path, 20)
     places = []
     for packet in packets_of(path):
         if len(packet) > 8:  # found by its bytes
@@ -164,7 +162,7 @@ def test_damaged_headers_never_make_other_pictures(tmp_path: Path, seed: int) ->
                 at + k for _, begin, payload, end in units_of(packet) for k in range(begin, min(end, payload + 14))
             ]
     outcomes = {"error": 0, "clip": 0}
-    for _ in range(40):
+    for _ in range(30):
         damaged = bytearray(data)
         damaged[rng.choice(places)] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
@@ -176,5 +174,7 @@ def test_damaged_headers_never_make_other_pictures(tmp_path: Path, seed: int) ->
         outcomes["clip"] += 1
         expected = pictures_despite_faults(path)
         for index, frame in zip(clip.frame_indices.tolist(), clip.frames, strict=True):
-            np.testing.assert_array_equal(frame, expected[index])
+            # the decoder drops the rest of a packet behind a fault, though it may be in a frame that is not needed
+            same = index in expected and np.array_equal(frame, expected[index])
+            assert same or (len(expected) < 20 and np.array_equal(frame, intact[index]))
     assert all(outcomes.values()), outcomes
