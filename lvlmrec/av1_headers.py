@@ -76,18 +76,7 @@ def sequence_header(data: bytes) -> Sequence:
     bits.read(3)  # profile
     if bits.read(2):  # still_picture, reduced_still_picture_header
         raise NotUnderstood
-    has_model = equal_intervals = False
-    delay_bits = removal_bits = presentation_bits = 0
-    if bits.read(1):  # timing_info
-        bits.read(64)
-        equal_intervals = bool(bits.read(1))
-        if equal_intervals:
-            _skip_uvlc(bits)
-        has_model = bool(bits.read(1))
-        if has_model:
-            delay_bits = bits.read(5) + 1
-            bits.read(32)
-            removal_bits, presentation_bits = bits.read(5) + 1, bits.read(5) + 1
+    has_model, delay_bits, removal_bits, presentation_bits = _timing(bits)
     has_display_delay = bits.read(1)
     if bits.read(5 + 12):  # one operating point, of all layers
         raise NotUnderstood
@@ -113,12 +102,28 @@ def sequence_header(data: bytes) -> Sequence:
         integer_mv = bits.read(1)
     return Sequence(
         has_decoder_model=has_model,
-        presentation_time_bits=0 if equal_intervals else presentation_bits,
+        presentation_time_bits=presentation_bits,
         removal_time_bits=removal_bits,
         screen_content_tools=screen_content_tools,
         integer_mv=integer_mv,
         order_hint_bits=bits.read(3) + 1,
     )
+
+
+def _timing(bits: _Bits) -> tuple[bool, int, int, int]:
+    """timing_info, 5.5.3, and decoder_model_info, 5.5.4: is there a model; bits of its delays, removal, presentation."""
+    if not bits.read(1):
+        return False, 0, 0, 0
+    bits.read(64)
+    equal_intervals = bits.read(1)
+    if equal_intervals:
+        _skip_uvlc(bits)
+    if not bits.read(1):
+        return False, 0, 0, 0
+    delay_bits = bits.read(5) + 1
+    bits.read(32)
+    removal_bits, presentation_bits = bits.read(5) + 1, bits.read(5) + 1
+    return True, delay_bits, removal_bits, 0 if equal_intervals else presentation_bits
 
 
 def _skip_uvlc(bits: _Bits) -> None:
