@@ -111,7 +111,7 @@ def sequence_header(data: bytes) -> Sequence:
 
 
 def _timing(bits: _Bits) -> tuple[bool, int, int, int]:
-    """timing_info, 5.5.3, and decoder_model_info, 5.5.4: is there a model; bits of its delays, removal, presentation."""
+    """timing_info, 5.5.3, and decoder_model_info, 5.5.4: is there a model; bits of delays, removal, presentation."""
     if not bits.read(1):
         return False, 0, 0, 0
     bits.read(64)
