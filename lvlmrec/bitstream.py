@@ -1,7 +1,8 @@
-"""What H.264 and HEVC packets say of their pictures without decoding: where decoding can begin, what can be left out.
+"""What packets say of their pictures without decoding: where decoding can begin, what can be left out.
 
-Key frame flags of containers are not enough. They also mark H.264 recovery points, from which decoding is only
-nearly right, and HEVC pictures "not used for reference" may still be used by higher temporal layers.
+H.264 and HEVC are read here, AV1 in `av1`. Key frame flags of containers are not enough. They also mark H.264 recovery
+points, from which decoding is only nearly right, and HEVC pictures "not used for reference" may still be used by higher
+temporal layers.
 
 Source: ITU-T H.264 (08/2021) 7.3.1, 7.4.1; H.265 (08/2021) 7.3.1, 7.4.2.2; ISO/IEC 14496-15 for length prefixes.
 """
@@ -12,6 +13,8 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+
+from lvlmrec.av1 import CodedFrame, Fed, FrameReader, packets_to_decode
 
 H264_SLICE, H264_IDR = 1, 5
 H264_PARAMETERS = frozenset({7, 8})
@@ -29,13 +32,15 @@ class Picture:
     is_start        decoding can begin here, and is exact for this picture and all that follow it in display order
     is_droppable    no picture of the same or a lower temporal layer refers to it
     has_parameters  parameter sets travel with it
-    temporal_id     its temporal layer; 0 in H.264
+    temporal_id     its temporal layer; 0 in H.264 and AV1
+    frames          AV1 only: what is coded in the packet, and what that refers to
     """
 
     is_start: bool
     is_droppable: bool
     has_parameters: bool
     temporal_id: int
+    frames: tuple[CodedFrame, ...] = ()
 
 
 PictureReader = Callable[[bytes], Picture | None]
@@ -44,10 +49,14 @@ PictureReader = Callable[[bytes], Picture | None]
 def picture_reader(codec: str, extradata: bytes | None) -> PictureReader | None:
     """A function from a packet's bytes to its picture, None where FFmpeg's `codec` is not understood here.
 
-    `extradata` is the configuration record of MP4 and Matroska, whose units carry their length. The function
+    `extradata` is the configuration record of MP4 and Matroska, whose units carry their length (H.264, HEVC); the
+    decoder of AV1 heeds the sequence headers in packets only. The function is to be given all packets in order. It
     returns None for a packet that does not hold exactly one whole picture, or holds anything else than pictures,
     parameter sets, delimiters, filler and messages.
     """
+    if codec == "libdav1d":
+        read = FrameReader()
+        return lambda data: _av1_picture(read(data))
     parse = {"h264": _h264_picture, "hevc": _hevc_picture}.get(codec)
     if parse is None:
         return None
@@ -69,6 +78,8 @@ def trusted_pictures(pts: list[int | None], pictures: list[Picture | None], reor
         return None
     if not known[0].is_start or times[0] > min(times):
         return None  # decoders drop pictures whose references came before the beginning
+    if known[0].frames:
+        reorder_depth = 0  # AV1 shows frames in the order of packets
     if any(p.has_parameters and not p.is_start for p in known):
         return None  # parameter sets in a packet that might be skipped
     with_parameters = any(p.has_parameters for p in known)
@@ -88,18 +99,21 @@ def trusted_pictures(pts: list[int | None], pictures: list[Picture | None], reor
     ]
 
 
-def decode_plan(pts: list[int | None], pictures: list[Picture], wanted: list[int]) -> tuple[list[bool], frozenset[int]]:
-    """Which packets to decode (bool per packet) and before which of them to begin anew.
+def decode_plan(pts: list[int | None], pictures: list[Picture], wanted: list[int]) -> tuple[list[Fed], frozenset[int]]:
+    """Which packets to decode, or which part of them, and before which of them to begin anew.
 
     A wanted picture that precedes a start in display order, though it follows in decode order, refers to pictures
     before that start: its decoding begins one start earlier.
     """
+    if pictures[0].frames:
+        return packets_to_decode([picture.frames for picture in pictures], wanted), frozenset()
     starts = [k for k, picture in enumerate(pictures) if picture.is_start]
     spans = []
     for target in wanted:
         usable = (k for k in reversed(starts) if k <= target and (pts[k] or 0) <= (pts[target] or 0))
         spans.append((next(usable, 0), target))
-    feed, restarts, end = [False] * len(pts), set(), -1
+    feed: list[Fed] = [False] * len(pts)
+    restarts, end = set(), -1
     for begin, target in sorted(spans):
         if begin > end + 1:
             restarts.add(begin)
@@ -109,6 +123,13 @@ def decode_plan(pts: list[int | None], pictures: list[Picture], wanted: list[int
     for target in wanted:
         feed[target] = True
     return feed, frozenset(restarts)
+
+
+def _av1_picture(frames: tuple[CodedFrame, ...] | None) -> Picture | None:
+    if frames is None:
+        return None
+    is_key = frames[0].is_key
+    return Picture(is_start=is_key, is_droppable=False, has_parameters=is_key, temporal_id=0, frames=frames)
 
 
 def _length_prefixed_heads(data: bytes, length_size: int) -> list[bytes]:

@@ -30,6 +30,7 @@ from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from lvlmrec.av1 import Fed, part_of
 from lvlmrec.bitstream import Picture, PictureReader, decode_plan, picture_reader, trusted_pictures
 
 DEFAULT_FPS = 25.0  # where neither timestamps nor the container say
@@ -333,7 +334,7 @@ def _clip(rendered: dict[int, np.ndarray], indices: np.ndarray, times: np.ndarra
 def decode_frames(
     container: InputContainer,
     stream: VideoStream,
-    feed: Sequence[bool] | None = None,
+    feed: Sequence[Fed] | None = None,
     restarts: frozenset[int] = frozenset(),
 ) -> Iterator[VideoFrame]:
     """Frames in output order, of the packets that `feed` names (all without it), begun anew before `restarts`.
@@ -350,8 +351,8 @@ def decode_frames(
             if k in restarts:
                 yield from context.decode(None)
                 context.flush_buffers()
-            if feed is None or feed[k]:
-                yield from context.decode(packet)
+            if fed := feed[k] if feed is not None else True:
+                yield from context.decode(part_of(packet, fed))
     with faults_named("decode"):
         yield from context.decode(None)
 

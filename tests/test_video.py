@@ -73,7 +73,6 @@ EVERYTHING = {
     "interlaced": ("v.mp4", "libx264", X264 | {"x264-params": "tff=1:interlaced=1"}),
     "vp9 hidden frames": ("v.webm", "libvpx-vp9", {"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "8"}),
     "vp8 hidden frames": ("v.webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "16"}),
-    "av1": ("v.mp4", "libsvtav1", {"preset": "12"}),
     "mpeg4 in avi": ("v.avi", "mpeg4", {"bf": "2"}),
     "transport stream": ("v.ts", "libx264", X264),
     "elementary stream": ("v.h264", "libx264", X264),
