@@ -31,7 +31,20 @@ RECOMMENDING = {
     "experiment",
     "checkpoint",
 }
-GROUND = {"config", "columns", "errors", "storage", "tracking", "video", "motion", "taps", "bitstream", "job"}
+GROUND = {
+    "config",
+    "columns",
+    "errors",
+    "storage",
+    "tracking",
+    "video",
+    "motion",
+    "taps",
+    "bitstream",
+    "av1",
+    "av1_headers",
+    "job",
+}
 # room -> what of the project it may import
 ALLOWED = {
     "models": {"models", "config", "taps", "errors"},
