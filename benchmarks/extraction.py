@@ -206,7 +206,7 @@ def make_clip() -> Clip:
 
 
 def peak_in_a_child(name: str, model: str) -> dict[str, int]:
-    command = [sys.executable, "-m", "benchmarks.extraction", "--peak", name, model]
+    command = [sys.executable, __file__, "--peak", name, model]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return dict(json.loads(output.splitlines()[-1]))
 
