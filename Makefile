@@ -28,7 +28,7 @@ test: setup
 	$(BIN)/python -m pytest -m "slow or gpu"
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not family"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not thorough"
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -51,7 +51,7 @@ def worker(rank: int, folder: Path, cases: dict[str, Experiment]) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_any_number_of_workers_gives_the_same_result(world: Path, tmp_path: Path) -> None:
     cases = {
         name: experiment.prepare(train_config(world, tmp_path, **values))

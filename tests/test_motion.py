@@ -248,7 +248,7 @@ def test_a_video_of_years_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (caught.value.stage, caught.value.error) == ("encode", "too_long")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.data
 def test_a_real_video(real_data: Path) -> None:
     path = real_data / "microlens_videos" / "1002.mp4"

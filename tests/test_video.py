@@ -349,7 +349,7 @@ MIRRORED = "fate__video__hevc__hdr10tags-both.mkv"
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_every_real_clip_equals_decoding_everything_or_has_a_named_fault(real_data: Path) -> None:
     with (real_data / "videos" / "INDEX.csv").open() as file:

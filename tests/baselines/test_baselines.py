@@ -97,7 +97,7 @@ def microlens(real_data):
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "hit_rate", "ndcg"),
     [("popularity", 0.0028, 0.0015), ("markov", 0.0425, 0.0264), ("item_knn", 0.039, 0.0193)],

@@ -203,7 +203,7 @@ def test_every_value_of_every_factor_shows() -> None:
         assert len(shown) == len(values)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_default_world(tmp_path: Path) -> None:
     micro_world.make(tmp_path, MicroWorldConfig())
     sizes = [file.stat().st_size for file in (tmp_path / "videos").iterdir()]

@@ -250,7 +250,7 @@ def test_motion_comes_from_the_same_child(decoder: IsolatedDecoder, tmp_path: Pa
     assert len(decoder.motion_clips(path, 1, timeout_s=60).starts) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_stream_that_outgrows_memory_goes_to_a_file(decoder: IsolatedDecoder, tmp_path: Path) -> None:
     """Noise takes all the bits there are: more than `motion.STREAM_MEMORY_BYTES` of them."""
     path = tmp_path / "noise.mp4"

@@ -215,7 +215,7 @@ def test_another_encoder_than_the_recipes_stops_the_run(tmp_path: Path) -> None:
         next(stages.decode(rows, other, DecodeConfig()))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.data
 def test_a_real_video_gives_three_clips(real_data: Path) -> None:
     rows = pa.table({"item_id": ["1002"], "uri": [str(real_data / "microlens_videos" / "1002.mp4")]})

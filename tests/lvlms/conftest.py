@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")  # type: ignore[attr-defined]
         if family in LVLM_FAMILIES and family not in QUICK:
-            item.add_marker(pytest.mark.family)
+            item.add_marker(pytest.mark.thorough)
 
 
 TITLES = ("A cat plays the piano", "How to fold a shirt in two seconds, explained slowly for beginners", "surf")

@@ -18,7 +18,7 @@ from lvlmrec.lvlms.family import NativeFamily
 from lvlmrec.lvlms.protocol import Item, LVLMFamily
 from lvlmrec.video import Clip
 
-pytestmark = pytest.mark.family
+pytestmark = pytest.mark.thorough
 
 NATIVE = sorted(name for name, family in LVLMS.items() if isinstance(family, NativeFamily))
 STRANGER = AutoFamily({})  # it has no family to choose from, and looks at every model

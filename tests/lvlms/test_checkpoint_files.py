@@ -22,7 +22,7 @@ from lvlmrec.lvlms.minicpm_v_model import MiniCPMV, build_config  # noqa: E402
 LAYERS, HEAD = "llm.model.layers", r"llm\.lm_head\."
 
 
-pytestmark = pytest.mark.family
+pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from lvlmrec.lvlms import gemma4
 from tests.lvlms import test_contract as contract
 from tests.lvlms import test_prompts as prompts
 
-pytestmark = pytest.mark.family
+pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")

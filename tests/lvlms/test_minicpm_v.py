@@ -23,7 +23,7 @@ torchvision_shim.ensure_importable()
 from lvlmrec.lvlms import minicpm_v_model as model_file  # noqa: E402
 from tests.lvlms.test_minicpm_v_processor import process, tiny_processor  # noqa: E402
 
-pytestmark = pytest.mark.family
+pytestmark = pytest.mark.thorough
 
 VERSIONS = ("2.6", "4.5")
 PUBLISHED: dict[str, dict[str, Any]] = {

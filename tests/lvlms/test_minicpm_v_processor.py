@@ -23,7 +23,7 @@ torchvision_shim.ensure_importable()
 
 from lvlmrec.lvlms import minicpm_v_processor as processor_file  # noqa: E402
 
-pytestmark = pytest.mark.family
+pytestmark = pytest.mark.thorough
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from lvlmrec.lvlms import phi_3_5_vision_model as model_file  # noqa: E402
 from lvlmrec.lvlms import phi_3_5_vision_processor as processor_file  # noqa: E402
 from tests.lvlms import phi_3_5_vision_reference as plain  # noqa: E402
 
-pytestmark = pytest.mark.family
+pytestmark = pytest.mark.thorough
 
 FAMILY = "phi_3_5_vision"
 PUBLISHED: dict[str, Any] = {

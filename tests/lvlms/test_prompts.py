@@ -240,7 +240,7 @@ def test_recipes_that_cannot_be(tiny_models, family, prompt, poolings, message) 
         recipes.resolve(wanted, LVLMS[family].inspect(config))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_compiled_layer_gives_the_same_up_to_the_last_bits(tiny_models, items, family) -> None:
     if family != "qwen2_vl":
         pytest.skip("compiling takes a minute: one family, with multimodal positions, stands for all")

@@ -126,7 +126,7 @@ def test_flash_attention_is_refused_where_it_is_missing(copied) -> None:
         load(make_config(copied, attention="flash_attention_2"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_hub_ids_without_network(copied, tmp_path) -> None:
     """A cached hub id resolves to its commit; an unknown one is the configuration's fault."""
     repository = tmp_path / "hub" / "models--acme--tiny"

@@ -23,7 +23,7 @@ print(len(torchvision_shim._declared))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_operators_are_declared_exactly_where_the_plain_import_fails() -> None:
     lines = run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True).stdout.splitlines()
     missing, resized, declared = lines

@@ -31,7 +31,7 @@ from lvlmrec.motion import ENCODER, MotionClips, motion_clips, normalise_keyfram
 from tests.lvlms.video_lavit_stand_in import LAYERS, REQUIRED, WIDTH, write_code, write_weights
 from tests.videos import write_video
 
-pytestmark = pytest.mark.family
+pytestmark = pytest.mark.thorough
 
 FAMILY = LVLMS["video_lavit"]
 PROMPTS = {"describe": Prompt("Describe this video."), "title": Prompt("It is called {title}. What is shown?")}
