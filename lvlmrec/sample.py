@@ -27,9 +27,9 @@ def ensure(workspace: str, *uris: str) -> None:
 
     Warns when a model of the sample is given something else to look at.
     """
-    root = Path(storage.absolute(workspace), "sample") if not storage.is_remote(workspace) else None
-    if root is None:
+    if storage.is_remote(workspace):
         return
+    root = Path(storage.absolute(workspace), "sample")
     paths = [Path(storage.absolute(uri)) for uri in uris if uri and not storage.is_remote(uri)]
     inside = [path for path in paths if path.is_relative_to(root)]
     if any(path.parent == root / "models" for path in inside) and len(inside) < len(uris):

@@ -136,7 +136,7 @@ def test_no_password_is_logged(tracking_uri: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["sqlite:////home/ann/mlflow.db", "s3://bucket/a@b:c", "http://host:5000/x", "llm.0: what is it @ 3:00?"]
+    "text", ["sqlite:////srv/mlflow.db", "s3://bucket/a@b:c", "http://host:5000/x", "llm.0: what is it @ 3:00?"]
 )
 def test_what_is_no_password_stays(text: str) -> None:
     assert tracking.masked(text) == text

@@ -42,7 +42,7 @@ def columns_for(recipe: Recipe) -> list[str]:
 def texts_from(source: str) -> str:
     """The fingerprint of the feature set at `source`, whose generated texts are the manifest; empty for another."""
     source = storage.absolute(source)
-    return store.read(source).recipe.fingerprint if _is_feature_set(source) else ""
+    return store.read_recipe(source).fingerprint if _is_feature_set(source) else ""
 
 
 def read_manifest(source: str, columns: Sequence[str] = (URI,)) -> tuple[pa.Table, dict[str, int]]:

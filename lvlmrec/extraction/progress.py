@@ -57,12 +57,11 @@ class Tally:
         """Seconds and busy share of each stage, and the one that set the pace."""
         shares = {stage: self.busy(stage, seconds) for stage in self.workers}
         slowest = max(shares, key=lambda stage: shares[stage])
+        told = {name.removesuffix("_seconds"): {"seconds": round(spent, 3)} for name, spent in self.seconds.items()}
+        for stage, share in shares.items():
+            told[stage]["busy"] = round(share, 4)
         return {
-            "stages": {
-                name.removesuffix("_seconds"): {"seconds": round(spent, 3)}
-                | ({"busy": round(shares[stage], 4)} if (stage := name.removesuffix("_seconds")) in shares else {})
-                for name, spent in self.seconds.items()
-            },
+            "stages": told,
             "slowest_stage": f"{slowest}: {shares[slowest]:.0%} busy with {self.workers[slowest]}; {REMEDY[slowest]}",
         }
 

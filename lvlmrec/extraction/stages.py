@@ -150,7 +150,7 @@ class Extractor:
         tables = [self._features(decoded, spent)] if len(decoded) else []
         table = pa.concat_tables([_extracted(self.recipe).empty_table(), *tables, failed], promote_options="default")
         for name, seconds in spent.items():
-            shares = pa.array([seconds / len(rows)] * len(table))
+            shares = pa.array([seconds / max(len(rows), 1)] * len(table), pa.float64())
             table = table.set_column(table.column_names.index(name), name, shares)
         return table
 

@@ -194,14 +194,11 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `Recipe.from_json` reads them back."""
-        tree = asdict(self) | {
+        return asdict(self) | {
             "taps": [str(tap) for tap in self.taps],
             "poolings": list(self.poolings),
             "format": FORMAT,
         }
-        if self.video_form == FRAMES:  # feature sets of frames keep the fingerprints they had before there was motion
-            del tree["video_form"], tree["video_encoder"]
-        return tree
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Recipe:

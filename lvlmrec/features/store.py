@@ -104,14 +104,20 @@ def find(uri: str) -> str:
 def read(uri: str) -> FeatureSet:
     """Open a committed feature set. Raises `InputError` when there is none."""
     uri = find(uri)
+    recipe = read_recipe(uri)
     try:
-        content = json.loads(storage.read_bytes(storage.join(uri, RECIPE)))
         index = storage.read_table(storage.join(uri, INDEX)).to_pandas()
     except FileNotFoundError as error:
         raise InputError(
             f"features {uri!r}: not committed: no {INDEX}; run the extraction again to finish it"
         ) from error
-    return FeatureSet(uri, Recipe.from_json(_without_records(content)), index)
+    return FeatureSet(uri, recipe, index)
+
+
+def read_recipe(uri: str) -> Recipe:
+    """What the features at `uri` are, committed or not."""
+    content = json.loads(storage.read_bytes(storage.join(uri, RECIPE)))
+    return Recipe.from_json({key: value for key, value in content.items() if key not in ("fingerprint", "versions")})
 
 
 def schema(recipe: Recipe) -> pa.Schema:
@@ -247,7 +253,3 @@ def _stored_dtype(recipe: Recipe, name: FeatureName) -> str:
 
 def _numpy_dtype(dtype: str) -> np.dtype:
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
-
-
-def _without_records(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key not in ("fingerprint", "versions")}

@@ -43,8 +43,7 @@ class AutoFamily:
 
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is; says on stderr how it is served. Raises `ConfigError` with the reason if it cannot be."""
-        family = self._find(config)
-        info = family.inspect(replace(config, name=family.name))
+        family, info = self._find(config)
         towers = ", ".join(f"{tower} {count} x {info.width[tower]}" for tower, count in info.num_layers.items())
         how = "served as such" if family.name in self.named else "the generic adapter, not verified for it"
         print(f"lvlm.name=auto: {config.model} is {family.name}: {towers}; {how}", file=sys.stderr)
@@ -52,21 +51,21 @@ class AutoFamily:
 
     def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
         """The model, by the family that was found. Raises `ConfigError`."""
-        family = self._find(config)
+        family, _ = self._find(config)
         return family.load(replace(config, name=family.name), recipe)
 
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny LLaVA-OneVision."""
         self.named["llava_onevision"].write_tiny(directory, seed)
 
-    def _find(self, config: ModelConfig) -> LVLMFamily:
+    def _find(self, config: ModelConfig) -> tuple[LVLMFamily, LVLMInfo]:
         for family in self.named.values():
             try:
-                family.inspect(replace(config, name=family.name))
+                return family, family.inspect(replace(config, name=family.name))
             except ConfigError:  # it reads models of another type
                 continue
-            return family
-        return look_at(config, source.read_any_config(config, "a model that transformers holds"))
+        found = look_at(config, source.read_any_config(config, "a model that transformers holds"))
+        return found, found.inspect(replace(config, name=found.name))
 
 
 def look_at(config: ModelConfig, model_config: Any) -> Found:

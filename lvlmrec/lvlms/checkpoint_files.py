@@ -8,11 +8,11 @@ the rest.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.lvlms import source
+from lvlmrec.lvlms import loading, source
 from lvlmrec.lvlms.protocol import ModelConfig
 
 
@@ -30,38 +30,25 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_weights(
-    model_class: Any,
-    model_config: Any,
-    config: ModelConfig,
-    layers: str,
-    left_out: Sequence[str] = (),
-    key_mapping: Mapping[str, str] | None = None,
+    model_class: Any, model_config: Any, config: ModelConfig, layers: str, left_out: Sequence[str] = ()
 ) -> Any:
     """A `model_class` (a `PreTrainedModel`) made of `model_config`, with the published weights of `config.model`.
 
     `layers` is the name of the decoder's layer list: layers that `model_config` does not have are not read. Tensors
-    whose name matches one of the regular expressions `left_out` from its start are not read either. `key_mapping`
-    (regular expression -> replacement) turns published names into those of the model.
+    whose name matches one of the regular expressions `left_out` from its start are not read either.
     Raises `ConfigError` when a tensor is missing, unknown or of another shape, naming the first.
     """
-    from safetensors import SafetensorError
-
-    try:
-        with source.quiet():
-            model, report = model_class.from_pretrained(
-                config.model,
-                revision=source.resolve_revision(config),
-                config=model_config,
-                dtype=config.dtype,
-                attn_implementation=config.attention,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                key_mapping=dict(key_mapping) if key_mapping else None,
-            )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        where = f"lvlm.model: {config.model!r} with lvlm.attention={config.attention}"
-        raise ConfigError(f"{where}: {source.one_line(error)}") from error
+    with loading.reading(config):
+        model, report = model_class.from_pretrained(
+            config.model,
+            revision=source.resolve_revision(config),
+            config=model_config,
+            dtype=config.dtype,
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
     num_layers = model_config.get_text_config().num_hidden_layers
     unknown = [name for name in report["unexpected_keys"] if not _is_left_out(name, layers, num_layers, left_out)]
     mismatched = [f"{name} {list(theirs)} instead of {list(ours)}" for name, theirs, ours in report["mismatched_keys"]]

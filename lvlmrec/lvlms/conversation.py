@@ -47,6 +47,19 @@ def render(processor: Any, name: str, prompt: Prompt) -> str:
     return _apply(processor, ["\n".join(in_order(token, prompt.text))])
 
 
+def joined_messages(conversation: Sequence[Mapping[str, Any]], placeholder: str) -> list[dict[str, str]]:
+    """Messages as one text each, their parts on lines of their own and `placeholder` for what is no text."""
+    return [
+        {
+            "role": message["role"],
+            "content": "\n".join(
+                part["text"] if part["type"] == "text" else placeholder for part in message["content"]
+            ),
+        }
+        for message in conversation
+    ]
+
+
 def fill(text: str, prompt: Prompt, fields: Mapping[str, str], special_tokens: Sequence[str]) -> str:
     """The rendered text with an item's own words in it. A model's special tokens among them become spaces."""
 

@@ -59,15 +59,7 @@ class NativeFamily:
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
         model_config = source.read_model_config(config, self.name)
-        text, vision = model_config.get_text_config(), model_config.vision_config
-        return LVLMInfo(
-            family=self.name,
-            identity=source.identity(config),
-            compute_dtype=config.dtype,
-            num_layers={"llm": text.num_hidden_layers, "vision": vision.num_hidden_layers},
-            width={"llm": text.hidden_size, "vision": getattr(vision, self.vision_width)},
-            video_options=dict(self.video_options),
-        )
+        return describe(self.name, config, model_config, self.video_options, self.vision_width)
 
     def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
@@ -81,6 +73,25 @@ class NativeFamily:
 
         torchvision_shim.ensure_importable()
         tiny.write(*self.tiny(), directory, seed)
+
+
+def describe(
+    family: str,
+    config: ModelConfig,
+    model_config: Any,
+    video_options: Mapping[str, Any],
+    vision_width: str = "hidden_size",
+) -> LVLMInfo:
+    """What `model_config` says of a model of `family`; `vision_width` is its key for the width of the tower."""
+    text, vision = model_config.get_text_config(), model_config.vision_config
+    return LVLMInfo(
+        family=family,
+        identity=source.identity(config),
+        compute_dtype=config.dtype,
+        num_layers={"llm": text.num_hidden_layers, "vision": vision.num_hidden_layers},
+        width={"llm": text.hidden_size, "vision": getattr(vision, vision_width)},
+        video_options=dict(video_options),
+    )
 
 
 def patches_of_frames(hidden: Tensor, inputs: Mapping[str, Any], num_clips: int) -> Sequence[Tensor]:

@@ -35,7 +35,7 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    ends, vocabulary = end_ids(model, tokenizer), tokenizer.get_vocab()
+    ends, vocabulary = _end_ids(model, tokenizer), tokenizer.get_vocab()
     config = GenerationConfig(
         max_new_tokens=prompt.max_new_tokens,
         min_new_tokens=1,
@@ -51,7 +51,7 @@ def generate(
     return _read(ids_BS[:, inputs["input_ids"].shape[1] :].tolist(), tokenizer, prompt, [*ends, config.pad_token_id])
 
 
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     """The ids that end an answer, the tokenizer's own first."""
     given = model.generation_config.eos_token_id
     given = given if isinstance(given, list) else [given]
@@ -75,15 +75,16 @@ class _Sampler:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits_BV = scores.float() / self.temperature
-        ordered_BV, order_BV = logits_BV.softmax(dim=-1).sort(dim=-1, descending=True)
-        # a token stays while those likelier than it are less than top_p together
-        dropped_BV = (ordered_BV.cumsum(dim=-1) - ordered_BV >= self.top_p) & (self.top_p < 1)
-        dropped_BV = torch.zeros_like(dropped_BV).scatter(1, order_BV, dropped_BV)
+        if self.top_p < 1:
+            ordered_BV, order_BV = logits_BV.softmax(dim=-1).sort(dim=-1, descending=True)
+            # a token stays while those likelier than it are less than top_p together
+            dropped_BV = ordered_BV.cumsum(dim=-1) - ordered_BV >= self.top_p
+            logits_BV = logits_BV.masked_fill(torch.empty_like(dropped_BV).scatter(1, order_BV, dropped_BV), -torch.inf)
         uniform_BV = torch.stack(
             [torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self.generators]
         )
         gumbel_BV = -torch.log(-torch.log(uniform_BV.clamp_min(1e-300)))
-        return logits_BV.masked_fill(dropped_BV, -torch.inf) + gumbel_BV.to(logits_BV)
+        return logits_BV + gumbel_BV.to(logits_BV)
 
 
 def _read(rows: Sequence[Sequence[int]], tokenizer: Any, prompt: Prompt, ends: Sequence[int]) -> Answers:

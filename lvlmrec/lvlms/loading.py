@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -14,16 +14,8 @@ from lvlmrec.lvlms import source, torchvision_shim
 from lvlmrec.lvlms.protocol import ModelConfig
 
 
-class Named(Protocol):
-    """A family, as far as loading is concerned."""
-
-    @property
-    def name(self) -> str: ...
-    def inspect(self, config: ModelConfig) -> LVLMInfo: ...
-
-
-def load_model(family: Named, config: ModelConfig, recipe: Recipe) -> Any:
-    """The model of `config`, in eval mode, on its device.
+def load_model(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> Any:
+    """The model of `config`, which `info` describes, in eval mode, on its device.
 
     A model that only reads ends at the recipe's highest tap: the layers above it and the head are never loaded. One
     that answers is whole. Raises `ConfigError`, also when the files are not the recipe's.
@@ -31,9 +23,8 @@ def load_model(family: Named, config: ModelConfig, recipe: Recipe) -> Any:
     torchvision_shim.ensure_importable()
     from transformers import AutoModelForImageTextToText
 
-    info = family.inspect(config)
     check_identity(config, recipe, info)
-    model_config = source.read_model_config(config, family.name)
+    model_config = source.read_model_config(config, info.family)
     cut(model_config.get_text_config(), num_layers_needed(recipe, info))
     device = choose_device(config)
     model = load_weights(AutoModelForImageTextToText, config, model_config, config.attention)
@@ -108,8 +99,8 @@ def reading(config: ModelConfig) -> Iterator[None]:
         with source.quiet():
             yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"lvlm.model: {config.model!r} with lvlm.attention={config.attention}: {reason}") from error
+        where = f"lvlm.model: {config.model!r} with lvlm.attention={config.attention}"
+        raise ConfigError(f"{where}: {source.one_line(error)}") from error
 
 
 def choose_device(config: ModelConfig) -> torch.device:

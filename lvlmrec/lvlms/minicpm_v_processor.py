@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lvlmrec.lvlms.conversation import joined_messages
+
 Size = tuple[int, int]
 
 PLACEHOLDER = "(<image>./</image>)"  # as the authors write a picture into a prompt; here it may be a whole video
@@ -79,10 +81,7 @@ class MiniCPMVProcessor:
 
     def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The conversation as text. Parts of a message stand on lines of their own; no thinking, as the authors ask."""
-        messages = []
-        for message in conversation:
-            parts = [part["text"] if part["type"] == "text" else PLACEHOLDER for part in message["content"]]
-            messages.append({"role": message["role"], "content": "\n".join(parts)})
+        messages = joined_messages(conversation, PLACEHOLDER)
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
         )

@@ -68,9 +68,16 @@ class Batch:
 
 def load(family: Layout, config: ModelConfig, recipe: Recipe) -> NativeLVLM:
     """The model of `config`, ready for `recipe`. Raises `ConfigError`, also when the files are not the recipe's."""
-    model = loading.load_model(family, config, recipe)
-    processor = loading.load_processor(config)
-    lvlm = NativeLVLM(family, model, processor, recipe, family.inspect(config), config.batch_size)
+    info = family.inspect(config)
+    model = loading.load_model(config, recipe, info)
+    return serve(family, config, recipe, info, model, loading.load_processor(config))
+
+
+def serve(
+    family: Layout, config: ModelConfig, recipe: Recipe, info: LVLMInfo, model: Any, processor: Any
+) -> NativeLVLM:
+    """A model and its processor, ready for `recipe`."""
+    lvlm = NativeLVLM(family, model, processor, recipe, info, config.batch_size)
     if config.compile:
         lvlm.hooks.compile()
     return lvlm
@@ -101,13 +108,15 @@ class NativeLVLM:
         """See `protocol.LVLM.prepare`. Videos with different numbers of frames never share a batch."""
         filled = [self._fill(item) for item in items]
 
+        num_frames = [0 if item.video is None else len(item.video.frames) for item in items]
+
         def size(row: int) -> tuple[int, ...]:
-            clips = [clip.frames.shape[:3] for clip in (items[row].video, items[row].cover) if clip is not None]
-            return (*(side for shape in clips for side in shape), sum(map(len, filled[row].values())))
+            clips = [clip.frames.shape[1:3] for clip in (items[row].video, items[row].cover) if clip is not None]
+            return (num_frames[row], *(side for sides in clips for side in sides), sum(map(len, filled[row].values())))
 
         batches: list[list[int]] = []
         for row in sorted(range(len(items)), key=size):
-            if batches and len(batches[-1]) < self._batch_size and size(row)[:1] == size(batches[-1][0])[:1]:
+            if batches and len(batches[-1]) < self._batch_size and num_frames[row] == num_frames[batches[-1][0]]:
                 batches[-1].append(row)
             else:
                 batches.append([row])

@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from lvlmrec.lvlms.conversation import joined_messages
+
 PICTURE = "<|image|>"  # in a prompt it stands for a whole video or a cover, behind the processor for one visual token
 VIDEO_CROPS = 1  # tiles per frame at most; the model card recommends 4 for several pictures,
 COVER_CROPS = 16  # and this for a single one
@@ -82,10 +84,7 @@ class Phi35VisionProcessor:
 
     def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The conversation as text. Parts of a message stand on lines of their own."""
-        messages = []
-        for message in conversation:
-            parts = [part["text"] if part["type"] == "text" else PICTURE for part in message["content"]]
-            messages.append({"role": message["role"], "content": "\n".join(parts)})
+        messages = joined_messages(conversation, PICTURE)
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         return str(text)
 

@@ -14,7 +14,7 @@ from typing import Any
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms import source
-from lvlmrec.lvlms.family import Patches, SharesPrefix, always
+from lvlmrec.lvlms.family import Patches, SharesPrefix, always, describe
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
 
 
@@ -41,16 +41,7 @@ class PortedFamily:
 
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
-        model_config = self._read(config)
-        text, vision = model_config.get_text_config(), model_config.vision_config
-        return LVLMInfo(
-            family=self.name,
-            identity=source.identity(config),
-            compute_dtype=config.dtype,
-            num_layers={"llm": text.num_hidden_layers, "vision": vision.num_hidden_layers},
-            width={"llm": text.hidden_size, "vision": vision.hidden_size},
-            video_options=dict(self.video_options),
-        )
+        return describe(self.name, config, self._read(config), self.video_options)
 
     def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
@@ -62,10 +53,7 @@ class PortedFamily:
         model_config.has_head = bool(recipe.text_names)
         loading.cut(model_config.get_text_config(), loading.num_layers_needed(recipe, info))
         model, processor = self.build(config, model_config)
-        lvlm = native.NativeLVLM(self, model.to(device), processor, recipe, info, config.batch_size)
-        if config.compile:
-            lvlm.hooks.compile()
-        return lvlm
+        return native.serve(self, config, recipe, info, model.to(device), processor)
 
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny random model with the published names and files, the same bytes for the same seed."""

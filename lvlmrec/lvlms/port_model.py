@@ -38,10 +38,6 @@ class PortedModel(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
-    def get_decoder(self) -> Any:
-        """The decoder, without the head."""
-        raise NotImplementedError
-
     def get_input_embeddings(self) -> Any:
         """The embedding of tokens."""
         return self.get_decoder().embed_tokens

@@ -151,6 +151,18 @@ def test_bytes_and_hours_are_those_of_the_recipe() -> None:
     assert "7200 videos, 132 bytes each, 0.00095 GB, about 1.2 hours, limited by forward" in estimate.describe(told)
 
 
+def test_an_estimate_of_broken_videos_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LVLMS, "stand_in", Family())  # type: ignore[misc]
+    rows = []
+    for item_id in ("a", "b"):
+        (tmp_path / item_id).write_bytes(b"no video")
+        rows.append({"item_id": item_id, "uri": str(tmp_path / item_id)})
+    manifest = pa.Table.from_pylist(rows)
+    told = estimate.time_sample(manifest, recipe_of(), DecodeConfig(), LVLMConfig(name="stand_in"), {})
+    assert told["decode"] > 0
+    assert (told["prepare"], told["forward"]) == (0, 0)
+
+
 def test_the_slowest_stage_is_named_with_a_remedy() -> None:
     tally = Tally(4, {"decode": 2, "prepare": 1, "forward": 1}, lambda metrics, step: None)
     rows = [

@@ -109,20 +109,6 @@ def test_a_missing_shard_is_the_users_fault(model_dir) -> None:
         load(model_dir)
 
 
-def test_names_may_be_mapped(model_dir) -> None:
-    weights = load_file(model_dir / "model.safetensors")
-    save_file(
-        {name.replace("resampler.", "model.sampler."): weight for name, weight in weights.items()},
-        model_dir / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    config = config_of(model_dir)
-    model_config = build_config(source.read_config(config, ("minicpmv",), config.name))
-    mapping = {r"^model\.sampler\.": "resampler."}
-    model = checkpoint_files.load_weights(MiniCPMV, model_config, config, LAYERS, [HEAD], mapping)
-    assert torch.equal(model.resampler.proj, weights["resampler.proj"])
-
-
 def test_a_cut_off_file_is_the_users_fault(model_dir) -> None:
     path = model_dir / "model.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -218,6 +218,13 @@ def test_prefixes_are_shared_across_titles(tiny_models, items, family, monkeypat
     assert min(lengths, default=3) > 2
 
 
+def test_titles_of_any_length_share_a_batch(tiny_models, items, family) -> None:
+    model, _ = load(tiny_models[family], 2, 0, ("last_token",), "title_only")
+    titles = ["a", "two words", "how to fold a shirt", "in two seconds, explained slowly, for beginners"]
+    batches = model.prepare([Item(str(k), texts={"title": title}) for k, title in enumerate(titles)])
+    assert len(batches) == 2
+
+
 def test_what_an_item_lacks_is_named(tiny_models, items, family) -> None:
     model, _ = load(tiny_models[family], 4, 0, ("last_token",), "cover_only")
     with pytest.raises(InputError, match="item 'item0' has no cover, and a prompt has input=cover"):
