@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 
 from lvlmrec.errors import InputError
 
+WRITER = "lvlmrec-writer"  # key of an object's metadata
+
 
 @dataclass(frozen=True)
 class StoredFile:
@@ -93,17 +95,35 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
     if is_remote(uri):
         fs.pipe_file(path, bytes(data))
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    with _whole_temporary(Path(path), data) as temporary:
+        temporary.replace(path)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a file where there is none, atomically; whether this call made it. Of many at once exactly one is told so.
+
+    On S3 a conditional put (`If-None-Match: *`); its writer's mark in the object's metadata tells a put whose answer
+    was lost from one that came second. A store that ignores the condition lets two win that come within one round
+    trip; one that refuses it raises `OSError`.
+    """
+    if exists(uri):  # all that protects on a store that ignores the condition
+        return False
+    fs, path = _filesystem(uri)
+    if not is_remote(uri):
+        with _whole_temporary(Path(path), data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+        return True
+    is_s3, writer = "s3" in fs.protocol, uuid.uuid4().hex
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        fs.pipe_file(path, data, mode="create", **({"Metadata": {WRITER: writer}} if is_s3 else {}))
+    except OSError as error:
+        if not isinstance(error, FileExistsError) and _http_status(error) != 412:
+            raise
+        return bool(is_s3 and fs.metadata(path).get(WRITER) == writer)
+    return True
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -148,6 +168,27 @@ def _filesystem(uri: str) -> tuple[Any, str]:
         return cast(tuple[Any, str], fsspec.url_to_fs(absolute(uri), use_listings_cache=False))
     except (ValueError, ImportError) as error:
         raise InputError(f"{uri!r}: no such storage: {error}") from error
+
+
+@contextmanager
+def _whole_temporary(target: Path, data: bytes | memoryview) -> Iterator[Path]:
+    """A hidden file beside `target` with all of `data` on the disk; removed at the end unless renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _http_status(error: BaseException) -> int:
+    """The status of the answer that s3fs turned into `error`, 0 where there was none."""
+    response = getattr(error.__cause__ or error, "response", None) or {}
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _modified(info: dict[str, Any]) -> float:

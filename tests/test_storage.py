@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,6 +40,26 @@ def test_missing_files_raise_file_not_found(root: str) -> None:
         storage.read_bytes(storage.join(root, "nothing"))
     with pytest.raises(FileNotFoundError):
         storage.read_table(storage.join(root, "nothing.parquet"))
+
+
+def test_a_file_is_created_once(root: str) -> None:
+    uri = storage.join(root, "folder", "lease")
+    assert storage.create_bytes(uri, b"first")
+    assert not storage.create_bytes(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    storage.remove(uri)
+    assert storage.create_bytes(uri, b"third")
+
+
+def test_of_many_creators_one_wins(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "exists", lambda uri: False)  # all come between each other's look and write
+    uri = storage.join(root, "lease")
+    storage.list_files(root)  # connects
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: storage.create_bytes(uri, b"%d" % i), range(8)))
+    assert won.count(True) == 1
+    assert storage.read_bytes(uri) == b"%d" % won.index(True)
+    assert [f.uri for f in storage.list_files(root)] == [uri]
 
 
 def test_tables_and_columns(root: str) -> None:
