@@ -241,7 +241,7 @@ def extract(
             ended = time.time()
     finally:
         ray.shutdown()
-    assert job["written"] == len(plan.item_ids), job
+    assert job["written"] == len(plan.manifest), job
     return plan, job | {"began": began, "ended": ended}, samples, done
 
 

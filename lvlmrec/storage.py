@@ -77,6 +77,15 @@ def list_files(uri: str, *, recursive: bool = False) -> list[StoredFile]:
     return sorted((f for f in files if not f.uri.rsplit("/", 1)[-1].startswith(".")), key=lambda f: f.uri)
 
 
+def version(uri: str) -> str:
+    """What changes when a file does: its ETag where the store has such, else size and modification time.
+
+    Raises `FileNotFoundError`.
+    """
+    fs, path = _filesystem(uri)
+    return _version(fs.info(path))
+
+
 def open_read(uri: str) -> BinaryIO:
     """A seekable binary file. Raises `FileNotFoundError`."""
     fs, path = _filesystem(uri)
@@ -189,6 +198,10 @@ def _http_status(error: BaseException) -> int:
     """The status of the answer that s3fs turned into `error`, 0 where there was none."""
     response = getattr(error.__cause__ or error, "response", None) or {}
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _version(info: dict[str, Any]) -> str:
+    return str(info.get("ETag") or f"{info['size']}-{_modified(info)}").strip('"')
 
 
 def _modified(info: dict[str, Any]) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 import pandas as pd
@@ -37,6 +38,13 @@ NOT_VIDEOS = {
 def columns_for(recipe: Recipe) -> list[str]:
     """The columns, beside `item_id`, that a recipe needs: where its media lie, and what its prompts name."""
     return list(dict.fromkeys([*(MEDIA_COLUMNS[kind] for kind in recipe.media), *recipe.fields]))
+
+
+def source_of(row: Mapping[str, str], recipe: Recipe, version: Callable[[str], str]) -> str:
+    """16 hex digits that change with the texts of a manifest's row and, by `version`, with its files."""
+    uris = [row[MEDIA_COLUMNS[kind]] for kind in recipe.media]
+    seen = [*(version(uri) if uri else "" for uri in uris), *(row[field] for field in recipe.fields)]
+    return hashlib.blake2b("\x1f".join(seen).encode(), digest_size=8).hexdigest()
 
 
 def texts_from(source: str) -> str:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,20 +18,24 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.runtime_env import RuntimeEnv
 
-from lvlmrec.columns import ERROR, ITEM_ID, STAGE
+from lvlmrec import storage
+from lvlmrec.columns import ERROR, ITEM_ID, SOURCE, STAGE
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError, InputError, JobFailed
 from lvlmrec.extraction import estimate, stages
 from lvlmrec.extraction.estimate import EstimateConfig
-from lvlmrec.extraction.manifest import columns_for, read_manifest, texts_from
+from lvlmrec.extraction.failures import SharedAttempts, Streak
+from lvlmrec.extraction.manifest import columns_for, read_manifest, source_of, texts_from
 from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.stages import DecodeConfig, Extractor
+from lvlmrec.features import lease, store
 from lvlmrec.features import recipe as recipes
-from lvlmrec.features import store
+from lvlmrec.features.lease import Lease
 from lvlmrec.features.recipe import Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code
 
 BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same size
+FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
 CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
 
 
@@ -62,11 +67,16 @@ class ExtractConfig:
     decode: DecodeConfig = option(DecodeConfig, "limits of decoding")
     pool: PoolConfig = option(PoolConfig, "resources")
     estimate: EstimateConfig = option(EstimateConfig, "what is told before the run")
+    retry_rejected: bool = option(False, "try again what was rejected")
+    redo_changed: bool = option(False, "extract again what has another file or other texts than when it was")
+    max_rejected_in_a_row: int = option(
+        200, "stop when so many items one after another fail for the same reason; 0: never", minimum=0
+    )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an extraction has to do: `todo` are the rows of the manifest that no part and no rejection covers.
+    """What an extraction is of: `manifest` has a row for every item.
 
     `code` are the files of the authors' repository, for a family that runs it: they travel with the actors.
     """
@@ -74,14 +84,13 @@ class Plan:
     config: ExtractConfig
     recipe: Recipe
     feature_set: str
-    item_ids: frozenset[str]
-    todo: pa.Table
+    manifest: pa.Table
     manifest_report: dict[str, int]
     code: dict[str, bytes]
 
 
 def plan(config: ExtractConfig) -> Plan:
-    """Check the input and the model, resolve the recipe and find what is missing. Raises `InputError`."""
+    """Check the input and the model and resolve the recipe. Raises `InputError`."""
     if config.pool.max_actors < config.pool.min_actors:
         raise InputError(f"pool.max_actors: {config.pool.max_actors} is below pool.min_actors={config.pool.min_actors}")
     _check_environment(config.lvlm.environment)
@@ -91,10 +100,7 @@ def plan(config: ExtractConfig) -> Plan:
     manifest, report = read_manifest(config.input, columns_for(recipe))
     uri = store.locate(config.store, config.lvlm.name, recipe)
     store.create(uri, recipe)
-    seen = {*store.pending_index(uri)[ITEM_ID], *store.read_rejected(uri)[ITEM_ID]}
-    item_ids = manifest[ITEM_ID].to_pylist()
-    todo = manifest.filter(pa.array([item_id not in seen for item_id in item_ids]))
-    return Plan(config, recipe, uri, frozenset(item_ids), todo, report, code)
+    return Plan(config, recipe, uri, manifest, report, code)
 
 
 def _check_environment(environment: dict[str, Any]) -> None:
@@ -109,29 +115,93 @@ def _check_environment(environment: dict[str, Any]) -> None:
 
 
 def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, Any]:
-    """Extract what the plan lists, commit, and say what was done.
+    """Extract what is missing, commit, and say what was done.
 
     `log(metrics, step)` is called as the work goes on. `busy_fraction` in the result is `forward_seconds`, summed over
     all batches (`stages.Extractor`), / (`actors` x `seconds`): `actors` is the pool's maximum, and `seconds` the whole
     wall time, with Ray's start, the loading of the model and the writing of the last part.
-    Raises `JobFailed` when every item failed in the model.
+    Raises `InputError` when another extraction writes the same feature set, `JobFailed` when all items fail alike.
     """
-    with nullcontext() if ray.is_initialized() or not len(plan.todo) else ray.init():
-        told = _estimate(plan)
-        print(estimate.describe(told), file=sys.stderr)
-        if plan.config.estimate.only:
-            return {"feature_set": plan.feature_set, "items": len(plan.item_ids), "estimate": told}
-        started = time.perf_counter()
-        tally = Tally(len(plan.todo), _workers(plan.config.pool), log)
-        if len(plan.todo):
-            for block in _dataset(plan).iter_batches(batch_size=None, batch_format="pyarrow"):
-                tally.add(block)
-        seconds = time.perf_counter() - started
-    index = store.commit(plan.feature_set)
-    if index.empty and tally.model_message:
-        store.forget_rejected(plan.feature_set)  # it was not the videos' fault: the next run tries them again
-        raise JobFailed(f"every video was rejected by the model: {tally.model_message}")
+    uri, index = plan.feature_set, store.read_index(plan.feature_set)
+    todo = missing(plan, index)
+    if plan.config.estimate.only:
+        with _ray(todo):
+            return {"feature_set": uri, "items": len(plan.manifest), "estimate": _estimate(plan, todo)}
+    tally, seconds, told = Tally(len(todo), _workers(plan.config.pool), log), 0.0, _estimate(plan, todo.slice(0, 0))
+    if len(todo) or not store.is_committed(uri):
+        with lease.hold(uri) as held:
+            todo = missing(plan, store.pending_index(uri))
+            with _ray(todo):
+                told = _estimate(plan, todo)
+                started = time.perf_counter()
+                tally = Tally(len(todo), _workers(plan.config.pool), log)
+                _extract(plan, todo, tally, held)
+                seconds = time.perf_counter() - started
+            held.check()
+            index = store.commit(uri, held.number)
     return _result(plan, tally, seconds, index) | {"estimate": told}
+
+
+def missing(plan: Plan, index: pd.DataFrame) -> pa.Table:
+    """The rows of the manifest that are to be extracted, given what is there already."""
+    rejected = store.read_rejected(plan.feature_set)
+    seen = dict(zip(index[ITEM_ID], index[SOURCE], strict=True))
+    if not plan.config.retry_rejected:
+        seen = dict(zip(rejected[ITEM_ID], rejected[SOURCE], strict=True)) | seen
+    is_missing = [item_id not in seen for item_id in plan.manifest[ITEM_ID].to_pylist()]
+    if not plan.config.redo_changed:
+        return plan.manifest.filter(pa.array(is_missing, pa.bool_()))
+    with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
+        sources = threads.map(lambda row: _source(row, plan.recipe), plan.manifest.to_pylist())
+        is_other = [
+            is_new or (source != "" and source != seen[item_id])
+            for item_id, source, is_new in zip(plan.manifest[ITEM_ID].to_pylist(), sources, is_missing, strict=True)
+        ]
+    return plan.manifest.filter(pa.array(is_other, pa.bool_()))
+
+
+def _source(row: dict[str, str], recipe: Recipe) -> str:
+    """Empty for an item whose file cannot be asked: what there is of it stays."""
+    try:
+        return source_of(row, recipe, storage.version)
+    except OSError:
+        return ""
+
+
+def _ray(todo: pa.Table) -> Any:
+    """A context with Ray in it, where there is work for it."""
+    return nullcontext() if ray.is_initialized() or not len(todo) else ray.init()
+
+
+def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease) -> None:
+    """Run the pipeline over `todo` to its end. Raises `JobFailed`."""
+    if not len(todo):
+        return
+    streak = Streak(plan.config.max_rejected_in_a_row)
+    blocks = iter(_dataset(plan, todo, held.number).iter_batches(batch_size=None, batch_format="pyarrow"))
+    try:
+        for block in blocks:
+            tally.add(block)
+            held.check()
+            streak.add(block)
+    except JobFailed:
+        del blocks  # the pipeline ends with it
+        _forget(plan, todo, {streak.reason}, held)
+        raise
+    by_model = {reason: message for reason, message in tally.messages.items() if reason[0] in stages.MODEL_STAGES}
+    if by_model and store.pending_index(plan.feature_set).empty:
+        _forget(plan, todo, {*by_model}, held)
+        raise JobFailed(f"every video was rejected by the model: {[*by_model.values()][-1]}")
+
+
+def _forget(plan: Plan, todo: pa.Table, reasons: set[tuple[str, str]], held: Lease) -> None:
+    """Drop this run's rejections for reasons that are no item's fault: the next run tries them again."""
+    rejected = store.read_rejected(plan.feature_set)
+    is_ours = rejected[ITEM_ID].isin(todo[ITEM_ID].to_pylist())
+    is_alike = pd.Series(
+        [reason in reasons for reason in zip(rejected[STAGE], rejected[ERROR], strict=True)], dtype=bool
+    )
+    store.keep_rejected(plan.feature_set, rejected[~(is_ours & is_alike)], held.number)
 
 
 def _workers(pool: PoolConfig) -> dict[str, int]:
@@ -139,8 +209,9 @@ def _workers(pool: PoolConfig) -> dict[str, int]:
     return {"decode": pool.decode_tasks, "prepare": pool.max_actors, "forward": pool.max_actors}
 
 
-def _estimate(plan: Plan) -> dict[str, Any]:
-    config, todo = plan.config, plan.todo
+def _estimate(plan: Plan, todo: pa.Table) -> dict[str, Any]:
+    """What the work will take, said on stderr."""
+    config = plan.config
     seconds = None
     is_worth_it = len(todo) >= estimate.WORTH_TIMING * config.estimate.videos or config.estimate.only
     if config.estimate.videos and len(todo) and is_worth_it:
@@ -152,7 +223,10 @@ def _estimate(plan: Plan) -> dict[str, Any]:
             plan.code,
             _actor_resources(config),
         )
-    return estimate.estimate(len(todo), plan.recipe, seconds, _workers(config.pool))
+    told = estimate.estimate(len(todo), plan.recipe, seconds, _workers(config.pool))
+    if len(todo):
+        print(estimate.describe(told), file=sys.stderr)
+    return told
 
 
 def _actor_resources(config: ExtractConfig) -> dict[str, Any]:
@@ -162,37 +236,43 @@ def _actor_resources(config: ExtractConfig) -> dict[str, Any]:
 
 
 def _result(plan: Plan, tally: Tally, seconds: float, index: pd.DataFrame) -> dict[str, Any]:
+    item_ids = plan.manifest[ITEM_ID].to_pandas()
     rejected = store.read_rejected(plan.feature_set)
-    rejected = rejected[rejected[ITEM_ID].isin(plan.item_ids) & ~rejected[ITEM_ID].isin(index[ITEM_ID])]
+    rejected = rejected[rejected[ITEM_ID].isin(item_ids) & ~rejected[ITEM_ID].isin(index[ITEM_ID])]
     reasons = Counter(zip(rejected[STAGE], rejected[ERROR], strict=True))
-    report = tally.report(seconds) if len(plan.todo) else {}
+    gone = index[ITEM_ID][~index[ITEM_ID].isin(item_ids)]
+    if len(gone):
+        names = ", ".join(gone.head(3)) + (", ..." if len(gone) > 3 else "")
+        print(f"extract: {len(gone)} items with features are not in the input: {names}", file=sys.stderr)
+    report = tally.report(seconds) if tally.total else {}
     if report:
         print(f"extract: {report['slowest_stage']}", file=sys.stderr)
     return {
         "feature_set": plan.feature_set,
-        "items": len(plan.item_ids),
+        "items": len(item_ids),
         "written": tally.written,
-        "skipped": len(plan.item_ids) - len(plan.todo),
+        "skipped": len(item_ids) - tally.total,
         "rejected": len(rejected),
         "rejected_now": sum(tally.reasons.values()),
         "rejected_by_reason": {f"{stage}/{error}": n for (stage, error), n in sorted(reasons.items())},
+        "not_in_input": len(gone),
         "seconds": round(seconds, 3),
-        "videos_per_second": round(len(plan.todo) / seconds, 3) if len(plan.todo) else 0.0,
+        "videos_per_second": round(tally.total / seconds, 3) if tally.total else 0.0,
         "forward_seconds": round(tally.seconds[stages.FORWARD_SECONDS], 3),
         "actors": plan.config.pool.max_actors,
-        "busy_fraction": round(tally.busy("forward", seconds), 4) if len(plan.todo) else 0.0,
+        "busy_fraction": round(tally.busy("forward", seconds), 4) if tally.total else 0.0,
         "features": len(plan.recipe.feature_names),
         "manifest": plan.manifest_report,
     } | report
 
 
-def _dataset(plan: Plan) -> ray.data.Dataset:
+def _dataset(plan: Plan, todo: pa.Table, generation: int) -> ray.data.Dataset:
     """The pipeline, not yet running."""
     context = DataContext.get_current()
     context.enable_progress_bars = False  # our own lines on stderr say what a user of this job asks
     context.max_consecutive_actor_init_deaths = 3
     config, pool = plan.config, plan.config.pool
-    rows: ray.data.Dataset = ray.data.from_arrow(plan.todo)
+    rows: ray.data.Dataset = ray.data.from_arrow(todo)
     rows = rows.repartition(target_num_rows_per_block=pool.videos_per_block)  # else one block, and one actor works
     clips = rows.map_batches(
         cast(Any, stages.decode),
@@ -204,7 +284,12 @@ def _dataset(plan: Plan) -> ray.data.Dataset:
     )
     features = clips.map_batches(
         Extractor,
-        fn_constructor_kwargs={"lvlm": config.lvlm, "recipe": plan.recipe, "code": plan.code},
+        fn_constructor_kwargs={
+            "lvlm": config.lvlm,
+            "recipe": plan.recipe,
+            "code": plan.code,
+            "attempts": SharedAttempts(),
+        },
         batch_size=config.lvlm.batch_size * BATCHES_AT_ONCE,
         batch_format="pyarrow",
         **_actor_resources(config),
@@ -217,7 +302,7 @@ def _dataset(plan: Plan) -> ray.data.Dataset:
     )
     return features.map_batches(
         cast(Any, stages.write),
-        fn_kwargs={"uri": plan.feature_set, "recipe": plan.recipe},
+        fn_kwargs={"uri": plan.feature_set, "recipe": plan.recipe, "generation": generation},
         batch_size=pool.videos_per_part,
         batch_format="pyarrow",
         num_cpus=0.1,

@@ -30,7 +30,7 @@ class Tally:
         self.written = 0
         self.seconds = dict.fromkeys(stages.SECONDS, 0.0)
         self.reasons: Counter[tuple[str, str]] = Counter()
-        self.model_message = ""
+        self.messages: dict[tuple[str, str], str] = {}
         self.started = self.told = time.perf_counter()
 
     def add(self, block: pa.Table) -> None:
@@ -38,11 +38,9 @@ class Tally:
         bad = block.filter(pc.is_valid(block[ERROR])).to_pylist()
         self.written += len(block) - len(bad)
         self.reasons.update((row[STAGE], row[ERROR]) for row in bad)
+        self.messages |= {(row[STAGE], row[ERROR]): row[MESSAGE] for row in bad}
         for name in stages.SECONDS:
             self.seconds[name] += pc.sum(block[name]).as_py() or 0.0
-        for row in bad:
-            if row[STAGE] in stages.MODEL_STAGES:
-                self.model_message = row[MESSAGE]
         done = self.written + sum(self.reasons.values())
         now = time.perf_counter()
         if now - self.told >= PROGRESS_SECONDS or done == self.total:

@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lvlmrec import storage
-from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, PART, ROW, STAGE, URI
+from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.config import option
+from lvlmrec.extraction.failures import MAX_DEATHS, Attempts, SharedAttempts
 from lvlmrec.extraction.isolation import IsolatedDecoder
-from lvlmrec.extraction.manifest import MEDIA_COLUMNS
+from lvlmrec.extraction.manifest import MEDIA_COLUMNS, source_of
 from lvlmrec.features import store
 from lvlmrec.features.recipe import MEDIA, MOTION, Recipe
 from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code
@@ -56,6 +57,7 @@ DECODED = pa.schema(
     {
         ITEM_ID: pa.string(),
         URI: pa.string(),
+        SOURCE: pa.string(),
         TEXTS: pa.map_(pa.string(), pa.string()),
         **FAILURE,
         DECODE_SECONDS: pa.float64(),
@@ -86,8 +88,9 @@ def decode(rows: pa.Table, recipe: Recipe, config: DecodeConfig) -> Iterator[pa.
 
 def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[str, Any]:
     """A row of `DECODED`."""
-    started = time.perf_counter()
+    started, source = time.perf_counter(), ""
     try:
+        source = source_of(row, recipe, storage.version)
         _check_texts(recipe, row)
         outcome: dict[str, Any] = {TEXTS: [(field, row[field]) for field in recipe.fields]}
         for kind in recipe.media:
@@ -97,7 +100,7 @@ def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[
     except (OSError, ValueError) as error:
         outcome = {STAGE: "fetch", ERROR: type(error).__name__, MESSAGE: _one_line(error)}
     seconds = time.perf_counter() - started
-    return {ITEM_ID: row[ITEM_ID], URI: row.get(URI, ""), DECODE_SECONDS: seconds} | outcome
+    return {ITEM_ID: row[ITEM_ID], URI: row.get(URI, ""), SOURCE: source, DECODE_SECONDS: seconds} | outcome
 
 
 def _decode(uri: str, kind: str, recipe: Recipe, config: DecodeConfig) -> dict[str, Any]:
@@ -133,19 +136,27 @@ class Extractor:
 
     While one batch is in the model's `extract`, the next is prepared and the one after it fetched. The seconds of the
     rows of a batch add up to what it spent in `prepare` and in `extract`, failed attempts included; waiting is not.
-    `code` are the files of the repository that `lvlm.code` names.
+    `code` are the files of the repository that `lvlm.code` names. Items with which processes died before, as `attempts`
+    knows, enter the model alone, and those with which it happened again and again not at all.
     """
 
-    def __init__(self, lvlm: LVLMConfig, recipe: Recipe, code: Mapping[str, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        lvlm: LVLMConfig,
+        recipe: Recipe,
+        code: Mapping[str, bytes] | None = None,
+        attempts: SharedAttempts | None = None,
+    ) -> None:
         self.recipe = recipe
+        self.attempts = attempts or Attempts()
         if code:
             lvlm = dataclasses.replace(lvlm, code=str(authors_code.unpack(code)))
         self.lvlm = LVLMS[lvlm.name].load(lvlm, recipe)
-        self._preparing, self._extracting = threading.Lock(), threading.Lock()
+        self._preparing, self._extracting = threading.RLock(), threading.RLock()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         spent = {PREPARE_SECONDS: 0.0, FORWARD_SECONDS: 0.0}
-        kept = [ITEM_ID, URI, *FAILURE, DECODE_SECONDS]
+        kept = [ITEM_ID, URI, SOURCE, *FAILURE, DECODE_SECONDS]
         failed = rows.filter(pc.is_valid(rows[ERROR])).select(kept)
         decoded = rows.filter(pc.is_null(rows[ERROR]))
         tables = [self._features(decoded, spent)] if len(decoded) else []
@@ -156,21 +167,39 @@ class Extractor:
         return table
 
     def _features(self, rows: pa.Table, spent: dict[str, float]) -> pa.Table:
-        """A batch at once; when that fails, one by one, so that an item costs no neighbour."""
-        try:
-            return self._extract(rows, spent)
-        except Exception as error:
-            if len(rows) > 1:
-                singles = [self._features(rows.slice(i, 1), spent) for i in range(len(rows))]
-                return pa.concat_tables(singles, promote_options="default")
-            model, cast = MODEL_STAGES
-            failure = {
-                STAGE: cast if isinstance(error, store.CastError) else model,
-                ERROR: type(error).__name__,
-                MESSAGE: _one_line(error),
-            }
-            known = {name: rows[name][0].as_py() for name in (ITEM_ID, URI, DECODE_SECONDS)}
-            return pa.Table.from_pylist([known | failure], schema=_extracted(self.recipe))
+        """A batch at once; when that fails, or a process died of it, one by one: an item costs no neighbour."""
+        item_ids = rows[ITEM_ID].to_pylist()
+        deaths = self.attempts.deaths(item_ids)
+        if deaths and len(rows) > 1:
+            return self._one_by_one(rows, spent)
+        if deaths >= MAX_DEATHS:
+            return self._failed(rows, "model", "worker_died", f"{deaths} processes died with this item in the model")
+        with self._nothing_else() if deaths else contextlib.nullcontext():
+            self.attempts.begin(item_ids)
+            try:
+                return self._extract(rows, spent)
+            except Exception as error:
+                if len(rows) == 1:
+                    stage = "cast" if isinstance(error, store.CastError) else "model"
+                    return self._failed(rows, stage, type(error).__name__, _one_line(error))
+            finally:
+                self.attempts.end(item_ids)
+        return self._one_by_one(rows, spent)
+
+    def _one_by_one(self, rows: pa.Table, spent: dict[str, float]) -> pa.Table:
+        singles = [self._features(rows.slice(i, 1), spent) for i in range(len(rows))]
+        return pa.concat_tables(singles, promote_options="default")
+
+    def _failed(self, row: pa.Table, stage: str, error: str, message: str) -> pa.Table:
+        known = {name: row[name][0].as_py() for name in (ITEM_ID, URI, SOURCE, DECODE_SECONDS)}
+        failure = {STAGE: stage, ERROR: error, MESSAGE: message}
+        return pa.Table.from_pylist([known | failure], schema=_extracted(self.recipe))
+
+    @contextlib.contextmanager
+    def _nothing_else(self) -> Iterator[None]:
+        """While this process may die, no other item is in its model."""
+        with self._preparing, self._extracting:
+            yield
 
     def _extract(self, rows: pa.Table, spent: dict[str, float]) -> pa.Table:
         items = _items(rows, self.recipe)
@@ -179,19 +208,20 @@ class Extractor:
         with self._extracting, _timed(spent, FORWARD_SECONDS):
             columns = self.lvlm.extract(prepared)
         num_frames = [_num_distinct_frames(item) for item in items]
-        table = store.feature_table(self.recipe, [item.item_id for item in items], num_frames, columns)
+        item_ids = [item.item_id for item in items]
+        table = store.feature_table(self.recipe, item_ids, num_frames, columns, rows[SOURCE].to_pylist())
         table = table.append_column(URI, rows[URI].cast(pa.string()))
         return table.append_column(DECODE_SECONDS, rows[DECODE_SECONDS])
 
 
-def write(rows: pa.Table, uri: str, recipe: Recipe) -> pa.Table:
+def write(rows: pa.Table, uri: str, recipe: Recipe, generation: int) -> pa.Table:
     """Write a part with the rows that have features and a file with those that were rejected."""
     started = time.perf_counter()
     good = rows.filter(pc.is_null(rows[ERROR]))
     bad = rows.filter(pc.is_valid(rows[ERROR]))
-    part = store.write_part(uri, recipe, good) if len(good) else None
+    part = store.write_part(uri, recipe, good, generation) if len(good) else None
     if len(bad):
-        store.write_rejected(uri, bad.select(list(store.REJECTED_COLUMNS)).to_pylist())
+        store.write_rejected(uri, bad.select(list(store.REJECTED_COLUMNS)).to_pylist(), generation)
     good = good.select([ITEM_ID, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
     good = good.append_column(PART, pa.array([part] * len(good), pa.string()))
     good = good.append_column(ROW, pa.array(range(len(good)), pa.int64()))

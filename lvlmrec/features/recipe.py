@@ -28,7 +28,7 @@ MEDIA = ("video", "cover")
 INPUTS = (*MEDIA, "text")
 FRAMES, MOTION = "frames", "motion"  # what a model is shown of a video
 ANSWER, FINISH = "text", "finish"  # last part of the names of the columns with what was generated, and why it ended
-FORMAT = 2  # counted up when sampling, pooling or naming change what a feature is
+FORMAT = 3  # counted up when sampling, pooling or naming change what a feature is
 
 
 @dataclass(frozen=True)

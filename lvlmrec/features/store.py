@@ -2,13 +2,17 @@
 
     <store>/<name>-<fingerprint>/
       recipe.json        what the features are
-      parts/*.parquet    item_id, num_distinct_frames (0: no video was shown), and one fixed-size-list column per
-                         feature; of several tokens per item, [K, D], the rows one after another; generated texts
-      rejected/*.parquet item_id, uri, stage, error, message
-      index.parquet      item_id -> part, row; written last, atomically: readers see only what it lists
+      parts/*.parquet    item_id, num_distinct_frames (0: no video was shown), source (which version of its files the
+                         item was read from), and one fixed-size-list column per feature; of several tokens per item,
+                         [K, D], the rows one after another; generated texts
+      rejected/*.parquet item_id, uri, source, stage, error, message
+      index.parquet      item_id -> part, row, source; written last, atomically: readers see only what it lists
+      writers/*.json     who writes, see `lease`
 
-A part is named after the items in it, so that a retried task writes the same file again. What a killed run had
-written is adopted by the next one: a part is whole or absent, and its first row for an item wins.
+A part is named after its generation, which is the number of its writer's lease, and the items in it, so that a
+retried task writes the same file again. What a killed run had written is adopted by the next one: a part is whole or
+absent, and of several rows for an item the latest generation's counts. Rows that no index lists are nobody's;
+`vacuum` removes parts that have no others.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +32,7 @@ import pyarrow as pa
 import torch
 
 from lvlmrec import storage
-from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, STAGE, URI
+from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.errors import InputError
 from lvlmrec.features.recipe import ANSWER, SIZES, Recipe
 from lvlmrec.taps import FeatureName
@@ -36,8 +41,10 @@ INDEX = "index.parquet"
 RECIPE = "recipe.json"
 PARTS = "parts"
 REJECTED = "rejected"
-REJECTED_COLUMNS = (ITEM_ID, URI, STAGE, ERROR, MESSAGE)
-INDEX_COLUMNS = (ITEM_ID, PART, ROW)
+REJECTED_COLUMNS = (ITEM_ID, URI, SOURCE, STAGE, ERROR, MESSAGE)
+INDEX_COLUMNS = pa.schema({ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), SOURCE: pa.string()})
+MANY_FILES = 16  # of rejections: more are made one at a commit
+READ_AT_ONCE = 16  # small files of object storage: reading one is mostly waiting
 DTYPE_KEY = b"lvlmrec.dtype"
 SHAPE_KEY = b"lvlmrec.shape"
 
@@ -122,7 +129,7 @@ def read_recipe(uri: str) -> Recipe:
 
 def schema(recipe: Recipe) -> pa.Schema:
     """The schema of a part: item_id, num_distinct_frames, and the features with dtype and shape in their metadata."""
-    fields = [pa.field(ITEM_ID, pa.string()), pa.field(NUM_DISTINCT_FRAMES, pa.int32())]
+    fields = [pa.field(ITEM_ID, pa.string()), pa.field(NUM_DISTINCT_FRAMES, pa.int32()), pa.field(SOURCE, pa.string())]
     for name in recipe.feature_names:
         dtype, shape = _stored_dtype(recipe, name), recipe.shape(name)
         metadata = {DTYPE_KEY: dtype.encode(), SHAPE_KEY: ",".join(map(str, shape)).encode()}
@@ -132,13 +139,23 @@ def schema(recipe: Recipe) -> pa.Schema:
 
 
 def feature_table(
-    recipe: Recipe, item_ids: Sequence[str], num_distinct_frames: Sequence[int], columns: Mapping[str, Any]
+    recipe: Recipe,
+    item_ids: Sequence[str],
+    num_distinct_frames: Sequence[int],
+    columns: Mapping[str, Any],
+    sources: Sequence[str] = (),
 ) -> pa.Table:
     """Rows of a part; `columns[name]` is [len(item_ids), product of the shape], or texts. Raises `CastError`.
 
-    `num_distinct_frames` below `recipe.frames` says that the video was short and frames were repeated.
+    `num_distinct_frames` below `recipe.frames` says that the video was short and frames were repeated. `sources` tell
+    versions of the items' files apart.
     """
-    arrays = [pa.array(item_ids, pa.string()), pa.array(num_distinct_frames, pa.int32())]
+    sources = sources or [""] * len(item_ids)
+    arrays = [
+        pa.array(item_ids, pa.string()),
+        pa.array(num_distinct_frames, pa.int32()),
+        pa.array(sources, pa.string()),
+    ]
     for name in recipe.feature_names:
         values = cast(columns[str(name)], _stored_dtype(recipe, name), str(name))
         arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
@@ -146,16 +163,16 @@ def feature_table(
     return pa.Table.from_arrays(arrays, schema=schema(recipe))
 
 
-def write_part(uri: str, recipe: Recipe, rows: pa.Table) -> str:
-    """Write rows of `feature_table` as one part. Returns its name."""
+def write_part(uri: str, recipe: Recipe, rows: pa.Table, generation: int = 0) -> str:
+    """Write rows of `feature_table` as one part of a writer's `generation`. Returns its name."""
     rows = rows.select(schema(recipe).names).cast(schema(recipe))
-    return _write_named(uri, PARTS, rows.column(ITEM_ID).to_pylist(), rows, recipe.dtype)
+    return _write_named(uri, PARTS, generation, rows.column(ITEM_ID).to_pylist(), rows, recipe.dtype)
 
 
-def write_rejected(uri: str, rows: Sequence[Mapping[str, str]]) -> str:
+def write_rejected(uri: str, rows: Sequence[Mapping[Any, Any]], generation: int = 0) -> str:
     """Write one file of rejected items, each with its stage, error and message. Returns its name."""
     table = pa.Table.from_pylist([{c: row[c] for c in REJECTED_COLUMNS} for row in rows])
-    return _write_named(uri, REJECTED, [row[ITEM_ID] for row in rows], table, "")
+    return _write_named(uri, REJECTED, generation, [row[ITEM_ID] for row in rows], table, "")
 
 
 def cast(values: torch.Tensor, dtype: str, name: str) -> np.ndarray:
@@ -182,54 +199,94 @@ def read_texts(uri: str) -> pd.DataFrame:
     return texts.rename(columns=names)
 
 
+def is_committed(uri: str) -> bool:
+    """Whether there is an index, be it an empty one."""
+    return storage.exists(storage.join(uri, INDEX))
+
+
 def read_index(uri: str) -> pd.DataFrame:
     """The committed index, empty when nothing is committed yet."""
     try:
         return storage.read_table(storage.join(uri, INDEX)).to_pandas()
     except FileNotFoundError:
-        return pd.DataFrame(
-            {ITEM_ID: pd.Series(dtype="str"), PART: pd.Series(dtype="str"), ROW: pd.Series(dtype="int64")}
-        )
+        return INDEX_COLUMNS.empty_table().to_pandas()
 
 
 def read_rejected(uri: str) -> pd.DataFrame:
-    """All rejected items of a feature set with stage, error and message, each once."""
-    tables = [storage.read_table(f.uri) for f in storage.list_files(storage.join(uri, REJECTED))]
-    if not tables:
-        return pd.DataFrame({column: pd.Series(dtype="str") for column in REJECTED_COLUMNS})
-    return pa.concat_tables(tables).to_pandas().drop_duplicates(ITEM_ID).reset_index(drop=True)
+    """All rejected items of a feature set with stage, error and message, each once, as the last writer saw it."""
+    files = storage.list_files(storage.join(uri, REJECTED))
+    empty = pd.DataFrame({column: pd.Series(dtype="str") for column in REJECTED_COLUMNS})
+    with ThreadPoolExecutor(READ_AT_ONCE) as threads:
+        tables = list(threads.map(lambda file: storage.read_table(file.uri).to_pandas(), files))
+    rejected = pd.concat([empty, *tables]) if tables else empty
+    return rejected.drop_duplicates(ITEM_ID, keep="last").reset_index(drop=True)
 
 
-def forget_rejected(uri: str) -> None:
-    """Drop the rejections of a feature set, so that its items are tried again."""
-    storage.remove(storage.join(uri, REJECTED))
+def keep_rejected(uri: str, rows: pd.DataFrame, generation: int) -> None:
+    """Make `rows`, some or all of `read_rejected`, the only rejections: the others' items are tried again."""
+    files = storage.list_files(storage.join(uri, REJECTED))
+    kept = write_rejected(uri, rows[[*REJECTED_COLUMNS]].to_dict("records"), generation) if len(rows) else ""
+    for file in files:
+        if not file.uri.endswith(f"/{kept}"):
+            storage.remove(file.uri)
 
 
 def pending_index(uri: str) -> pd.DataFrame:
-    """The index as `commit` would write it: what is committed, then the whole parts that no index lists yet."""
+    """The index as `commit` would write it: what is committed, and the whole parts that no index lists yet."""
     index = read_index(uri)
-    known = set(index[PART])
-    frames = [index]
-    for file in storage.list_files(storage.join(uri, PARTS)):
-        name = file.uri.rsplit("/", 1)[-1]
-        if name not in known:
-            items = storage.read_table(file.uri, [ITEM_ID]).column(ITEM_ID).to_pylist()
-            frames.append(pd.DataFrame({ITEM_ID: items, PART: name, ROW: range(len(items))}))
-    return pd.concat(frames, ignore_index=True).drop_duplicates(ITEM_ID).reset_index(drop=True)
+    names = [file.uri.rsplit("/", 1)[-1] for file in storage.list_files(storage.join(uri, PARTS))]
+    with ThreadPoolExecutor(READ_AT_ONCE) as threads:
+        new = list(threads.map(lambda name: _rows_of(uri, name), sorted({*names} - {*index[PART]})))
+    if not new:
+        return index
+    rows = pd.concat([index, *new], ignore_index=True)
+    by_generation = rows[PART].map(_generation).sort_values(ascending=False, kind="stable").index
+    latest = rows.loc[by_generation].drop_duplicates(ITEM_ID).index
+    return rows.loc[latest.sort_values()].reset_index(drop=True)
 
 
-def commit(uri: str) -> pd.DataFrame:
-    """Write the index: from here on readers see every whole part. Returns the index."""
-    index = pending_index(uri)
-    if not index.equals(read_index(uri)) or not storage.exists(storage.join(uri, INDEX)):
-        schema = pa.schema([(ITEM_ID, pa.string()), (PART, pa.string()), (ROW, pa.int64())])
-        storage.write_table(storage.join(uri, INDEX), pa.Table.from_pandas(index, schema=schema, preserve_index=False))
+def commit(uri: str, generation: int = 0) -> pd.DataFrame:
+    """Write the index: from here on readers see every whole part. Returns the index.
+
+    It is written until what it lists is all that is there: a writer that was taken over may write beside this one.
+    """
+    at = storage.join(uri, INDEX)
+    written = storage.read_table(at) if is_committed(uri) else None
+    while True:
+        index = pending_index(uri)
+        table = pa.Table.from_pandas(index, schema=INDEX_COLUMNS, preserve_index=False)
+        if written is not None and table.equals(written):
+            break
+        storage.write_table(at, table)
+        written = table
+    if len(storage.list_files(storage.join(uri, REJECTED))) > MANY_FILES:
+        keep_rejected(uri, read_rejected(uri), generation)
     return index
 
 
-def _write_named(uri: str, folder: str, item_ids: Sequence[str], table: pa.Table, dtype: str) -> str:
+def vacuum(uri: str) -> dict[str, int]:
+    """Remove the parts that no row of the index lists. Returns how many files and bytes that were."""
+    listed = {*read(uri).index[PART]}
+    unlisted = [f for f in storage.list_files(storage.join(uri, PARTS)) if f.uri.rsplit("/", 1)[-1] not in listed]
+    for file in unlisted:
+        storage.remove(file.uri)
+    return {"removed_parts": len(unlisted), "removed_bytes": sum(file.size for file in unlisted)}
+
+
+def _rows_of(uri: str, part: str) -> pd.DataFrame:
+    """The rows of a part as the index lists them."""
+    table = storage.read_table(storage.join(uri, PARTS, part), [ITEM_ID, SOURCE])
+    columns = {ITEM_ID: table[ITEM_ID].to_pylist(), PART: part, ROW: range(len(table))}
+    return pd.DataFrame(columns | {SOURCE: table[SOURCE].to_pylist()})
+
+
+def _generation(part: str) -> int:
+    return int(part.split("-")[1])
+
+
+def _write_named(uri: str, folder: str, generation: int, item_ids: Sequence[str], table: pa.Table, dtype: str) -> str:
     digest = hashlib.blake2b("\n".join(item_ids).encode(), digest_size=10).hexdigest()
-    name = f"{folder.removesuffix('s')}-{digest}.parquet"
+    name = f"{folder.removesuffix('s')}-{generation:06d}-{digest}.parquet"
     vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
     # DuckDB does not read BYTE_STREAM_SPLIT of float16.
     split = [f"{name}.list.element" for name in vectors if dtype != "float16"]

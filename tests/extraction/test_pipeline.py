@@ -56,10 +56,10 @@ def extract(*overrides: str) -> dict[str, Any]:
 
 
 def rows_of(uri: str) -> dict[str, dict[str, Any]]:
-    """Every committed item with its row, as a reader of the index sees it."""
+    """Every committed item with its row, without the version of its file, as a reader of the index sees it."""
     rows = {}
     for _, entry in store.read(uri).index.iterrows():
-        table = storage.read_table(f"{uri}/parts/{entry['part']}")
+        table = storage.read_table(f"{uri}/parts/{entry['part']}").drop_columns(["source"])
         rows[entry["item_id"]] = table.slice(entry["row"], 1).to_pylist()[0]
     return rows
 

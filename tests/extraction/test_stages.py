@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from lvlmrec.errors import JobFailed
 from lvlmrec.extraction import estimate, stages
+from lvlmrec.extraction.failures import Streak
 from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.stages import DecodeConfig, Extractor
 from lvlmrec.features import recipe as recipes
@@ -108,15 +110,53 @@ def test_an_item_that_fails_costs_no_neighbour_and_its_time_is_counted(tmp_path:
     ]
 
 
+def test_an_item_with_which_processes_die_is_alone_and_then_rejected(tmp_path: Path, extractor: Extractor) -> None:
+    """A process that dies says nothing: its items stay begun."""
+    rows = decoded(tmp_path, "a", "b", "c")
+    batches: list[list[str]] = []
+    prepare = extractor.lvlm.prepare
+    extractor.lvlm.prepare = lambda items: (batches.append([i.item_id for i in items]), prepare(items))[1]  # type: ignore[method-assign]
+    extractor.attempts.begin(["a", "b", "c"])
+    extractor.attempts.begin(["b"])
+    assert extractor(rows)["error"].to_pylist() == [None] * 3
+    assert batches == [["a"], ["b"], ["c"]]
+    assert extractor.attempts.deaths(["a", "b", "c"]) == 0
+
+    for _ in range(3):
+        extractor.attempts.begin(["b"])
+    told = extractor(rows).to_pylist()
+    assert batches[3:] == [["a"], ["c"]]
+    assert (told[1]["stage"], told[1]["error"]) == ("model", "worker_died")
+    assert told[1]["message"] == "3 processes died with this item in the model"
+
+
+def written(*errors: str | None) -> pa.Table:
+    rows = [
+        {"item_id": str(k), "stage": e and "fetch", "error": e, "message": e and "no key"} for k, e in enumerate(errors)
+    ]
+    return pa.Table.from_pylist(rows, schema=stages.WRITTEN)
+
+
+def test_a_run_stops_when_all_fail_alike() -> None:
+    streak = Streak(4)
+    streak.add(written("PermissionError", "PermissionError", "PermissionError", None))
+    streak.add(written("PermissionError", "PermissionError", "PermissionError", "OSError"))
+    streak.add(written("PermissionError", "PermissionError"))
+    streak.add(written("PermissionError"))
+    with pytest.raises(JobFailed, match=r"4 items .* all with fetch/PermissionError, the last by: no key \(max_rej"):
+        streak.add(written("PermissionError"))
+    assert streak.reason == ("fetch", "PermissionError")
+    Streak(0).add(written(*["PermissionError"] * 1000))
+
+
 def test_one_batch_is_prepared_while_another_is_in_the_model(tmp_path: Path, extractor: Extractor) -> None:
     rows = decoded(tmp_path, "a", "b")
+    batches = [rows.set_column(0, "item_id", pa.array([f"a{k}", f"b{k}"])) for k in range(6)]
     with ThreadPoolExecutor(3) as threads:
-        tables = list(threads.map(extractor, [rows] * 6))
+        tables = list(threads.map(extractor, batches))
     assert extractor.lvlm.overlapped  # type: ignore[attr-defined]
-    assert all(
-        table.select(["item_id", "p/llm.1/visual_mean"]) == tables[0].select(["item_id", "p/llm.1/visual_mean"])
-        for table in tables
-    )
+    assert [table["item_id"].to_pylist() for table in tables] == [[f"a{k}", f"b{k}"] for k in range(6)]
+    assert all(table["p/llm.1/visual_mean"] == tables[0]["p/llm.1/visual_mean"] for table in tables)
 
 
 def test_what_prompts_name_travels_with_the_item_and_must_say_something() -> None:

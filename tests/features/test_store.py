@@ -108,10 +108,62 @@ def test_the_recipe_stands_beside_the_features(make_set: MakeSet) -> None:
 
 def test_rejected_items_keep_their_reason(make_set: MakeSet) -> None:
     uri = make_set([["a"]])
-    row = {"item_id": "x", "uri": "/x.mp4", "stage": "open", "error": "not_a_video", "message": "no"}
+    row = {"item_id": "x", "uri": "/x.mp4", "source": "1", "stage": "open", "error": "not_a_video", "message": "no"}
     store.write_rejected(uri, [row])
     store.write_rejected(uri, [row, row | {"item_id": "y"}])
-    assert store.read_rejected(uri).to_dict("records") == [row, row | {"item_id": "y"}]
+    rejected = store.read_rejected(uri).sort_values("item_id").to_dict("records")
+    assert rejected == [row, row | {"item_id": "y"}]
+
+
+def test_the_last_writers_word_about_an_item_counts(make_set: MakeSet) -> None:
+    uri = make_set([["a", "b"]])
+    recipe = store.read(uri).recipe
+    old = store.read(uri).index[["part"]].iloc[0].item()
+    rows = store.feature_table(recipe, ["b", "c"], [8, 8], vectors(recipe, ["c", "d"]), ["new", "new"])
+    new = store.write_part(uri, recipe, rows, generation=12)
+    index = store.commit(uri).set_index("item_id")
+    assert index["part"].to_dict() == {"a": old, "b": new, "c": new}
+    assert index["source"].to_dict() == {"a": "", "b": "new", "c": "new"}
+    zombie = store.write_part(uri, recipe, rows, generation=7)  # of a writer that was taken over, found later
+    assert store.commit(uri).set_index("item_id").equals(index)
+    assert store.vacuum(uri)["removed_parts"] == 1
+    assert zombie not in [f.uri.rsplit("/", 1)[1] for f in storage.list_files(f"{uri}/parts")]
+    assert store.pending_index(uri).set_index("item_id").equals(index)
+
+    row = {"item_id": "x", "uri": "/x.mp4", "source": "1", "stage": "open", "error": "not_a_video", "message": "no"}
+    store.write_rejected(uri, [row | {"message": "later"}], generation=3)
+    store.write_rejected(uri, [row], generation=2)
+    assert store.read_rejected(uri)["message"].tolist() == ["later"]
+
+
+def test_many_files_of_rejections_become_one_at_a_commit(make_set: MakeSet) -> None:
+    uri = make_set([["a"]])
+    row = {"uri": "/x.mp4", "source": "1", "stage": "open", "error": "not_a_video", "message": "no"}
+    for k in range(20):
+        store.write_rejected(uri, [row | {"item_id": str(k)}], generation=1)
+    before = store.read_rejected(uri)
+    store.commit(uri, generation=1)
+    assert len(storage.list_files(f"{uri}/rejected")) == 1
+    assert set(store.read_rejected(uri)["item_id"]) == set(before["item_id"]) == set(map(str, range(20)))
+    store.keep_rejected(uri, before[before["item_id"] == "7"], generation=2)
+    assert store.read_rejected(uri).to_dict("records") == [row | {"item_id": "7"}]
+    store.keep_rejected(uri, before[:0], generation=2)
+    assert store.read_rejected(uri).empty
+
+
+def test_a_commit_sees_what_is_written_beside_it(make_set: MakeSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another writer's part and index appear between this one's listing and its writing."""
+    uri = make_set([["a"]], commit=False)
+    write_table = storage.write_table
+
+    def interrupted(at: str, table: object, **options: object) -> None:
+        monkeypatch.setattr(storage, "write_table", write_table)
+        make_set([["b"]])
+        write_table(at, table, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(storage, "write_table", interrupted)
+    store.commit(uri)
+    assert sorted(store.read(uri).index["item_id"]) == ["a", "b"]
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (float("nan"), "float32"), (float("inf"), "bfloat16")])

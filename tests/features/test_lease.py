@@ -1,0 +1,108 @@
+"""One writer per feature set, with real processes that really die."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lvlmrec import storage
+from lvlmrec.errors import InputError, JobFailed
+from lvlmrec.features import lease
+
+HOLD = """
+import sys, time
+from lvlmrec.features import lease
+with lease.hold(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT", 0.2)
+    monkeypatch.setattr(lease, "EXPIRY", 2.0)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lease of `tmp_path`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), "600"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def numbers(uri: Path) -> list[int]:
+    return [int(Path(file.uri).stem) for file in storage.list_files(f"{uri}/writers")]
+
+
+def move(uri: Path, number: int) -> None:
+    """The holder of a lease seems to be on another host."""
+    path = uri / "writers" / f"{number:06d}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "elsewhere"}))
+
+
+def test_writers_follow_one_another_at_once(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        started = time.monotonic()
+        with lease.hold(str(tmp_path)) as held:
+            assert held.number == number
+            held.check()
+        assert time.monotonic() - started < lease.EXPIRY / 2
+    assert numbers(tmp_path) == [3]
+
+
+def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    said = rf"process {holder.pid} on .* is writing it; wait for that extraction"
+    with pytest.raises(InputError, match=said), lease.hold(str(tmp_path)):
+        pass
+    holder.kill()  # and nobody waits for it: what is left is a zombie
+    while lease._born(holder.pid):
+        time.sleep(0.01)
+    started = time.monotonic()
+    with lease.hold(str(tmp_path)) as held:
+        assert held.number == 2
+    assert time.monotonic() - started < lease.EXPIRY / 2
+
+
+def test_a_writer_elsewhere_is_watched(tmp_path: Path) -> None:
+    with lease.hold(str(tmp_path)) as first:
+        first._about["host"] = "elsewhere"
+        move(tmp_path, 1)
+        with pytest.raises(InputError, match=r"on elsewhere .* is writing it"), lease.hold(str(tmp_path)):
+            pass
+        first.check()
+
+
+def test_a_writer_that_stops_elsewhere_is_taken_over_and_finds_out(
+    tmp_path: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    holder.send_signal(signal.SIGSTOP)
+    move(tmp_path, 1)
+    with lease.hold(str(tmp_path)) as held:
+        assert held.number == 2
+        assert "looking for at most 2 s whether process" in capsys.readouterr().err
+    slow = lease.Lease(str(tmp_path), 1, {"host": "elsewhere", "beat": 0})
+    with pytest.raises(JobFailed, match="another extraction took over"):
+        slow.check()
+    slow._ended.set()
+
+
+def test_of_many_who_take_over_one_gets_it(bucket: str) -> None:
+    command = [sys.executable, "-c", HOLD, f"{bucket}/set", "4"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    begun = [subprocess.Popen(command, text=True, **pipes) for _ in range(4)]
+    said = [process.communicate(timeout=100) for process in begun]
+    assert sorted(out for out, _ in said) == ["", "", "", "held\n"]
+    assert sum("InputError" in error and "is writing it" in error for _, error in said) == 3, said
