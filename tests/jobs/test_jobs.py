@@ -170,6 +170,11 @@ def _ended(client: Any, job: str) -> Any:
             "input '/nowhere/videos': no such manifest, folder, prefix or feature set",
         ),
         ("extract", ["input={broken}"], "broken.parquet': unreadable manifest"),
+        (
+            "extract",
+            ["lvlm.name=video_encoder", "lvlm.model={vjepa2}", "input={videos}", "recipe.frames=5"],
+            "recipe.frames: 5: this video_encoder reads frames in groups of 2",
+        ),
         ("train", ["model.item_encoder.name=dfff"], "model.item_encoder.name: 'dfff' is not one of dff, fusion, id"),
         ("train", ["dataset.path=/nowhere"], "/nowhere"),
         ("evaluate", ["checkpoint=/nowhere"], "checkpoint '/nowhere': no checkpoint there; train first"),
@@ -188,7 +193,9 @@ def test_bad_input_is_one_line_and_status_2(
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"")
     (tmp_path / "broken.parquet").write_bytes(b"nothing")
-    places = {"videos": tmp_path / "videos", "broken": tmp_path / "broken.parquet"}
+    (tmp_path / "vjepa2").mkdir()
+    (tmp_path / "vjepa2" / "config.json").write_text(json.dumps({"model_type": "vjepa2", "num_hidden_layers": 2}))
+    places = {"videos": tmp_path / "videos", "broken": tmp_path / "broken.parquet", "vjepa2": tmp_path / "vjepa2"}
     given = [argument.format(**places) for argument in arguments]
     tracking = f"tracking_uri=sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setattr(sys, "argv", [job, f"workspace={tmp_path}", tracking, *given])
