@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lvlmrec.errors import ConfigError
+from lvlmrec.lvlms import torchvision_shim
 from lvlmrec.lvlms.protocol import ModelConfig
 
 WHOLE_FILE_BYTES = 64 * 2**20
@@ -36,6 +37,7 @@ def read_any_config(config: ModelConfig, expected: str) -> Any:
 
     Raises `ConfigError` when the directory or hub id cannot be read; the message says what is `expected` there.
     """
+    torchvision_shim.ensure_importable()  # configurations of Llama decoders import it
     from transformers import AutoConfig
 
     _check_place(config, expected)
