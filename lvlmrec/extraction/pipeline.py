@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.exceptions import RayTaskError
 from ray.runtime_env import RuntimeEnv
 
 from lvlmrec.columns import ERROR, ITEM_ID, STAGE
@@ -27,8 +28,8 @@ from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.stages import DecodeConfig, Extractor
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features import store
-from lvlmrec.features.recipe import Recipe, RecipeConfig
-from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code
+from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig
+from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code, remote_code
 
 BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same size
 CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
@@ -86,7 +87,7 @@ def plan(config: ExtractConfig) -> Plan:
         raise InputError(f"pool.max_actors: {config.pool.max_actors} is below pool.min_actors={config.pool.min_actors}")
     _check_environment(config.lvlm.environment)
     code = authors_code.of(config.lvlm)
-    info = LVLMS[config.lvlm.name].inspect(config.lvlm)
+    info = _inspect(config)
     recipe = recipes.resolve(config.recipe, info, config.seed, texts_from(config.input))
     manifest, report = read_manifest(config.input, columns_for(recipe))
     uri = store.locate(config.store, config.lvlm.name, recipe)
@@ -95,6 +96,27 @@ def plan(config: ExtractConfig) -> Plan:
     item_ids = manifest[ITEM_ID].to_pylist()
     todo = manifest.filter(pa.array([item_id not in seen for item_id in item_ids]))
     return Plan(config, recipe, uri, frozenset(item_ids), todo, report, code)
+
+
+def _inspect(config: ExtractConfig) -> LVLMInfo:
+    """What the model is. Code of its own runs where the model will, never in this process. Raises `ConfigError`."""
+    remote_code.check(config.lvlm)
+    if not config.lvlm.trust_remote_code:
+        return LVLMS[config.lvlm.name].inspect(config.lvlm)
+    if not ray.is_initialized():
+        ray.init()
+    try:
+        inspect = ray.remote(**_actor_resources(config))(inspect_here)
+        return cast(LVLMInfo, ray.get(inspect.remote(config.lvlm)))
+    except RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise error.cause from None
+        raise
+
+
+def inspect_here(lvlm: LVLMConfig) -> LVLMInfo:
+    """What the model is, from its files. Raises `ConfigError`."""
+    return LVLMS[lvlm.name].inspect(lvlm)
 
 
 def _check_environment(environment: dict[str, Any]) -> None:
