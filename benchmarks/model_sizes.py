@@ -225,7 +225,7 @@ def table() -> dict[str, Published]:
     clip = "model.vision_embed_tokens.img_processor.vision_model"
 
     def patched(paths: tuple[str, ...], of: dict[str, Any], **tokens: int) -> dict[str, int]:
-        return {path: of["patches"] for path in paths} | tokens
+        return dict.fromkeys(paths, of["patches"]) | tokens
 
     def merged(of: dict[str, Any]) -> dict[str, int]:
         return {"visual.patch_embed": of["patches"], "visual.merger": of["tokens"]}

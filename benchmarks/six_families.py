@@ -65,7 +65,7 @@ def extract(family: str, workspace: str) -> dict[str, Any]:
     result = run("extract", f"workspace={workspace}", f"lvlm.name={family}")
     seconds = time.perf_counter() - started
     frame = read(result["feature_set"])
-    columns = [name for name in frame if "/" in name]
+    columns = [str(name) for name in frame if "/" in str(name)]
     widths = sorted({len(value) for name in columns for value in frame[name]})
     finite = all(np.isfinite(np.stack([*frame[name]]).astype(np.float32)).all() for name in columns)
     _agree("items", len(frame), result["written"])

@@ -20,7 +20,7 @@ from lvlmrec.video import Clip
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
-import model_sizes  # noqa: E402
+import model_sizes
 
 pytestmark = pytest.mark.thorough
 

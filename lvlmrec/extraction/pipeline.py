@@ -107,7 +107,7 @@ def _inspect(config: ExtractConfig) -> LVLMInfo:
         ray.init()
     try:
         inspect = ray.remote(**_actor_resources(config))(inspect_here)
-        return cast(LVLMInfo, ray.get(inspect.remote(config.lvlm)))
+        return ray.get(inspect.remote(config.lvlm))
     except RayTaskError as error:
         if isinstance(error.cause, ConfigError):
             raise error.cause from None

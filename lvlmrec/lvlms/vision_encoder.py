@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
 from lvlmrec.lvlms import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
