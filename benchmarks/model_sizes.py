@@ -173,6 +173,12 @@ def gemma3() -> Any:
     )
 
 
+def video_llama_3() -> Any:
+    vision = {"num_hidden_layers": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16}
+    text = {"model_type": "qwen2", **QWEN2_7B}
+    return transformers.VideoLlama3Config(text_config=text, vision_config=vision | {"patch_size": 14})
+
+
 def minicpm_v(version: str) -> Callable[[], Any]:
     def build() -> Any:
         vision = {"num_hidden_layers": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16}
@@ -200,14 +206,17 @@ def frames(patches: int, tokens: int, views: int = 1) -> dict[str, int]:
     return {"patches": FRAMES * views * patches, "span": patches, "tokens": FRAMES * tokens}
 
 
-def packed(size: tuple[int, int], patch: int, windows: tuple[int, float] = (0, 0.0)) -> dict[str, Any]:
+def packed(
+    size: tuple[int, int], patch: int, windows: tuple[int, float] = (0, 0.0), frames_per_step: int = 2
+) -> dict[str, Any]:
     """What Qwen-VL's towers read: pairs of frames of `size`, four patches a token.
 
     `windows`: tokens in a window, and the share of layers that look no further.
     """
     per_step = (size[0] // patch) * (size[1] // patch)
     span = per_step * (1 - windows[1]) + windows[0] * windows[1]
-    return {"patches": FRAMES // 2 * per_step, "span": span, "tokens": FRAMES // 2 * per_step // 4}
+    steps = FRAMES // frames_per_step
+    return {"patches": steps * per_step, "span": span, "tokens": steps * per_step // 4}
 
 
 def table() -> dict[str, Published]:
@@ -218,6 +227,8 @@ def table() -> dict[str, Published]:
     two = packed(smart_resize(HEIGHT, WIDTH, 28, 128 * 28**2, 768 * 28**2), 14)
     two_5 = packed(smart_resize(HEIGHT, WIDTH, 28, 128 * 28**2, 768 * 28**2), 14, windows=(64, 28 / 32))
     three = packed(smart_resize_3(FRAMES, HEIGHT, WIDTH, 2, 32, 4096, FRAMES * 768 * 32**2), 16)
+    # of the whole video; with none of its tokens left out, as when everything moves
+    llama = packed(smart_resize(HEIGHT, WIDTH, 28, 112**2, 12_845_056 // FRAMES), 14, frames_per_step=1)
     across, down = fitted_size((WIDTH, HEIGHT), 448, 14)
     minicpm = frames((across // 14) * (down // 14), 64)
     phi = frames(577, num_tokens(1, 1), views=2)
@@ -249,6 +260,10 @@ def table() -> dict[str, Published]:
         "internvl3_8b": Published(
             native(internvl), "vision_tower.encoder.layer", language, **(views := frames(1025, 256)),
             beside={"vision_tower.embeddings": views["patches"], "multi_modal_projector": views["tokens"]},
+        ),
+        "video_llama_3_7b": Published(
+            native(video_llama_3), "vision_model.encoder.layers", language, **llama,
+            beside={"vision_model.embeddings": llama["patches"], "projector": llama["tokens"]},
         ),
         "gemma3_12b": Published(
             native(gemma3), siglip, language, **(large := frames(4096, 256)),

@@ -33,6 +33,7 @@ SEEN = {
     "qwen2_5_vl": ("qwen2_5_vl_7b", 2 * 64, (16 + 64 + 16) / 3),  # windows of 56 px in two of three layers
     "qwen3_vl": ("qwen3_vl_8b", 2 * 64, 64),  # 128 px in patches of 16
     "internvl": ("internvl3_8b", 4 * 17, 17),
+    "video_llama_3": ("video_llama_3_7b", 4 * 64, 64),
     "gemma3": ("gemma3_12b", 4 * 16, 16),
     "minicpm_v_2_6": ("minicpm_v_2_6", 4 * 64, 64),
     "minicpm_v_4_5": ("minicpm_v_4_5", 4 * 64, 64),

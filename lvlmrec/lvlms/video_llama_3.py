@@ -15,7 +15,7 @@ VIDEO_OPTIONS = {"use_token_compression": True, "max_pixels": 0}
 
 
 def tiny() -> tuple[Any, Any]:
-    """4 layers x 64 over 3 vision layers x 48; patches of 14 px, four frames of 112 x 112 px or more and smaller ones."""
+    """4 layers x 64 over 3 vision layers x 48; patches of 14 px, four frames of at most 112 x 112 px."""
     from transformers import (
         Qwen2Config,
         VideoLlama3Config,
