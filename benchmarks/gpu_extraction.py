@@ -163,7 +163,7 @@ def noise(seed: int) -> Clip:
 
 def naive(model: Any, processor: Any, family: str, clips: list[Clip], num_prompts: int) -> Variant:
     """What a user of transformers writes; the mean over visual tokens of every layer stays on the host."""
-    options = dict(LVLMS[family].video_options)  # type: ignore[attr-defined]
+    options = {key: value for key, value in LVLMS[family].video_options.items() if value}  # type: ignore[attr-defined]
 
     def prepare() -> list[Any]:
         prepared = []

@@ -21,7 +21,8 @@ def extract(config: ExtractConfig, run: Run) -> dict[str, Any]:
     run.log_json("recipe.json", plan.recipe.to_json())
     result = pipeline.run(plan, run.log_metrics)
     run.log_metrics({key: value for key, value in result.items() if isinstance(value, int | float)})
-    run.log_json("rejected.json", result["rejected_by_reason"])
+    if not config.estimate.only:
+        run.log_json("rejected.json", result["rejected_by_reason"])
     return result
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.exceptions import RayTaskError
 from ray.runtime_env import RuntimeEnv
 
 from lvlmrec import storage
@@ -31,8 +32,8 @@ from lvlmrec.extraction.stages import DecodeConfig, Extractor
 from lvlmrec.features import lease, store
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.lease import Lease
-from lvlmrec.features.recipe import Recipe, RecipeConfig
-from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code
+from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig
+from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code, remote_code
 
 BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same size
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
@@ -95,12 +96,33 @@ def plan(config: ExtractConfig) -> Plan:
         raise InputError(f"pool.max_actors: {config.pool.max_actors} is below pool.min_actors={config.pool.min_actors}")
     _check_environment(config.lvlm.environment)
     code = authors_code.of(config.lvlm)
-    info = LVLMS[config.lvlm.name].inspect(config.lvlm)
+    info = _inspect(config)
     recipe = recipes.resolve(config.recipe, info, config.seed, texts_from(config.input))
     manifest, report = read_manifest(config.input, columns_for(recipe))
     uri = store.locate(config.store, config.lvlm.name, recipe)
     store.create(uri, recipe)
     return Plan(config, recipe, uri, manifest, report, code)
+
+
+def _inspect(config: ExtractConfig) -> LVLMInfo:
+    """What the model is. Code of its own runs where the model will, never in this process. Raises `ConfigError`."""
+    remote_code.check(config.lvlm)
+    if not config.lvlm.trust_remote_code:
+        return LVLMS[config.lvlm.name].inspect(config.lvlm)
+    if not ray.is_initialized():
+        ray.init()
+    try:
+        inspect = ray.remote(**_actor_resources(config))(inspect_here)
+        return ray.get(inspect.remote(config.lvlm))
+    except RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise error.cause from None
+        raise
+
+
+def inspect_here(lvlm: LVLMConfig) -> LVLMInfo:
+    """What the model is, from its files. Raises `ConfigError`."""
+    return LVLMS[lvlm.name].inspect(lvlm)
 
 
 def _check_environment(environment: dict[str, Any]) -> None:

@@ -83,9 +83,9 @@ class LVLMInfo:
     `num_layers` and `width` have one entry per tower: `llm` and `vision` of an LVLM, `text` of a text encoder, `vision`
     of a video or image encoder. `width` may name single taps too, where layers differ. `inputs` are what its prompts
     can show and `places` where a prompt's text may stand, `poolings` what its taps can be pooled by. `frames` is the
-    number it was made for, 0 for any. `video_options` are those of its video processor, with their defaults.
-    `video_form` is what it is shown of a video: `frames`, or key frames and the `motion` that `video_encoder` found. A
-    model that `is_random` draws random numbers whenever it looks at a video.
+    number it was made for, 0 for any; it reads them in groups of `frame_group`. `video_options` are those of its video
+    processor, with their defaults. `video_form` is what it is shown of a video: `frames`, or key frames and the
+    `motion` that `video_encoder` found. A model that `is_random` draws random numbers whenever it looks at a video.
     """
 
     family: str
@@ -96,6 +96,7 @@ class LVLMInfo:
     inputs: tuple[str, ...] = INPUTS
     poolings: tuple[str, ...] = (*POOLINGS, MERGED, NEW_MERGED)
     frames: int = 0
+    frame_group: int = 1
     video_options: Mapping[str, int] = field(default_factory=dict)
     places: tuple[str, ...] = PLACES
     video_form: str = FRAMES
@@ -246,6 +247,10 @@ def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str
         raise ConfigError("recipe.taps and recipe.poolings: expected at least one of each")
     if info.frames and config.frames != info.frames:
         raise ConfigError(f"recipe.frames: {config.frames}: this {info.family} reads exactly {info.frames} frames")
+    if config.frames % info.frame_group:
+        raise ConfigError(
+            f"recipe.frames: {config.frames}: this {info.family} reads frames in groups of {info.frame_group}"
+        )
     resolved_taps = taps.resolve(config.taps, info.num_layers)
     _check_poolings(config, info)
     _check_prompts(config, info)

@@ -30,6 +30,7 @@ from lvlmrec.lvlms import (
     smolvlm,
     text_encoder,
     video_lavit,
+    video_llama_3,
     vision_encoder,
 )
 from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
@@ -51,6 +52,7 @@ LVLMS: dict[str, LVLMFamily] = {
     "qwen3_vl": qwen3_vl.FAMILY,
     "smolvlm": smolvlm.FAMILY,
     "video_lavit": video_lavit.FAMILY,
+    "video_llama_3": video_llama_3.FAMILY,
     "image_encoder": vision_encoder.IMAGE_FAMILY,
     "text_encoder": text_encoder.FAMILY,
     "video_encoder": vision_encoder.VIDEO_FAMILY,

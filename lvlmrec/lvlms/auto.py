@@ -2,7 +2,8 @@
 
 A model of a family in `LVLMS` is served by it. Another is looked at, built without weights: the adapter needs a
 decoder with a list of layers, vision features that can be handed to the forward, and a token at visual positions.
-Taps of its vision tower are not offered: where its layers lie differs too much. No code of a model's own is run.
+Taps of its vision tower are not offered: where its layers lie differs too much. Code of a model's own is run only with
+`lvlm.trust_remote_code`, see `remote_code.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
-from lvlmrec.lvlms import source
+from lvlmrec.lvlms import remote_code, source
 from lvlmrec.lvlms.family import NativeFamily, always, never, patches_of_frames
 from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
 
@@ -52,16 +53,18 @@ class AutoFamily:
     def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
         """The model, by the family that was found. Raises `ConfigError`."""
         family, _ = self._find(config)
-        return family.load(replace(config, name=family.name), recipe)
+        trusts = config.trust_remote_code and family.name not in self.named
+        return family.load(replace(config, name=family.name, trust_remote_code=trusts), recipe)
 
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny LLaVA-OneVision."""
         self.named["llava_onevision"].write_tiny(directory, seed)
 
     def _find(self, config: ModelConfig) -> tuple[LVLMFamily, LVLMInfo]:
+        remote_code.check(config)
         for family in self.named.values():
             try:
-                return family, family.inspect(replace(config, name=family.name))
+                return family, family.inspect(replace(config, name=family.name, trust_remote_code=False))
             except ConfigError:  # it reads models of another type
                 continue
         found = look_at(config, source.read_any_config(config, "a model that transformers holds"))
@@ -105,13 +108,28 @@ def _build_without_weights(config: ModelConfig, model_config: Any) -> Any:
 
     try:
         with source.quiet(), torch.device("meta"):
-            model: Any = AutoModelForImageTextToText.from_config(model_config)
+            own = _own_class(config, model_config)
+            model: Any = (
+                own._from_config(model_config)
+                if own
+                else AutoModelForImageTextToText.from_config(model_config, trust_remote_code=False)
+            )
             return model.base_model
-    except (ValueError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, AttributeError) as error:
         kind, reason = model_config.model_type, source.one_line(error)
         raise ConfigError(
             f"lvlm.model: {config.model!r}: lvlm.name=auto cannot serve a {kind} model: {reason}"
         ) from error
+
+
+def _own_class(config: ModelConfig, model_config: Any) -> Any:
+    """The class that a trusted repository brings, None if it brings none; `from_config` would take it from `main`."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    reference = (getattr(model_config, "auto_map", None) or {}).get("AutoModelForImageTextToText")
+    if not config.trust_remote_code or not reference:
+        return None
+    return get_class_from_dynamic_module(reference, config.model, revision=source.resolve_revision(config))
 
 
 def _no_tiny() -> tuple[Any, Any]:

@@ -46,6 +46,7 @@ def load_weights(
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention,
             use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
     model, report = loaded
@@ -87,7 +88,9 @@ def load_processor(config: ModelConfig) -> Any:
     from transformers import AutoProcessor
 
     with reading(config):
-        return AutoProcessor.from_pretrained(config.model, revision=source.resolve_revision(config))
+        return AutoProcessor.from_pretrained(
+            config.model, revision=source.resolve_revision(config), trust_remote_code=config.trust_remote_code
+        )
 
 
 @contextlib.contextmanager

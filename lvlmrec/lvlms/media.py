@@ -48,7 +48,7 @@ def process(
     """The videos, or the covers, of a batch of items. A video is shown `minimum_frames` frames at least."""
     token = placeholder(processor, kind)
     if content_type(processor, kind) == "video":
-        arguments, text = _videos(clips, minimum_frames) | dict(video_options), [token] * len(clips)
+        arguments, text = _videos(clips, minimum_frames) | _options(processor, video_options), [token] * len(clips)
     else:
         images = [[*_at_least(clip.frames, 1)[: None if kind == "video" else 1]] for clip in clips]
         arguments, text = {"images": images}, [token * len(frames) for frames in images]
@@ -84,6 +84,14 @@ def _videos(clips: Sequence[Clip], minimum_frames: int) -> dict[str, Any]:
         "video_metadata": [_metadata(clip, len(frames[row])) for row, clip in enumerate(clips)],
         "do_sample_frames": False,
     }
+
+
+def _options(processor: Any, video_options: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's options as the processor takes them: `max_pixels`, of a frame, is one entry of its `size`."""
+    options = dict(video_options)
+    if max_pixels := options.pop("max_pixels", 0):
+        options["size"] = dict(processor.video_processor.size) | {"longest_edge": max_pixels}
+    return options
 
 
 def _at_least(frames_FHWC: np.ndarray, num_frames: int) -> np.ndarray:

@@ -198,7 +198,8 @@ class NativeLVLM:
             encoded[kind] = encode(**{k: value for k, value in one.inputs.items() if k in wanted}, return_dict=True)
         if _PROJECTOR in self._recipe.taps:
             name = str(FeatureName("video", _PROJECTOR, "visual_mean"))
-            pooled[name] = _pool_projected(encoded["video"], num_items)
+            kept = shown["video"].inputs.get("video_compression_mask")  # VideoLLaMA 3 leaves out what stands still
+            pooled[name] = _pool_projected(encoded["video"], num_items, kept)
         return pooled, encoded
 
     def _answer(
@@ -261,13 +262,16 @@ class NativeLVLM:
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
-def _pool_projected(vision: Any, num_clips: int) -> Tensor:
-    """float32 [B, D]: the mean of each clip's projected tokens.
+def _pool_projected(vision: Any, num_clips: int, kept: Tensor | None = None) -> Tensor:
+    """float32 [B, D]: the mean of each clip's projected tokens, of those `kept` where a mask over all of them says so.
 
     They are given as [B, N, D] or [B * F, N, D], or as B or B * F parts [N, D] of different sizes.
     """
     projected = vision.pooler_output
     if isinstance(projected, Tensor):
         return pool_patches(list(projected.reshape(num_clips, -1, projected.shape[-1])))
+    if kept is not None:
+        masks = kept.split([len(part) for part in projected])
+        projected = [part[mask] for part, mask in zip(projected, masks, strict=True)]
     num_parts = len(projected) // num_clips
     return pool_patches([torch.cat(projected[i : i + num_parts]) for i in range(0, len(projected), num_parts)])

@@ -31,6 +31,9 @@ class ModelConfig:
     attention: str = option("sdpa", "attention kernel", choices=ATTENTIONS)
     batch_size: int = option(4, "videos per forward", minimum=1)
     compile: bool = option(False, "torch.compile the layers of the decoder; results then differ in their last bits")
+    trust_remote_code: bool = option(
+        False, "of lvlm.name=auto: run the code in the model's repository, a directory or a hub id at a pinned commit"
+    )
     code: str = option("", "the authors' repository, for families that run it: folder, or zip by URL with its commit")
     environment: dict[str, Any] = option(
         {}, "Ray runtime_env of the processes that hold the model, such as {pip: [...]}, {py_executable: ...}"

@@ -6,8 +6,9 @@ from typing import Any
 
 from lvlmrec.lvlms.family import NativeFamily, patches_of_packed_clips
 
-# As the reference implementation (qwen-vl-utils) does; transformers 5.23 warns that its default will become this.
-VIDEO_OPTIONS = {"cap_pixels_per_frame": True}
+# The cap is the reference implementation's (qwen-vl-utils); transformers 5.23 warns that it will become the default.
+# So are 602,112 pixels a frame, but published processors name the 12,845,056 of images; 0 leaves it to the files.
+VIDEO_OPTIONS = {"cap_pixels_per_frame": True, "max_pixels": 0}
 
 TINY_TEXT = {
     "num_hidden_layers": 4,

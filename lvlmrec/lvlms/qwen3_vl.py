@@ -48,6 +48,6 @@ FAMILY = NativeFamily(
     vision_layers="visual.blocks",
     patches=patches_of_packed_clips,
     tiny=tiny,
-    video_options=qwen2_vl.VIDEO_OPTIONS,
+    video_options={"cap_pixels_per_frame": True},  # 768 tokens a frame, as qwen-vl-utils
     minimum_frames=2,  # the video processor refuses fewer than one temporal patch
 )

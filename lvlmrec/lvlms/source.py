@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lvlmrec.errors import ConfigError
+from lvlmrec.lvlms import torchvision_shim
 from lvlmrec.lvlms.protocol import ModelConfig
 
 WHOLE_FILE_BYTES = 64 * 2**20
 NUM_BLOCKS = 64
 BLOCK_BYTES = 64 * 2**10
 MAX_HEADER_BYTES = 100 * 10**6  # safetensors' own limit
+NEEDS_CODE = (
+    "transformers does not hold this model, and the code in its repository is not run unless "
+    "lvlm.trust_remote_code=true says so, with lvlm.name=auto and the commit of a hub id in lvlm.revision"
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _UNREAD = re.compile(r"(README|LICENSE|NOTICE|USE_POLICY).*|.*\.md", re.IGNORECASE)
 
@@ -32,16 +37,21 @@ def read_model_config(config: ModelConfig, family: str, model_types: Collection[
 
 
 def read_any_config(config: ModelConfig, expected: str) -> Any:
-    """The Hugging Face configuration of `config.model`; no code of the model's own is ever run.
+    """The Hugging Face configuration of `config.model`; code of the model's own runs only with `trust_remote_code`.
 
     Raises `ConfigError` when the directory or hub id cannot be read; the message says what is `expected` there.
     """
+    torchvision_shim.ensure_importable()  # configurations of Llama decoders import it
     from transformers import AutoConfig
 
     _check_place(config, expected)
     try:
-        return AutoConfig.from_pretrained(config.model, revision=resolve_revision(config))
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(
+            config.model, revision=resolve_revision(config), trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code=True" in str(error):
+            raise ConfigError(f"lvlm.model: {config.model!r}: {NEEDS_CODE}") from error
         raise ConfigError(f"lvlm.model: {config.model!r}: {_expectation(expected)}; {one_line(error)}") from error
 
 

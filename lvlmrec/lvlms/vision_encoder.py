@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
 from lvlmrec.lvlms import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
@@ -67,6 +66,7 @@ class VisionFamily:
             inputs=self.inputs,
             poolings=("visual_mean", FIRST_TOKEN) if self.model_types[model_config.model_type] else ("visual_mean",),
             frames=0 if self.reads_images else getattr(model_config, "num_frames", 0),
+            frame_group=1 if self.reads_images else group_size(model_config),
         )
 
     def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
@@ -74,8 +74,6 @@ class VisionFamily:
         from lvlmrec.lvlms import vision_model
 
         model_config = self.read_config(config)
-        if not self.reads_images:
-            check_groups(model_config, recipe.frames)
         class_tokens = self.model_types[model_config.model_type]
         # DINOv2's registers lie between the class token and the patches
         before_patches = class_tokens + getattr(model_config, "num_register_tokens", 0)
@@ -94,12 +92,10 @@ class VisionFamily:
         tiny.write(*(tiny_image() if self.reads_images else tiny_video()), directory, seed, "AutoModel")
 
 
-def check_groups(model_config: Any, frames: int) -> None:
-    """Raises `ConfigError` when a video model reads frames in groups that `frames` do not fill."""
+def group_size(model_config: Any) -> int:
+    """How many frames a video model turns into one step of time."""
     size = getattr(model_config, "tubelet_size", 1)
-    size = size if isinstance(size, int) else size[0]
-    if frames % size:
-        raise ConfigError(f"recipe.frames: {frames}: this {model_config.model_type} reads frames in groups of {size}")
+    return int(size if isinstance(size, int) else size[0])
 
 
 def tiny_image() -> tuple[Any, Any]:

@@ -60,6 +60,27 @@ def test_extract_on_the_sample(workspace: Path, extracted: dict[str, Any]) -> No
 
 
 @pytest.mark.slow
+def test_another_family_is_one_word(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in ("a", "b", "c"):
+        write_video(tmp_path / "videos" / f"{name}.mp4", num_frames=30)
+    common = [f"workspace={tmp_path}", f"input={tmp_path / 'videos'}"]
+    estimated = run("extract", *common, "estimate.only=true")
+    assert estimated["items"] == 3 and estimated["estimate"]["videos"] == 3
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    for family in ("smolvlm", "minicpm_v_4_5"):
+        result = run("extract", *common, f"lvlm.name={family}")
+        assert (result["written"], result["rejected"]) == (3, 0)
+        frame = pd.read_parquet(f"{result['feature_set']}/parts")
+        columns = [name for name in frame if "/" in name]
+        assert sorted(frame["item_id"]) == ["a", "b", "c"] and len(columns) == result["features"] == 4
+        assert all(len(value) in (64, 128) for name in columns for value in frame[name])
+        logged = client.get_run(result["run_id"]).data
+        assert (logged.params["lvlm.name"], logged.tags["feature_set"]) == (family, result["feature_set"])
+        assert (logged.metrics["written"], logged.metrics["features"]) == (3, 4)
+
+
+@pytest.mark.slow
 def test_train_evaluate_and_what_tracking_keeps(workspace: Path, trained: dict[str, Any]) -> None:
     assert trained["epochs"] == 2 and len(trained["feature_columns"]) == 4
     assert 0 < trained["validation"]["hr@10"] < 1
@@ -170,6 +191,11 @@ def _ended(client: Any, job: str) -> Any:
             "input '/nowhere/videos': no such manifest, folder, prefix or feature set",
         ),
         ("extract", ["input={broken}"], "broken.parquet': unreadable manifest"),
+        (
+            "extract",
+            ["lvlm.name=video_encoder", "lvlm.model={vjepa2}", "input={videos}", "recipe.frames=5"],
+            "recipe.frames: 5: this video_encoder reads frames in groups of 2",
+        ),
         ("train", ["model.item_encoder.name=dfff"], "model.item_encoder.name: 'dfff' is not one of dff, fusion, id"),
         ("train", ["dataset.path=/nowhere"], "/nowhere"),
         ("evaluate", ["checkpoint=/nowhere"], "checkpoint '/nowhere': no checkpoint there; train first"),
@@ -188,7 +214,9 @@ def test_bad_input_is_one_line_and_status_2(
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"")
     (tmp_path / "broken.parquet").write_bytes(b"nothing")
-    places = {"videos": tmp_path / "videos", "broken": tmp_path / "broken.parquet"}
+    (tmp_path / "vjepa2").mkdir()
+    (tmp_path / "vjepa2" / "config.json").write_text(json.dumps({"model_type": "vjepa2", "num_hidden_layers": 2}))
+    places = {"videos": tmp_path / "videos", "broken": tmp_path / "broken.parquet", "vjepa2": tmp_path / "vjepa2"}
     given = [argument.format(**places) for argument in arguments]
     tracking = f"tracking_uri=sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setattr(sys, "argv", [job, f"workspace={tmp_path}", tracking, *given])

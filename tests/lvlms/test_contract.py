@@ -48,7 +48,7 @@ PORTS = {
 }
 FRAMES_ARE_IMAGES = {"Gemma3Processor"}
 READS_PROMPTS_ALONE = {"minicpmv4_6"}
-READS_SECONDS = {"qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma4"}
+READS_SECONDS = {"qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma4", "video_llama_3"}
 
 pytestmark = pytest.mark.parametrize("family", LVLM_FAMILIES)
 

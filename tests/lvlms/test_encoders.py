@@ -321,9 +321,9 @@ def test_a_video_model_reads_its_own_number_of_frames(directories) -> None:
     wanted = RecipeConfig(frames=5, taps=["vision.-1"], prompts=prompts_for(info))
     with pytest.raises(ConfigError, match=r"recipe\.frames: 5: this video_encoder reads exactly 8 frames"):
         recipes.resolve(wanted, info)
-    recipe = dataclasses.replace(load(directories["vjepa2"])[1], frames=5)
-    with pytest.raises(ConfigError, match=r"recipe\.frames: 5: this vjepa2 reads frames in groups of 2"):
-        LVLMS["video_encoder"].load(make_config(directories["vjepa2"]), recipe)
+    info = LVLMS["video_encoder"].inspect(make_config(directories["vjepa2"]))
+    with pytest.raises(ConfigError, match=r"recipe\.frames: 5: this video_encoder reads frames in groups of 2"):
+        recipes.resolve(wanted, info)
     model, _ = load(directories["video_encoder"])
     with pytest.raises(InputError, match=r"item 'short': 3 frames, not 8"):
         model.prepare([Item("short", gradient_clip(60, 90, 3))])

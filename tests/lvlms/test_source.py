@@ -167,3 +167,17 @@ def test_the_default_is_the_sample_model_in_the_workspace() -> None:
         configuration.load(Job, [], ["lvlm.name=llava"])
     with pytest.raises(ConfigError, match=r"lvlm\.dtype"):
         configuration.load(Job, [], ["lvlm.dtype=int8"])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["llava_next_video", "qwen3_vl", "smolvlm"])
+def test_a_process_that_imported_nothing_yet_reads_a_model(tiny_models, family) -> None:
+    """Configurations of Llama decoders import torchvision, which needs help beside a torch for CPUs."""
+    program = (
+        "import dataclasses, sys\n"
+        "from lvlmrec.lvlms import LVLMS, LVLMConfig\n"
+        "config = dataclasses.replace(LVLMConfig(), name=sys.argv[1], model=sys.argv[2])\n"
+        "print(LVLMS[config.name].inspect(config).family)\n"
+    )
+    command = [sys.executable, "-c", program, family, str(tiny_models[family])]
+    assert run(command, capture_output=True, text=True, check=True).stdout.split() == [family]
