@@ -12,11 +12,13 @@ import torch.multiprocessing as mp
 
 from lvlmrec import experiment
 from lvlmrec.baselines import BASELINES
+from lvlmrec.config import load
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
-from lvlmrec.experiment import Experiment
+from lvlmrec.experiment import Experiment, TrainConfig
 from lvlmrec.fitting import State, encode_catalogue, rank_holdout
-from tests.toy import CPU, ITEM_IDS, Fitting, fitted, train_config
+from lvlmrec.models.backbones import BACKBONES
+from tests.toy import CPU, ITEM_IDS, Fitting, arguments, fitted, settings, train_config
 
 # Sums over other numbers of rows round differently, and AdamW divides by small numbers.
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
@@ -152,6 +154,18 @@ def test_it_learns_the_walk_that_popularity_does_not_know(world: Path, tmp_path:
     fitting = Fitting(prepared)
     state = fitting.run()
     assert fitting.history[-1]["train_loss"] < 0.7 * fitting.history[0]["train_loss"]
+    validation = prepared.data.validation
+    popularity = BASELINES["popularity"]().fit(prepared.data.sequences, len(ITEM_IDS))
+    ranks = rank_from_scores(popularity.score(validation.inputs), validation.targets, validation.histories)
+    assert state.progress.best["hr@10"] > 1.5 * metrics(ranks)["hr@10"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_learns_the_walk(world: Path, tmp_path: Path, backbone: str) -> None:
+    values = settings(world, tmp_path, model__backbone__name=backbone, training__epochs=15)
+    del values["model.backbone.dropout"]  # not every backbone has one
+    prepared = experiment.prepare(load(TrainConfig, [], arguments(values)))
+    state = Fitting(prepared).run()
     validation = prepared.data.validation
     popularity = BASELINES["popularity"]().fit(prepared.data.sequences, len(ITEM_IDS))
     ranks = rank_from_scores(popularity.score(validation.inputs), validation.targets, validation.histories)
