@@ -21,7 +21,6 @@ from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.errors import InputError
 from lvlmrec.experiment import TrainConfig, TrainingData, build_model, load_features
-from lvlmrec.features import store
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.models.recommender import Recommender
 
@@ -100,7 +99,7 @@ def load_checkpoint(uri: str, overrides: Mapping[str, Any]) -> Checkpoint:
 def _features(uri: str, config: TrainConfig, item_ids: list[str], result: Mapping[str, Any]) -> FeatureArray | None:
     features = load_features(config, item_ids)
     # The recipe, not the feature set's digest: the set may have grown since.
-    if features is not None and store.read(config.features).recipe.fingerprint != result["recipe"]:
+    if features is not None and features.recipe != result["recipe"]:
         raise InputError(
             f"features {config.features!r}: not of the recipe {result['recipe']} that {uri!r} learned from"
         )

@@ -15,9 +15,10 @@ from lvlmrec import data, storage
 from lvlmrec.config import option
 from lvlmrec.data import DatasetConfig
 from lvlmrec.data.split import Holdout, LeaveOneOut, leave_one_out
-from lvlmrec.errors import InputError
+from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import compact, store
 from lvlmrec.features.compact import FeatureArray
+from lvlmrec.models.fusions.base import FeatureShape
 from lvlmrec.models.recommender import ModelConfig, Recommender
 
 # What decides where and how fast a run happens, not what it learns.
@@ -52,7 +53,7 @@ class TrainConfig:
     cache: str = option("${workspace}/cache", "local folder for memory-mapped features, one per machine")
     seed: int = option(0, "seed of initialisation, order and dropout")
     dataset: DatasetConfig = option(DatasetConfig, "interactions")
-    features: str = option("${workspace}/features", "feature set, or a store that holds exactly one")
+    features: Any = option("${workspace}/features", "feature set, or a store that holds exactly one; or a list of them")
     feature_columns: list[str] = option([], "patterns of columns, as describe/llm.*/visual_mean; none: see README")
     feature_scaling: str = option(
         "standardize", "per dimension over the training items, or none", choices=("standardize", "none")
@@ -125,6 +126,14 @@ def load_split(config: DatasetConfig) -> tuple[LeaveOneOut, dict[str, int]]:
     return split, {**dataset.report, **split.report}
 
 
+def feature_uris(config: TrainConfig) -> list[str]:
+    """The feature sets, one or several. Raises `ConfigError`."""
+    uris = config.features if isinstance(config.features, list) else [config.features]
+    if not uris or not all(isinstance(uri, str) and uri for uri in uris):
+        raise ConfigError(f"features: {config.features!r} is neither the URI of a feature set nor a list of URIs")
+    return uris
+
+
 def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: bool = False) -> FeatureArray | None:
     """The columns that the item encoder reads, compacted on this machine, not yet scaled; None for ids alone."""
     layers = config.model.item_encoder.layers
@@ -132,16 +141,17 @@ def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: 
         return None
     if storage.is_remote(config.cache):
         raise InputError(f"cache {config.cache!r}: features are memory-mapped, so it is a local folder; set cache")
-    feature_set = store.read(config.features)
-    names = compact.choose_columns(feature_set, config.feature_columns, "many" if every_layer else layers)
-    array = compact.compact(feature_set, names, item_ids, config.cache)
+    feature_sets = [store.read(uri) for uri in feature_uris(config)]
+    read = "many" if every_layer else layers
+    chosen = [(each, compact.choose_columns(each, config.feature_columns, read)) for each in feature_sets]
+    array = compact.compact(chosen, item_ids, config.cache)
     return array.shuffled(config.seed) if config.feature_control == "shuffled" else array
 
 
 def build_model(config: ModelConfig, num_items: int, max_length: int, features: FeatureArray | None) -> Recommender:
     """The recommender for a catalogue of `num_items` and the features' shape."""
-    num_layers, feature_dim = features.shape[1:] if features else (0, 0)
-    return config.build(num_items, max_length, num_layers, feature_dim)
+    shapes = [FeatureShape(*shape) for shape in features.shapes] if features else []
+    return config.build(num_items, max_length, shapes)
 
 
 def summary(experiment: Experiment) -> dict[str, Any]:
@@ -151,6 +161,6 @@ def summary(experiment: Experiment) -> dict[str, Any]:
         "users": len(experiment.data.sequences),
         "catalogue": len(experiment.data.item_ids),
         "feature_columns": list(experiment.features.names) if experiment.features else [],
-        "items_without_features": int(experiment.features.missing[1:].sum()) if experiment.features else 0,
+        "items_without_features": int(experiment.features.missing[1:].any(1).sum()) if experiment.features else 0,
         "dataset_report": {reason: count for reason, count in experiment.report.items() if count},
     }

@@ -20,7 +20,7 @@ LLM = ["describe/llm.0/visual_mean", "describe/llm.2/visual_mean", "describe/llm
 def test_rows_are_the_stored_features_in_item_index_order(make_set: MakeSet, tmp_path: Path, dtype: str) -> None:
     feature_set = store.read(make_set([ITEMS[:7], ITEMS[7:]], dtype))
     order = ITEMS[::-1]
-    array = compact(feature_set, LLM, order, str(tmp_path / "cache"))
+    array = compact([(feature_set, LLM)], order, str(tmp_path / "cache"))
     assert array.shape == (41, 3, 8)
     expected = vectors(recipe_of(dtype), order)
     stacked = torch.stack([expected[name] for name in LLM], dim=1).to(getattr(torch, dtype)).float()
@@ -30,15 +30,15 @@ def test_rows_are_the_stored_features_in_item_index_order(make_set: MakeSet, tmp
 
 def test_the_array_is_made_once_per_set_columns_and_id_map(make_set: MakeSet, tmp_path: Path) -> None:
     feature_set, cache = store.read(make_set([ITEMS])), str(tmp_path / "cache")
-    first = compact(feature_set, LLM, ITEMS, cache)
+    first = compact([(feature_set, LLM)], ITEMS, cache)
     changed = first.path.stat().st_mtime_ns
-    assert compact(feature_set, LLM, ITEMS, cache).path.stat().st_mtime_ns == changed
-    assert compact(feature_set, LLM[:1], ITEMS, cache).path != first.path
-    assert compact(feature_set, LLM, ITEMS[::-1], cache).path != first.path
+    assert compact([(feature_set, LLM)], ITEMS, cache).path.stat().st_mtime_ns == changed
+    assert compact([(feature_set, LLM[:1])], ITEMS, cache).path != first.path
+    assert compact([(feature_set, LLM)], ITEMS[::-1], cache).path != first.path
 
 
 def test_standardized_has_mean_zero_and_variance_one_over_the_given_items(make_set: MakeSet, tmp_path: Path) -> None:
-    array = compact(store.read(make_set([ITEMS], "float32")), LLM, ITEMS, str(tmp_path / "cache"))
+    array = compact([(store.read(make_set([ITEMS], "float32")), LLM)], ITEMS, str(tmp_path / "cache"))
     train = np.arange(1, 31)
     scaled = array.standardized(train)
     rows = scaled.rows(train).double()
@@ -59,17 +59,17 @@ def test_a_dimension_without_variance_becomes_zero(tmp_path: Path) -> None:
     features[LLM[0]][:, 2] = 0.1
     store.write_part(uri, recipe, store.feature_table(recipe, ITEMS, [8] * 40, features))
     store.commit(uri)
-    array = compact(store.read(uri), LLM, ITEMS, str(tmp_path / "cache")).standardized(np.arange(1, 41))
+    array = compact([(store.read(uri), LLM)], ITEMS, str(tmp_path / "cache")).standardized(np.arange(1, 41))
     assert torch.equal(array.rows(np.arange(1, 41))[:, 0, 2], torch.zeros(40))
 
 
 def test_a_few_missing_items_become_the_mean_and_many_are_an_error(make_set: MakeSet, tmp_path: Path) -> None:
     feature_set, cache = store.read(make_set([ITEMS])), str(tmp_path / "cache")
-    array = compact(feature_set, LLM, [*ITEMS, "unknown"], cache)
-    assert array.missing.sum() == 2
+    array = compact([(feature_set, LLM)], [*ITEMS, "unknown"], cache)
+    assert array.missing.all(1).sum() == array.missing.any(1).sum() == 2
     assert torch.equal(array.standardized(np.arange(1, 41)).rows(np.array([41])), torch.zeros(1, 3, 8))
     with pytest.raises(InputError, match=r"100\.0% of the dataset's 2 items.*feature set of another catalogue"):
-        compact(feature_set, LLM, ["x", "y"], cache)
+        compact([(feature_set, LLM)], ["x", "y"], cache)
 
 
 def test_columns_are_chosen_by_pattern_and_by_what_the_encoder_reads(make_set: MakeSet) -> None:
@@ -94,7 +94,7 @@ def test_columns_of_several_tokens_are_never_chosen(make_set: MakeSet) -> None:
 
 
 def test_the_shuffled_control_permutes_whole_rows(make_set: MakeSet, tmp_path: Path) -> None:
-    array = compact(store.read(make_set([ITEMS])), LLM, ITEMS, str(tmp_path / "cache"))
+    array = compact([(store.read(make_set([ITEMS])), LLM)], ITEMS, str(tmp_path / "cache"))
     every = np.arange(1, 41)
     shuffled = array.shuffled(seed=3)
     assert not torch.equal(shuffled.rows(every), array.rows(every))
