@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from lvlmrec import experiment
+from lvlmrec.checkpoint import load_checkpoint
 from lvlmrec.data.split import Holdout, LeaveOneOut
-from lvlmrec.errors import InputError
+from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.experiment import TrainConfig
-from tests.feature_sets import recipe_of, write_set
-from tests.toy import ITEM_IDS, Fitting, train_config, walks, write_pairs, write_world
+from tests.feature_sets import captions_recipe, recipe_of, write_set
+from tests.toy import ITEM_IDS, Fitting, fitted, publish, train_config, walks, write_pairs, write_world
 
 
 def key(config: TrainConfig) -> str:
@@ -102,6 +103,46 @@ def test_an_encoder_of_one_layer_gets_the_deepest(world: Path, tmp_path: Path) -
         names[encoder] = features.names if features else ()
     columns = tuple(f"describe/llm.{layer}/visual_mean" for layer in (0, 2, 4))
     assert names == {"id": (), "fusion": columns[-1:], "dff": columns}
+
+
+@pytest.mark.parametrize("encoder", ["fusion", "replacement", "concatenation"])
+def test_a_single_layer_is_chosen_by_its_column(world: Path, tmp_path: Path, encoder: str) -> None:
+    """No item encoder of its own: `fusion` on one column is the study's single layer."""
+    column = "describe/llm.2/visual_mean"
+    config = train_config(world, tmp_path, model__item_encoder__name=encoder, feature_columns=f"[{column}]")
+    features = experiment.prepare(config).features
+    assert features is not None and features.names == (column,)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "columns"), [("dff", 6), ("mean", 6), ("fusion", 2), ("concatenation", 2), ("id", 0)]
+)
+def test_features_may_be_several_feature_sets(world: Path, tmp_path: Path, encoder: str, columns: int) -> None:
+    captions = write_set(tmp_path / "captions", [ITEM_IDS[:30], ITEM_IDS[30:]], captions_recipe())
+    both = f"[{world / 'features'},{captions}]"
+    prepared, state = fitted(
+        train_config(world, tmp_path, model__item_encoder__name=encoder, features=both, training__epochs=1)
+    )
+    names = experiment.summary(prepared)["feature_columns"]
+    assert len(names) == columns
+    assert sum("caption/text" in name for name in names) == columns // 2
+    uri = publish(prepared, state)
+    loaded = load_checkpoint(uri, {})
+    assert state.best_weights.keys() == loaded.model.state_dict().keys()
+    if loaded.features is not None and prepared.features is not None:
+        every = np.arange(1, 61)
+        np.testing.assert_array_equal(loaded.features.rows(every), prepared.features.rows(every))
+        moved = shutil.copytree(captions, tmp_path / "moved" / Path(captions).name)
+        again = load_checkpoint(uri, {"features": [str(world / "features"), str(moved)]})
+        assert again.features is not None
+        np.testing.assert_array_equal(again.features.rows(every), prepared.features.rows(every))
+
+
+@pytest.mark.parametrize("features", ["[]", "3", "[1]", "[[a]]", "''"])
+def test_features_that_are_no_uris_are_the_users_fault(world: Path, tmp_path: Path, features: str) -> None:
+    config = train_config(world, tmp_path, model__item_encoder__name="dff", features=features)
+    with pytest.raises(ConfigError, match=r"features: .* is neither the URI of a feature set nor a list of URIs"):
+        experiment.prepare(config)
 
 
 def test_training_never_opens_the_test_split(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from lvlmrec.evaluation.ranking import rank_from_scores
 from lvlmrec.experiment import Experiment, TrainConfig
 from lvlmrec.fitting import State, encode_catalogue, rank_holdout
 from lvlmrec.models.backbones import BACKBONES
+from lvlmrec.models.fusions import FUSIONS
 from tests.toy import CPU, ITEM_IDS, Fitting, arguments, fitted, settings, train_config
 
 # Sums over other numbers of rows round differently, and AdamW divides by small numbers.
@@ -147,7 +148,7 @@ def test_the_best_epochs_weights_are_kept(world: Path, tmp_path: Path) -> None:
     assert metrics(rank_holdout(state.model, catalogue, prepared.data.validation)) == state.progress.best
 
 
-@pytest.mark.parametrize("encoder", ["id", "replacement", "fusion", "dff"])
+@pytest.mark.parametrize("encoder", FUSIONS)
 def test_it_learns_the_walk_that_popularity_does_not_know(world: Path, tmp_path: Path, encoder: str) -> None:
     config = train_config(world, tmp_path, model__item_encoder__name=encoder, training__epochs=25)
     prepared = experiment.prepare(config)
