@@ -16,8 +16,9 @@ from lvlmrec.config import option
 from lvlmrec.data import DatasetConfig
 from lvlmrec.data.split import Holdout, LeaveOneOut, leave_one_out
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features import compact, store
+from lvlmrec.features import compact, pca, store
 from lvlmrec.features.compact import FeatureArray
+from lvlmrec.features.noise import NOISES, noise_twin
 from lvlmrec.models.fusions.base import FeatureShape
 from lvlmrec.models.recommender import ModelConfig, Recommender
 
@@ -59,7 +60,13 @@ class TrainConfig:
         "standardize", "per dimension over the training items, or none", choices=("standardize", "none")
     )
     feature_control: str = option(
-        "none", "shuffled: a control in which every item has the features of another", choices=("none", "shuffled")
+        "none",
+        "a control instead of the features: those of another item (shuffled), or noise with their mean and deviation "
+        "(gaussian, uniform) or with their covariance",
+        choices=("none", "shuffled", *NOISES),
+    )
+    feature_pca: int = option(
+        0, "principal components kept of each column, fitted on the training items; 0: all dimensions", minimum=0
     )
     model: ModelConfig = option(ModelConfig, "the recommender")
     training: TrainingConfig = option(TrainingConfig, "the optimisation")
@@ -105,8 +112,11 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     fingerprint = split.fingerprint()
     data = TrainingData(np.asarray(split.item_ids), split.training(), split.train_counts(), split.validation())
     features = load_features(config, data.item_ids.tolist(), every_layer=every_layer)
+    trained_on = np.flatnonzero(data.train_counts)
+    if features is not None and config.feature_pca:
+        features = pca.reduce(features, trained_on, config.feature_pca)
     if features is not None and config.feature_scaling == "standardize":
-        features = features.standardized(np.flatnonzero(data.train_counts))
+        features = features.standardized(trained_on)
     flat = configs.flatten(configs.to_dict(config))
     learned = {k: v for k, v in flat if k not in NOT_LEARNED and not k.startswith(SEARCH)}
     if features is None:  # what is asked of features changes no run without them
@@ -135,7 +145,10 @@ def feature_uris(config: TrainConfig) -> list[str]:
 
 
 def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: bool = False) -> FeatureArray | None:
-    """The columns that the item encoder reads, compacted on this machine, not yet scaled; None for ids alone."""
+    """The columns that the item encoder reads, or their control, compacted on this machine; None for ids alone.
+
+    Neither reduced nor scaled yet: both depend on the training items.
+    """
     layers = config.model.item_encoder.layers
     if layers == "none":
         return None
@@ -145,7 +158,9 @@ def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: 
     read = "many" if every_layer else layers
     chosen = [(each, compact.choose_columns(each, config.feature_columns, read)) for each in feature_sets]
     array = compact.compact(chosen, item_ids, config.cache)
-    return array.shuffled(config.seed) if config.feature_control == "shuffled" else array
+    if config.feature_control == "shuffled":
+        return array.shuffled(config.seed)
+    return array if config.feature_control == "none" else noise_twin(array, config.feature_control, config.seed)
 
 
 def build_model(config: ModelConfig, num_items: int, max_length: int, features: FeatureArray | None) -> Recommender:

@@ -47,3 +47,14 @@ def write_set(folder: Path, parts: Sequence[Sequence[str]], recipe: Recipe, comm
     if commit:
         store.commit(uri)
     return uri
+
+
+def write_values(folder: Path, items: Sequence[str], values: torch.Tensor) -> str:
+    """A feature set whose columns describe/llm.0, .2 and .4 are `values` [N, 3, 8]; float32, one part."""
+    recipe = recipe_of("float32")
+    columns = vectors(recipe, items) | {f"describe/llm.{2 * k}/visual_mean": values[:, k] for k in range(3)}
+    uri = store.locate(str(folder), "tiny", recipe)
+    store.create(uri, recipe)
+    store.write_part(uri, recipe, store.feature_table(recipe, list(items), [8] * len(items), columns))
+    store.commit(uri)
+    return uri

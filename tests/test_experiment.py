@@ -62,6 +62,10 @@ def test_the_key_ignores_where_dataset_and_features_lie(world: Path, tmp_path: P
         {"dataset__min_interactions": 7},
         {"feature_scaling": "none"},
         {"feature_control": "shuffled"},
+        {"feature_control": "gaussian"},
+        {"feature_control": "covariance"},
+        {"feature_pca": 2},
+        {"model__item_encoder__gate": "mlp"},
         {"feature_columns": "[describe/llm.0/visual_mean]"},
     ],
     ids=lambda values: next(iter(values)),
@@ -81,6 +85,20 @@ def test_the_key_knows_the_data_themselves(tmp_path: Path) -> None:
     write_set(world / "features", [ITEM_IDS], recipe_of("float32"))
     features = key(train_config(world, tmp_path, model__item_encoder__name="dff"))
     assert len({before, interactions, features}) == 3
+
+
+def test_the_controls_and_the_components_are_told_apart(world: Path, tmp_path: Path) -> None:
+    values = [{"feature_control": name} for name in ("none", "shuffled", "gaussian", "uniform", "covariance")]
+    values += [{"feature_pca": 2}, {"feature_pca": 3}, {"feature_pca": 2, "feature_control": "gaussian"}]
+    digests, every = [], np.arange(1, 61)
+    for each in values:
+        features = experiment.prepare(train_config(world, tmp_path, model__item_encoder__name="dff", **each)).features
+        assert features is not None
+        digests.append(features.digest)
+        assert features.shape == (61, 3, each.get("feature_pca", 8))
+        rows = features.rows(every)
+        assert abs(rows.mean()) < 0.1 and rows.std() == pytest.approx(1, abs=0.1), "standardised, whatever they are"
+    assert len(set(digests)) == len(values)
 
 
 def test_features_of_another_catalogue_are_refused(world: Path, tmp_path: Path) -> None:

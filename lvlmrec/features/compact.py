@@ -12,11 +12,11 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,13 @@ MAX_MISSING = 0.05  # above this share of items without features, the set belong
 ROWS_AT_ONCE = 4096
 
 
+class Projection(NamedTuple):
+    """What features were turned by: (h - mean [L, D]) @ components [L, D, P]."""
+
+    mean: Tensor
+    components: Tensor
+
+
 @dataclass(frozen=True)
 class FeatureArray:
     """Features of a catalogue, read in place.
@@ -48,6 +55,7 @@ class FeatureArray:
     missing bool [I + 1, columns of the file], no feature: zeros (after scaling: the mean)
     order   int64 [I + 1], the row read for each item; None: its own (a control gives items the rows of others)
     mean, std float32 [L, D], the scaling applied by `rows`; None leaves features as they are
+    projection what the features in the file were made by, None when they are as stored
     """
 
     path: Path
@@ -62,6 +70,7 @@ class FeatureArray:
     order: np.ndarray | None = None
     mean: torch.Tensor | None = None
     std: torch.Tensor | None = None
+    projection: Projection | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -97,14 +106,17 @@ class FeatureArray:
     def select(self, names: Sequence[str]) -> FeatureArray:
         """The same array with the columns `names` only."""
         kept = [self.names.index(name) for name in names]
+        part = "" if list(names) == list(self.names) else f"-{_hash(*names)}"
         return replace(
             self,
+            digest=f"{self.digest}{part}",
             names=tuple(names),
             columns=tuple(self.columns[i] for i in kept),
             widths=tuple(self.widths[i] for i in kept),
             sets=tuple(self.sets[i] for i in kept),
             mean=None if self.mean is None else self.mean[kept],
             std=None if self.std is None else self.std[kept],
+            projection=None if self.projection is None else Projection(*(part[kept] for part in self.projection)),
         )
 
     def shuffled(self, seed: int) -> FeatureArray:
@@ -168,7 +180,7 @@ def compact(chosen: Sequence[tuple[FeatureSet, Sequence[str]]], item_ids: Sequen
     found = [_find_items(feature_set, item_ids) for feature_set, _ in chosen]
     without = [np.concatenate([[True], rows[PART].isna().to_numpy()]) for rows in found]
     parts = [part for feature_set, names in chosen for part in (feature_set.digest, *names)]
-    digest = hashlib.blake2b("\n".join([*parts, "", *item_ids]).encode(), digest_size=8).hexdigest()
+    digest = _hash(*parts, "", *item_ids)
     folder = Path(storage.absolute(cache), digest)
     dtypes = {feature_set.recipe.dtype for feature_set, _ in chosen}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -193,6 +205,48 @@ def compact(chosen: Sequence[tuple[FeatureSet, Sequence[str]]], item_ids: Sequen
         dtype=dtype,
         missing=np.stack([without[k] for k in sets], axis=1),
     )
+
+
+def derive(
+    array: FeatureArray,
+    key: str,
+    dim: int,
+    rows_of: Callable[[int, np.ndarray], np.ndarray],
+    projection: Projection | None = None,
+) -> FeatureArray:
+    """Make, or find, the float32 array [I + 1, L, dim] of what `rows_of` makes of `array`, beside it in the cache.
+
+    `rows_of(column, item_index [N])` gives [N, dim]; it is asked for blocks of consecutive items, always the same.
+    Items without a feature have none here. `key` says what `rows_of` depends on.
+    """
+    folder = array.path.parent.with_name(f"{array.digest}-{key}")
+    items, num_columns, old_dim = array.shape
+    missing = array.is_missing(np.arange(items))
+    if not (folder / ABOUT).exists():
+        with publishing(folder, {"made_of": array.digest, "shape": (items, num_columns, dim)}) as working:
+            made = np.lib.format.open_memmap(
+                working / ARRAY, mode="w+", dtype=np.float32, shape=(items, num_columns, dim)
+            )
+            for column in range(num_columns):
+                for start in range(1, items, ROWS_AT_ONCE):
+                    index = np.arange(start, min(start + ROWS_AT_ONCE, items))
+                    made[index, column] = np.where(missing[index, column, None], 0.0, rows_of(column, index))
+            made.flush()
+    return replace(
+        array,
+        path=folder / ARRAY,
+        digest=folder.name,
+        columns=tuple(range(num_columns)),
+        widths=array.widths if dim == old_dim else (dim,) * num_columns,
+        dtype="float32",
+        missing=missing,
+        order=None,
+        projection=projection,
+    )
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
 
 
 def _find_items(feature_set: FeatureSet, item_ids: Sequence[str]) -> pd.DataFrame:
