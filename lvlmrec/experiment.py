@@ -12,7 +12,7 @@ import numpy as np
 
 from lvlmrec import config as configs
 from lvlmrec import data, storage
-from lvlmrec.config import option
+from lvlmrec.config import option, variant
 from lvlmrec.data import DatasetConfig
 from lvlmrec.data.split import Holdout, LeaveOneOut, leave_one_out
 from lvlmrec.errors import ConfigError, InputError
@@ -20,6 +20,7 @@ from lvlmrec.features import compact, pca, store
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.features.noise import NOISES, noise_twin
 from lvlmrec.models.fusions.base import FeatureShape
+from lvlmrec.models.losses import LOSSES, LossConfig
 from lvlmrec.models.recommender import ModelConfig, Recommender
 
 # What decides where and how fast a run happens, not what it learns.
@@ -42,7 +43,9 @@ class TrainingConfig:
     gradient_clip: float = option(5.0, "largest gradient norm", minimum=0)
     patience: int = option(5, "epochs without a better validation HR@10 before it stops", minimum=1)
     precision: str = option("float32", "arithmetic of the forward", choices=("float32", "bfloat16"))
-    log_popularity_correction: bool = option(True, "subtract log popularity from the logits of in-batch softmax")
+    loss: LossConfig = variant(LOSSES, "in_batch_softmax", "what is minimised")
+    alignment: float = option(0.0, "weight of the mean squared distance between query and label, normalised", minimum=0)
+    uniformity: float = option(0.0, "weight of the uniformity of queries and items, the mean of both", minimum=0)
 
 
 @dataclass(frozen=True)
