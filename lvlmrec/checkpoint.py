@@ -3,6 +3,7 @@
 <uri>/model.safetensors  weights of the best epoch
       config.json        the resolved configuration
       item_ids.json      item_index i + 1 belongs to item_ids[i]
+      pca.safetensors    mean and components of the features, when they are reduced
       scaling.safetensors mean and std of the features [L, D], when they are scaled
       result.json        validation metrics, epochs; written last: without it there is no checkpoint
 """
@@ -21,8 +22,8 @@ from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.errors import InputError
 from lvlmrec.experiment import TrainConfig, TrainingData, build_model, load_features
-from lvlmrec.features import store
-from lvlmrec.features.compact import FeatureArray
+from lvlmrec.features import pca
+from lvlmrec.features.compact import FeatureArray, Projection
 from lvlmrec.models.recommender import Recommender
 
 RESULT = "result.json"
@@ -56,6 +57,8 @@ def publish(
         "config.json": json.dumps(settings, indent=2).encode(),
         "item_ids.json": json.dumps(data.item_ids.tolist()).encode(),
     }
+    if features is not None and features.projection is not None:
+        files[pca.FILE] = save(features.projection._asdict())
     if features is not None and features.mean is not None and features.std is not None:
         files["scaling.safetensors"] = save({"mean": features.mean, "std": features.std})
     for name, content in [*files.items(), (RESULT, json.dumps(result, indent=2).encode())]:
@@ -100,10 +103,12 @@ def load_checkpoint(uri: str, overrides: Mapping[str, Any]) -> Checkpoint:
 def _features(uri: str, config: TrainConfig, item_ids: list[str], result: Mapping[str, Any]) -> FeatureArray | None:
     features = load_features(config, item_ids)
     # The recipe, not the feature set's digest: the set may have grown since.
-    if features is not None and store.read(config.features).recipe.fingerprint != result["recipe"]:
+    if features is not None and features.recipe != result["recipe"]:
         raise InputError(
             f"features {config.features!r}: not of the recipe {result['recipe']} that {uri!r} learned from"
         )
+    if features is not None and config.feature_pca:
+        features = pca.project(features, Projection(**load(storage.read_bytes(storage.join(uri, pca.FILE)))))
     if features is None or config.feature_scaling == "none":
         return features
     scaling = load(storage.read_bytes(storage.join(uri, "scaling.safetensors")))

@@ -37,7 +37,7 @@ class EvaluateConfig:
     seed: int = option(0, "seed of the permutation tests")
     checkpoint: str = option("${workspace}/checkpoints", "a checkpoint, or a folder: its newest one")
     dataset_path: str = option("", "where the dataset is now, if not where the checkpoint was trained")
-    features: str = option("", "where the feature set is now, if not where the checkpoint was trained")
+    features: Any = option("", "where the feature set is now, or the list of them, if not where it was trained")
     baselines: list[str] = option(
         ["popularity", "item_knn", "markov"], "fitted and ranked on the same split", choices=BASELINES
     )

@@ -12,12 +12,15 @@ import numpy as np
 
 from lvlmrec import config as configs
 from lvlmrec import data, storage
-from lvlmrec.config import option
+from lvlmrec.config import option, variant
 from lvlmrec.data import DatasetConfig
 from lvlmrec.data.split import Holdout, LeaveOneOut, leave_one_out
-from lvlmrec.errors import InputError
-from lvlmrec.features import compact, store
+from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.features import compact, pca, store
 from lvlmrec.features.compact import FeatureArray
+from lvlmrec.features.noise import NOISES, noise_twin
+from lvlmrec.models.fusions.base import FeatureShape
+from lvlmrec.models.losses import LOSSES, LossConfig
 from lvlmrec.models.recommender import ModelConfig, Recommender
 
 # What decides where and how fast a run happens, not what it learns.
@@ -40,7 +43,9 @@ class TrainingConfig:
     gradient_clip: float = option(5.0, "largest gradient norm", minimum=0)
     patience: int = option(5, "epochs without a better validation HR@10 before it stops", minimum=1)
     precision: str = option("float32", "arithmetic of the forward", choices=("float32", "bfloat16"))
-    log_popularity_correction: bool = option(True, "subtract log popularity from the logits of in-batch softmax")
+    loss: LossConfig = variant(LOSSES, "in_batch_softmax", "what is minimised")
+    alignment: float = option(0.0, "weight of the mean squared distance between query and label, normalised", minimum=0)
+    uniformity: float = option(0.0, "weight of the uniformity of queries and items, the mean of both", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,19 @@ class TrainConfig:
     cache: str = option("${workspace}/cache", "local folder for memory-mapped features, one per machine")
     seed: int = option(0, "seed of initialisation, order and dropout")
     dataset: DatasetConfig = option(DatasetConfig, "interactions")
-    features: str = option("${workspace}/features", "feature set, or a store that holds exactly one")
+    features: Any = option("${workspace}/features", "feature set, or a store that holds exactly one; or a list of them")
     feature_columns: list[str] = option([], "patterns of columns, as describe/llm.*/visual_mean; none: see README")
     feature_scaling: str = option(
         "standardize", "per dimension over the training items, or none", choices=("standardize", "none")
     )
     feature_control: str = option(
-        "none", "shuffled: a control in which every item has the features of another", choices=("none", "shuffled")
+        "none",
+        "a control instead of the features: those of another item (shuffled), or noise with their mean and deviation "
+        "(gaussian, uniform) or with their covariance",
+        choices=("none", "shuffled", *NOISES),
+    )
+    feature_pca: int = option(
+        0, "principal components kept of each column, fitted on the training items; 0: all dimensions", minimum=0
     )
     model: ModelConfig = option(ModelConfig, "the recommender")
     training: TrainingConfig = option(TrainingConfig, "the optimisation")
@@ -104,8 +115,11 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     fingerprint = split.fingerprint()
     data = TrainingData(np.asarray(split.item_ids), split.training(), split.train_counts(), split.validation())
     features = load_features(config, data.item_ids.tolist(), every_layer=every_layer)
+    trained_on = np.flatnonzero(data.train_counts)
+    if features is not None and config.feature_pca:
+        features = pca.reduce(features, trained_on, config.feature_pca)
     if features is not None and config.feature_scaling == "standardize":
-        features = features.standardized(np.flatnonzero(data.train_counts))
+        features = features.standardized(trained_on)
     flat = configs.flatten(configs.to_dict(config))
     learned = {k: v for k, v in flat if k not in NOT_LEARNED and not k.startswith(SEARCH)}
     if features is None:  # what is asked of features changes no run without them
@@ -125,23 +139,37 @@ def load_split(config: DatasetConfig) -> tuple[LeaveOneOut, dict[str, int]]:
     return split, {**dataset.report, **split.report}
 
 
+def feature_uris(config: TrainConfig) -> list[str]:
+    """The feature sets, one or several. Raises `ConfigError`."""
+    uris = config.features if isinstance(config.features, list) else [config.features]
+    if not uris or not all(isinstance(uri, str) and uri for uri in uris):
+        raise ConfigError(f"features: {config.features!r} is neither the URI of a feature set nor a list of URIs")
+    return uris
+
+
 def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: bool = False) -> FeatureArray | None:
-    """The columns that the item encoder reads, compacted on this machine, not yet scaled; None for ids alone."""
+    """The columns that the item encoder reads, or their control, compacted on this machine; None for ids alone.
+
+    Neither reduced nor scaled yet: both depend on the training items.
+    """
     layers = config.model.item_encoder.layers
     if layers == "none":
         return None
     if storage.is_remote(config.cache):
         raise InputError(f"cache {config.cache!r}: features are memory-mapped, so it is a local folder; set cache")
-    feature_set = store.read(config.features)
-    names = compact.choose_columns(feature_set, config.feature_columns, "many" if every_layer else layers)
-    array = compact.compact(feature_set, names, item_ids, config.cache)
-    return array.shuffled(config.seed) if config.feature_control == "shuffled" else array
+    feature_sets = [store.read(uri) for uri in feature_uris(config)]
+    read = "many" if every_layer else layers
+    chosen = [(each, compact.choose_columns(each, config.feature_columns, read)) for each in feature_sets]
+    array = compact.compact(chosen, item_ids, config.cache)
+    if config.feature_control == "shuffled":
+        return array.shuffled(config.seed)
+    return array if config.feature_control == "none" else noise_twin(array, config.feature_control, config.seed)
 
 
 def build_model(config: ModelConfig, num_items: int, max_length: int, features: FeatureArray | None) -> Recommender:
     """The recommender for a catalogue of `num_items` and the features' shape."""
-    num_layers, feature_dim = features.shape[1:] if features else (0, 0)
-    return config.build(num_items, max_length, num_layers, feature_dim)
+    shapes = [FeatureShape(*shape) for shape in features.shapes] if features else []
+    return config.build(num_items, max_length, shapes)
 
 
 def summary(experiment: Experiment) -> dict[str, Any]:
@@ -151,6 +179,6 @@ def summary(experiment: Experiment) -> dict[str, Any]:
         "users": len(experiment.data.sequences),
         "catalogue": len(experiment.data.item_ids),
         "feature_columns": list(experiment.features.names) if experiment.features else [],
-        "items_without_features": int(experiment.features.missing[1:].sum()) if experiment.features else 0,
+        "items_without_features": int(experiment.features.missing[1:].any(1).sum()) if experiment.features else 0,
         "dataset_report": {reason: count for reason, count in experiment.report.items() if count},
     }

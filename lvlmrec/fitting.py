@@ -1,8 +1,9 @@
 """The training loop: epochs, validation, early stopping, state. Knows torch.distributed, not Ray.
 
-Every worker knows the whole global batch (it is drawn from a shared seed), encodes its unique items and computes
-the loss of its own users against all of them. So negatives are gathered without communication, and the sum of the
-workers' losses is the loss of one worker: the result does not depend on the number of workers.
+Every worker knows the whole global batch (it and its drawn negatives come from a shared seed), encodes its unique
+items and computes the loss of its own users against all of them. So negatives are gathered without communication, and
+the sum of the workers' losses is the loss of one worker: the result does not depend on the number of workers. Only the
+uniformity of queries needs those of the other workers.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lvlmrec.data.split import Holdout
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_targets
-from lvlmrec.experiment import TrainConfig, TrainingData, build_model
+from lvlmrec.experiment import TrainConfig, TrainingConfig, TrainingData, build_model
 from lvlmrec.features.compact import FeatureArray
-from lvlmrec.models.losses import in_batch_softmax
+from lvlmrec.models.losses import LossInputs, SampledLossConfig, alignment, uniformity
 from lvlmrec.models.recommender import Recommender
 
 SELECTED_BY = "hr@10"
@@ -75,9 +76,11 @@ class State:
 class Loss(nn.Module):
     """The recommender with its loss as one forward, so that DistributedDataParallel sees every parameter."""
 
-    def __init__(self, model: Recommender) -> None:
+    def __init__(self, model: Recommender, settings: TrainingConfig, log_popularity: Tensor) -> None:
         super().__init__()
         self.model = model
+        self.settings = settings
+        self.log_popularity = log_popularity  # [I + 1]
 
     def forward(
         self,
@@ -85,15 +88,33 @@ class Loss(nn.Module):
         features: Tensor | None,
         counts: Tensor,
         sequences: Tensor,
-        log_popularity: Tensor | None,
+        negatives: Tensor | None,
     ) -> Tensor:
-        """Sum of the loss over the real positions of `sequences` [B, S + 1]; `item_index` [M] sorted, real."""
+        """Sum of the loss over the real positions of `sequences` [B, S + 1]; the rest as in `LossInputs`."""
         items = self.model.encode_items(item_index, features)
         with_padding = torch.cat([items.new_zeros(1, items.shape[1]), items])
-        row = torch.where(sequences > 0, torch.searchsorted(item_index, sequences) + 1, 0)
-        inputs = sequences[:, :-1]
-        hidden = self.model.encode_sequences(with_padding[row[:, :-1]], inputs > 0)
-        return in_batch_softmax(hidden, items, item_index, counts, sequences, log_popularity)
+        inputs = sequences[:, :-1].contiguous()
+        row = torch.where(inputs > 0, torch.searchsorted(item_index, inputs) + 1, 0)
+        hidden = self.model.encode_sequences(with_padding[row], inputs > 0)
+        popularity, num_items = self.log_popularity[item_index], len(self.log_popularity) - 1
+        given = LossInputs(hidden, items, item_index, counts, popularity, sequences, negatives, num_items)
+        loss = self.settings.loss.sum(given)
+        if self.settings.alignment:
+            loss = loss + self.settings.alignment * alignment(given)
+        if self.settings.uniformity:
+            loss = loss + self.settings.uniformity * self._uniformity(given)
+        return loss
+
+    def _uniformity(self, given: LossInputs) -> Tensor:
+        """This worker's share of the mean uniformity of queries and items, times the global number of positions.
+
+        Every worker has the same value of both. That of the items carries its whole gradient on each, so a share by
+        positions adds up to one; that of the queries only the gradient of the worker's own, which counts in full.
+        """
+        own, _ = given.labelled()
+        everyones = _with_other_workers(own)
+        queries, items = uniformity(everyones), uniformity(given.items[given.counts > 0])
+        return (len(own) * (items + queries.detach()) + len(everyones) * (queries - queries.detach())) / 2
 
 
 def new_state(config: TrainConfig, data: TrainingData, features: FeatureArray | None, device: torch.device) -> State:
@@ -115,7 +136,8 @@ def fit(
 ) -> None:
     """Train until the last epoch or until validation HR@10 stops rising; `report` is called after every epoch."""
     rank, world = _rank_and_world()
-    loss: nn.Module = Loss(state.model)
+    shares = np.maximum(data.train_counts, 1) / data.train_counts.sum()
+    loss: nn.Module = Loss(state.model, config.training, torch.from_numpy(np.log(shares)).float().to(device))
     if world > 1:
         loss = DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
     settings = config.training
@@ -125,7 +147,8 @@ def fit(
         torch.manual_seed(int(np.random.SeedSequence((config.seed, epoch, rank)).generate_state(1)[0]))
         order = np.random.default_rng((config.seed, epoch)).permutation(len(data.sequences))
         batches = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
-        train_loss = _train_epoch(config, data, features, loss, state.optimizer, batches, device)
+        global_batches = _global_batches(config, data, features, batches, device, epoch)
+        train_loss = _train_epoch(config.training, global_batches, loss, state.optimizer, device)
         seconds = time.perf_counter() - started
         validation = _validate(state.model, data, features, device)
         progress = state.progress
@@ -162,33 +185,36 @@ def rank_holdout(model: Recommender, item_embeddings: Tensor, holdout: Holdout) 
     return np.concatenate(ranks)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    sequences: Tensor  # int64 [B, S + 1] of all workers
+    negatives: Tensor | None  # int64 [B, S, N], when the loss draws some
+    item_index: Tensor  # int64 [M], the unique real items and negatives, or the catalogue; sorted
+    counts: Tensor  # int64 [M], how often each occurs in `sequences`
+    features: Tensor | None  # float32 [M, L, D]
+    num_positions: int  # positions with a real input and a real next item
+
+
 def _train_epoch(
-    config: TrainConfig,
-    data: TrainingData,
-    features: FeatureArray | None,
+    settings: TrainingConfig,
+    batches: Iterator[_Batch],
     loss: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[np.ndarray],
     device: torch.device,
 ) -> float:
     """One pass; returns the mean loss over all positions of all workers."""
     rank, world = _rank_and_world()
-    popularity = torch.from_numpy(np.log(np.maximum(data.train_counts, 1) / data.train_counts.sum())).float().to(device)
-    autocast = torch.autocast(device.type, torch.bfloat16) if config.training.precision == "bfloat16" else nullcontext()
+    autocast = torch.autocast(device.type, torch.bfloat16) if settings.precision == "bfloat16" else nullcontext()
     total, positions = torch.zeros((), device=device), 0
     loss.train()
-    for batch in _global_batches(data.sequences, batches, features, device):
-        local = (
-            batch.sequences[rank::world].contiguous()
-            if len(batch.sequences) > rank
-            else torch.zeros_like(batch.sequences[:1])
-        )
-        correction = popularity[batch.item_index] if config.training.log_popularity_correction else None
+    for batch in batches:
+        mine = batch.sequences[rank::world].contiguous()
+        negatives = None if batch.negatives is None else batch.negatives[rank::world]
         with autocast:
-            summed = loss(batch.item_index, batch.features, batch.counts, local, correction)
+            summed = loss(batch.item_index, batch.features, batch.counts, mine, negatives)
         optimizer.zero_grad(set_to_none=True)
         (summed * (world / batch.num_positions)).backward()  # DDP averages over workers: sum / positions
-        torch.nn.utils.clip_grad_norm_(loss.parameters(), config.training.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(loss.parameters(), settings.gradient_clip)
         optimizer.step()
         total, positions = total + summed.detach(), positions + batch.num_positions
     if world > 1:
@@ -196,28 +222,67 @@ def _train_epoch(
     return float(total) / positions
 
 
-@dataclass(frozen=True)
-class _Batch:
-    sequences: Tensor  # int64 [B, S + 1] of all workers
-    item_index: Tensor  # int64 [M], the unique real items, sorted
-    counts: Tensor  # int64 [M], how often each occurs in `sequences`
-    features: Tensor | None  # float32 [M, L, D]
-    num_positions: int  # positions with a real input and a real next item
-
-
 def _global_batches(
-    sequences: np.ndarray, batches: list[np.ndarray], features: FeatureArray | None, device: torch.device
+    config: TrainConfig,
+    data: TrainingData,
+    features: FeatureArray | None,
+    batches: list[np.ndarray],
+    device: torch.device,
+    epoch: int,
 ) -> Iterator[_Batch]:
-    for users in batches:
-        rows = sequences[users].astype(np.int64)
-        item_index, counts = np.unique(rows[rows > 0], return_counts=True)
+    """What every worker knows of each batch of users."""
+    _, world = _rank_and_world()
+    loss, num_items = config.training.loss, len(data.item_ids)
+    for number, users in enumerate(batches):
+        rows = data.sequences[users].astype(np.int64)
+        rows = np.pad(rows, ((0, max(0, world - len(rows))), (0, 0)))  # padding for workers without a user
+        negatives = np.zeros((*rows[:, :-1].shape, 0), dtype=np.int64)
+        if isinstance(loss, SampledLossConfig):
+            rng = np.random.default_rng((config.seed, epoch, number))
+            negatives = draw_negatives(rng, rows, num_items, loss.negatives)
+        read = np.arange(num_items + 1) if loss.whole_catalogue else np.concatenate([rows.ravel(), negatives.ravel()])
+        item_index = np.unique(read[read > 0])
+        counts = np.bincount(rows.ravel(), minlength=num_items + 1)[item_index]
         yield _Batch(
             sequences=torch.from_numpy(rows).to(device),
+            negatives=torch.from_numpy(negatives).to(device) if negatives.size else None,
             item_index=torch.from_numpy(item_index).to(device),
             counts=torch.from_numpy(counts).to(device),
             features=features.rows(item_index).to(device) if features else None,
             num_positions=int((rows[:, :-1] > 0).sum()),
         )
+
+
+def draw_negatives(rng: np.random.Generator, sequences: np.ndarray, num_items: int, number: int) -> np.ndarray:
+    """Items for each position, uniformly from those not in the user's sequence, int64 [B, S, N]; 0 at padding.
+
+    sequences int64 [B, S + 1], padding 0.
+    """
+    own = np.sort(sequences, axis=1)
+    own[:, 1:][own[:, 1:] == own[:, :-1]] = 0  # each once
+    own = np.sort(np.where(own == 0, num_items + 1, own), axis=1)
+    choices = num_items - (own <= num_items).sum(1)
+    drawn = rng.integers(1, choices[:, None, None] + 1, (len(own), own.shape[1] - 1, number))
+    for column in own.T:  # from the c-th of the other items to its index: step over each own item up to it
+        drawn += drawn >= column[:, None, None]
+    return drawn * (sequences[:, :-1, None] > 0)
+
+
+def _with_other_workers(queries: Tensor) -> Tensor:
+    """The queries [P, E] of all workers; only this worker's own carry a gradient."""
+    rank, world = _rank_and_world()
+    if world == 1:
+        return queries
+    sizes = queries.new_zeros(world, dtype=torch.int64)
+    sizes[rank] = len(queries)
+    dist.all_reduce(sizes)
+    padded = queries.new_zeros(int(sizes.max()), queries.shape[1])
+    padded[: len(queries)] = queries.detach()
+    gathered = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(gathered, padded)
+    parts = [part[:size] for part, size in zip(gathered, sizes.tolist(), strict=True)]
+    parts[rank] = queries
+    return torch.cat(parts)
 
 
 def _validate(

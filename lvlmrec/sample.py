@@ -14,7 +14,7 @@ from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.data import micro_world
 from lvlmrec.errors import InputError
-from lvlmrec.experiment import TrainConfig
+from lvlmrec.experiment import TrainConfig, feature_uris
 from lvlmrec.extraction import pipeline
 from lvlmrec.features import store
 from lvlmrec.lvlms import LVLMS
@@ -50,7 +50,8 @@ def ensure_features(config: TrainConfig) -> None:
     own = storage.join(storage.absolute(config.workspace), "features")
     sample = storage.join(storage.absolute(config.workspace), "sample")
     on_sample = storage.absolute(config.dataset.path).startswith(f"{sample}/")
-    if config.model.item_encoder.layers == "none" or not on_sample or storage.absolute(config.features) != own:
+    reads_own = own in map(storage.absolute, feature_uris(config))
+    if config.model.item_encoder.layers == "none" or not on_sample or not reads_own:
         return
     if store.committed(own):
         return

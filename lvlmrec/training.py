@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from lvlmrec import checkpoint, storage
 from lvlmrec.errors import JobFailed
 from lvlmrec.experiment import Experiment, load_features, summary
+from lvlmrec.features import pca
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.fitting import Progress, State, fit, new_state
 from lvlmrec.tracking import Run
@@ -108,6 +109,8 @@ def _local_features(experiment: Experiment) -> FeatureArray | None:
     features = experiment.features
     if features is not None and not features.path.exists():
         local = load_features(experiment.config, experiment.data.item_ids.tolist())
+        if local and features.projection:
+            local = pca.project(local, features.projection)
         return replace(features, path=local.path) if local else None
     return features
 

@@ -16,10 +16,19 @@ from tests.feature_sets import recipe_of, write_set
 from tests.toy import CPU, ITEM_IDS, fitted, publish, train_config
 
 
-@pytest.mark.parametrize("values", [{"feature_scaling": "standardize"}, {"feature_scaling": "none"}, {}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"feature_scaling": "standardize"},
+        {"feature_scaling": "none"},
+        {"feature_control": "shuffled"},
+        {"feature_control": "covariance"},
+        {"feature_pca": 3},
+        {"feature_pca": 2, "feature_scaling": "none", "feature_control": "shuffled"},
+    ],
+)
 @pytest.mark.parametrize("encoder", ["id", "dff"])
 def test_a_loaded_checkpoint_scores_as_before(world: Path, tmp_path: Path, encoder: str, values: dict) -> None:
-    values = values or {"feature_control": "shuffled"}
     prepared, state = fitted(train_config(world, tmp_path, model__item_encoder__name=encoder, **values))
     loaded = checkpoint.load_checkpoint(publish(prepared, state), {})
     state.model.load_state_dict(state.best_weights)
@@ -65,6 +74,16 @@ def test_features_that_moved_are_found_where_they_are_now(world: Path, tmp_path:
     after = checkpoint.load_checkpoint(uri, {"features": str(tmp_path / "second"), "dataset.path": ""})
     assert after.features is not None
     assert torch.equal(after.features.rows(np.arange(61)), expected)
+
+
+def test_a_checkpoint_brings_its_components_to_a_machine_without_them(world: Path, tmp_path: Path) -> None:
+    config = train_config(world, tmp_path, model__item_encoder__name="dff", feature_pca=3)
+    prepared, state = fitted(config)
+    uri = publish(prepared, state)
+    loaded = checkpoint.load_checkpoint(uri, {"cache": str(tmp_path / "elsewhere")})
+    assert loaded.features is not None and prepared.features is not None
+    assert loaded.features.path.is_relative_to(tmp_path / "elsewhere")
+    assert torch.equal(loaded.features.rows(np.arange(61)), prepared.features.rows(np.arange(61)))
 
 
 def test_features_of_another_recipe_are_refused(world: Path, tmp_path: Path) -> None:

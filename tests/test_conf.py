@@ -10,6 +10,7 @@ from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction.pipeline import ExtractConfig
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import LVLMInfo
+from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.tuning import TuneConfig
 
 JOBS = {"extract": ExtractConfig, "train": TrainConfig, "tune": TuneConfig, "evaluate": EvaluateConfig}
@@ -49,3 +50,10 @@ def test_every_recipe_layer_resolves_on_a_model(layer: Path) -> None:
     recipe = recipes.resolve(load(ExtractConfig, [layer]).recipe, info)
     named = {name.prompt for name in recipe.feature_names} | {name.split("/")[0] for name in recipe.text_names}
     assert named == set(recipe.prompts)
+
+
+@pytest.mark.parametrize("job", ["train", "tune"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_jobs_own_layer_leaves_every_backbone_its_own_settings(job: str, backbone: str) -> None:
+    config = load(JOBS[job], [CONF / f"{job}.yaml"], [f"model.backbone.name={backbone}"])
+    assert config.model.backbone == BACKBONES[backbone]()

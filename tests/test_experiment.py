@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from lvlmrec import experiment
+from lvlmrec.checkpoint import load_checkpoint
 from lvlmrec.data.split import Holdout, LeaveOneOut
-from lvlmrec.errors import InputError
+from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.experiment import TrainConfig
-from tests.feature_sets import recipe_of, write_set
-from tests.toy import ITEM_IDS, Fitting, train_config, walks, write_pairs, write_world
+from tests.feature_sets import captions_recipe, recipe_of, write_set
+from tests.toy import ITEM_IDS, Fitting, fitted, publish, train_config, walks, write_pairs, write_world
 
 
 def key(config: TrainConfig) -> str:
@@ -54,6 +55,9 @@ def test_the_key_ignores_where_dataset_and_features_lie(world: Path, tmp_path: P
         {"training__batch_size": 32},
         {"training__patience": 2},
         {"training__precision": "bfloat16"},
+        {"training__loss__name": "bpr"},
+        {"training__loss__log_popularity_correction": "false"},
+        {"training__uniformity": 0.1},
         {"model__embedding_dim": 32},
         {"model__backbone__dropout": 0.5},
         {"model__item_encoder__name": "fusion"},
@@ -61,6 +65,10 @@ def test_the_key_ignores_where_dataset_and_features_lie(world: Path, tmp_path: P
         {"dataset__min_interactions": 7},
         {"feature_scaling": "none"},
         {"feature_control": "shuffled"},
+        {"feature_control": "gaussian"},
+        {"feature_control": "covariance"},
+        {"feature_pca": 2},
+        {"model__item_encoder__gate": "mlp"},
         {"feature_columns": "[describe/llm.0/visual_mean]"},
     ],
     ids=lambda values: next(iter(values)),
@@ -80,6 +88,20 @@ def test_the_key_knows_the_data_themselves(tmp_path: Path) -> None:
     write_set(world / "features", [ITEM_IDS], recipe_of("float32"))
     features = key(train_config(world, tmp_path, model__item_encoder__name="dff"))
     assert len({before, interactions, features}) == 3
+
+
+def test_the_controls_and_the_components_are_told_apart(world: Path, tmp_path: Path) -> None:
+    values = [{"feature_control": name} for name in ("none", "shuffled", "gaussian", "uniform", "covariance")]
+    values += [{"feature_pca": 2}, {"feature_pca": 3}, {"feature_pca": 2, "feature_control": "gaussian"}]
+    digests, every = [], np.arange(1, 61)
+    for each in values:
+        features = experiment.prepare(train_config(world, tmp_path, model__item_encoder__name="dff", **each)).features
+        assert features is not None
+        digests.append(features.digest)
+        assert features.shape == (61, 3, each.get("feature_pca", 8))
+        rows = features.rows(every)
+        assert abs(rows.mean()) < 0.1 and rows.std() == pytest.approx(1, abs=0.1), "standardised, whatever they are"
+    assert len(set(digests)) == len(values)
 
 
 def test_features_of_another_catalogue_are_refused(world: Path, tmp_path: Path) -> None:
@@ -102,6 +124,46 @@ def test_an_encoder_of_one_layer_gets_the_deepest(world: Path, tmp_path: Path) -
         names[encoder] = features.names if features else ()
     columns = tuple(f"describe/llm.{layer}/visual_mean" for layer in (0, 2, 4))
     assert names == {"id": (), "fusion": columns[-1:], "dff": columns}
+
+
+@pytest.mark.parametrize("encoder", ["fusion", "replacement", "concatenation"])
+def test_a_single_layer_is_chosen_by_its_column(world: Path, tmp_path: Path, encoder: str) -> None:
+    """No item encoder of its own: `fusion` on one column is the study's single layer."""
+    column = "describe/llm.2/visual_mean"
+    config = train_config(world, tmp_path, model__item_encoder__name=encoder, feature_columns=f"[{column}]")
+    features = experiment.prepare(config).features
+    assert features is not None and features.names == (column,)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "columns"), [("dff", 6), ("mean", 6), ("fusion", 2), ("concatenation", 2), ("id", 0)]
+)
+def test_features_may_be_several_feature_sets(world: Path, tmp_path: Path, encoder: str, columns: int) -> None:
+    captions = write_set(tmp_path / "captions", [ITEM_IDS[:30], ITEM_IDS[30:]], captions_recipe())
+    both = f"[{world / 'features'},{captions}]"
+    prepared, state = fitted(
+        train_config(world, tmp_path, model__item_encoder__name=encoder, features=both, training__epochs=1)
+    )
+    names = experiment.summary(prepared)["feature_columns"]
+    assert len(names) == columns
+    assert sum("caption/text" in name for name in names) == columns // 2
+    uri = publish(prepared, state)
+    loaded = load_checkpoint(uri, {})
+    assert state.best_weights.keys() == loaded.model.state_dict().keys()
+    if loaded.features is not None and prepared.features is not None:
+        every = np.arange(1, 61)
+        np.testing.assert_array_equal(loaded.features.rows(every), prepared.features.rows(every))
+        moved = shutil.copytree(captions, tmp_path / "moved" / Path(captions).name)
+        again = load_checkpoint(uri, {"features": [str(world / "features"), str(moved)]})
+        assert again.features is not None
+        np.testing.assert_array_equal(again.features.rows(every), prepared.features.rows(every))
+
+
+@pytest.mark.parametrize("features", ["[]", "3", "[1]", "[[a]]", "''"])
+def test_features_that_are_no_uris_are_the_users_fault(world: Path, tmp_path: Path, features: str) -> None:
+    config = train_config(world, tmp_path, model__item_encoder__name="dff", features=features)
+    with pytest.raises(ConfigError, match=r"features: .* is neither the URI of a feature set nor a list of URIs"):
+        experiment.prepare(config)
 
 
 def test_training_never_opens_the_test_split(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,15 @@ import torch.multiprocessing as mp
 
 from lvlmrec import experiment
 from lvlmrec.baselines import BASELINES
+from lvlmrec.config import load
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
-from lvlmrec.experiment import Experiment
-from lvlmrec.fitting import State, encode_catalogue, rank_holdout
-from tests.toy import CPU, ITEM_IDS, Fitting, fitted, train_config
+from lvlmrec.experiment import Experiment, TrainConfig
+from lvlmrec.fitting import State, draw_negatives, encode_catalogue, rank_holdout
+from lvlmrec.models.backbones import BACKBONES
+from lvlmrec.models.fusions import FUSIONS
+from lvlmrec.models.losses import LOSSES, LossInputs, SampledLossConfig, alignment, uniformity
+from tests.toy import CPU, ITEM_IDS, Fitting, arguments, fitted, settings, train_config
 
 # Sums over other numbers of rows round differently, and AdamW divides by small numbers.
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
@@ -37,9 +41,9 @@ def assert_bit_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 
 
 def worker(rank: int, folder: Path, cases: dict[str, Experiment]) -> None:
-    """Fit every case in a group of three, then in one of two; rank 0 keeps the weights and the metrics."""
+    """Fit every case in a group of four, then in one of two; rank 0 keeps the weights and the metrics."""
     torch.set_num_threads(1)
-    for world in (3, 2):
+    for world in (4, 2):
         if rank >= world:
             return
         dist.init_process_group("gloo", init_method=f"file://{folder}/group-{world}", rank=rank, world_size=world)
@@ -62,16 +66,26 @@ def test_any_number_of_workers_gives_the_same_result(world: Path, tmp_path: Path
             "dff, uncorrected": {
                 "model__item_encoder__name": "dff",
                 "training__batch_size": 74,
-                "training__log_popularity_correction": "false",
+                "training__loss__log_popularity_correction": "false",
+            },
+            "full softmax": {"training__loss__name": "full_softmax"},
+            "bpr": {"training__loss__name": "bpr", "model__item_encoder__name": "mean"},
+            # the last batch has one user; the others' queries must come from nowhere
+            "gbce, aligned, uniform": {
+                "training__loss__name": "gbce",
+                "training__loss__negatives": 5,
+                "training__batch_size": 149,
+                "training__alignment": 0.5,
+                "training__uniformity": 0.3,
             },
         }.items()
     }
-    multiprocessing.set_forkserver_preload(["tests.test_fitting"])  # torch is imported once for all three
-    mp.start_processes(worker, (tmp_path, cases), nprocs=3, start_method="forkserver")
+    multiprocessing.set_forkserver_preload(["tests.test_fitting"])  # torch is imported once for all four
+    mp.start_processes(worker, (tmp_path, cases), nprocs=4, start_method="forkserver")
     for name, case in cases.items():
         alone = Fitting(case)
         expected = weights(alone.run())
-        for num_workers in (2, 3):
+        for num_workers in (2, 4):
             found, history = torch.load(tmp_path / f"{name}-{num_workers}.pt", weights_only=True)
             for parameter, value in expected.items():
                 torch.testing.assert_close(found[parameter], value, **TOLERANCE, msg=lambda m, p=parameter: f"{p}: {m}")
@@ -145,7 +159,7 @@ def test_the_best_epochs_weights_are_kept(world: Path, tmp_path: Path) -> None:
     assert metrics(rank_holdout(state.model, catalogue, prepared.data.validation)) == state.progress.best
 
 
-@pytest.mark.parametrize("encoder", ["id", "replacement", "fusion", "dff"])
+@pytest.mark.parametrize("encoder", FUSIONS)
 def test_it_learns_the_walk_that_popularity_does_not_know(world: Path, tmp_path: Path, encoder: str) -> None:
     config = train_config(world, tmp_path, model__item_encoder__name=encoder, training__epochs=25)
     prepared = experiment.prepare(config)
@@ -156,6 +170,71 @@ def test_it_learns_the_walk_that_popularity_does_not_know(world: Path, tmp_path:
     popularity = BASELINES["popularity"]().fit(prepared.data.sequences, len(ITEM_IDS))
     ranks = rank_from_scores(popularity.score(validation.inputs), validation.targets, validation.histories)
     assert state.progress.best["hr@10"] > 1.5 * metrics(ranks)["hr@10"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_learns_the_walk(world: Path, tmp_path: Path, backbone: str) -> None:
+    values = settings(world, tmp_path, model__backbone__name=backbone, training__epochs=15)
+    del values["model.backbone.dropout"]  # not every backbone has one
+    prepared = experiment.prepare(load(TrainConfig, [], arguments(values)))
+    state = Fitting(prepared).run()
+    validation = prepared.data.validation
+    popularity = BASELINES["popularity"]().fit(prepared.data.sequences, len(ITEM_IDS))
+    ranks = rank_from_scores(popularity.score(validation.inputs), validation.targets, validation.histories)
+    assert state.progress.best["hr@10"] > 1.5 * metrics(ranks)["hr@10"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_learns_the_walk(world: Path, tmp_path: Path, loss: str) -> None:
+    values: dict[str, Any] = {"training__loss__name": loss, "training__epochs": 25}
+    if issubclass(LOSSES[loss], SampledLossConfig):
+        values["training__loss__negatives"] = 8
+    if loss == "gbce":  # its positives weigh least; it takes more steps
+        values |= {"training__batch_size": 16, "training__patience": 25}
+    prepared = experiment.prepare(train_config(world, tmp_path, **values))
+    fitting = Fitting(prepared)
+    state = fitting.run()
+    assert fitting.history[-1]["train_loss"] < 0.8 * fitting.history[0]["train_loss"]
+    validation = prepared.data.validation
+    popularity = BASELINES["popularity"]().fit(prepared.data.sequences, len(ITEM_IDS))
+    ranks = rank_from_scores(popularity.score(validation.inputs), validation.targets, validation.histories)
+    assert state.progress.best["hr@10"] > 1.5 * metrics(ranks)["hr@10"]
+
+
+def test_alignment_and_uniformity_move_queries_and_items(world: Path, tmp_path: Path) -> None:
+    """Each weight makes its own term smaller than it is without."""
+    terms = {}
+    for name in ("neither", "alignment", "uniformity"):
+        weight = {} if name == "neither" else {f"training__{name}": 2.0}
+        prepared, state = fitted(train_config(world, tmp_path, training__epochs=8, training__patience=8, **weight))
+        state.model.eval()
+        with torch.no_grad():
+            items = encode_catalogue(state.model, len(ITEM_IDS), None, CPU)
+            sequences = torch.from_numpy(prepared.data.sequences.astype(np.int64))
+            hidden = state.model.encode_sequences(items[sequences[:, :-1]], sequences[:, :-1] > 0)
+            index = torch.arange(1, len(ITEM_IDS) + 1)
+            given = LossInputs(hidden, items[1:], index, index, index, sequences, None, len(ITEM_IDS))
+            queries, _ = given.labelled()
+            terms[name] = {
+                "alignment": alignment(given).item() / len(queries),
+                "uniformity": uniformity(queries).item() + uniformity(items[1:]).item(),
+            }
+    assert terms["alignment"]["alignment"] < 0.9 * terms["neither"]["alignment"]
+    assert terms["uniformity"]["uniformity"] < terms["neither"]["uniformity"] - 0.1
+
+
+def test_negatives_are_drawn_evenly_from_the_items_that_a_user_does_not_have() -> None:
+    sequences = np.array([[0, 0, 3, 7], [5, 5, 1, 8], [0, 0, 0, 0]])
+    drawn = draw_negatives(np.random.default_rng(0), sequences, 8, 4000)
+    assert drawn.shape == (3, 3, 4000) and drawn.dtype == np.int64
+    others = {0: [1, 2, 4, 5, 6, 8], 1: [2, 3, 4, 6, 7]}
+    for user, step in ((0, 2), (1, 0), (1, 1), (1, 2)):
+        found, counts = np.unique(drawn[user, step], return_counts=True)
+        assert found.tolist() == others[user]
+        np.testing.assert_allclose(counts, 4000 / len(found), rtol=0.15)
+    assert not drawn[0, :2].any() and not drawn[2].any(), "padding draws nothing"
+    more = draw_negatives(np.random.default_rng(0), np.vstack([sequences, np.zeros((2, 4), int)]), 8, 4000)
+    np.testing.assert_array_equal(more[:3], drawn)
 
 
 def test_bfloat16_learns_with_float32_weights(world: Path, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import ray
 import torch
@@ -152,6 +154,18 @@ def test_workers_that_cannot_work_fail_the_job(
     with pytest.raises(JobFailed, match="the disk is full"):
         training.run(experiment.prepare(train_config(world, tmp_path)), run)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("values", [{}, {"feature_control": "uniform"}, {"feature_pca": 3}], ids=str)
+def test_a_machine_without_the_array_makes_the_same(world: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    prepared = experiment.prepare(train_config(world, tmp_path, model__item_encoder__name="dff", **values))
+    elsewhere = replace(prepared.config, cache=str(tmp_path / "elsewhere"))
+    features = prepared.features
+    assert features is not None
+    there = replace(prepared, config=elsewhere, features=replace(features, path=tmp_path / "gone"))
+    ours = training._local_features(there)
+    assert ours is not None and ours.path.is_relative_to(tmp_path / "elsewhere")
+    assert torch.equal(ours.rows(np.arange(61)), features.rows(np.arange(61)))
 
 
 # The job's own script, but with a checkpoint after every epoch.

@@ -1,7 +1,8 @@
-"""The local memory-mapped copy of a feature set's columns, in item_index order, that training reads.
+"""The local memory-mapped copy of feature sets' columns, in item_index order, that training reads.
 
-One `.npy` of [I + 1, L, D] per (feature set, columns, id map); row 0 is the padding item. Processes of one machine
-share it through the page cache, so that trials and workers do not each load the features.
+One `.npy` of [I + 1, L, D] per (feature sets, columns, id map); row 0 is the padding item. The columns of several
+feature sets stand one after the other, zeros behind those narrower than D. Processes of one machine share it through
+the page cache, so that trials and workers do not each load the features.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from torch import Tensor
 
 from lvlmrec import storage
 from lvlmrec.columns import ITEM_ID, PART, ROW
@@ -31,16 +36,26 @@ MAX_MISSING = 0.05  # above this share of items without features, the set belong
 ROWS_AT_ONCE = 4096
 
 
+class Projection(NamedTuple):
+    """What features were turned by: (h - mean [L, D]) @ components [L, D, P]."""
+
+    mean: Tensor
+    components: Tensor
+
+
 @dataclass(frozen=True)
 class FeatureArray:
     """Features of a catalogue, read in place.
 
-    digest  16 hex digits of feature set, columns and id map
-    recipe  fingerprint of the feature set's recipe
-    names   the L columns, `prompt/tap/pooling`
-    missing bool [I + 1], items without features: their rows are zeros (after scaling: the mean)
+    digest  16 hex digits of feature sets, columns and id map
+    recipe  fingerprints of the feature sets' recipes
+    names   the L columns, `prompt/tap/pooling`; of several feature sets `feature_set:prompt/tap/pooling`
+    columns where each of them stands in the file
+    widths  the dim of each, sets: the number of its feature set
+    missing bool [I + 1, columns of the file], no feature: zeros (after scaling: the mean)
     order   int64 [I + 1], the row read for each item; None: its own (a control gives items the rows of others)
     mean, std float32 [L, D], the scaling applied by `rows`; None leaves features as they are
+    projection what the features in the file were made by, None when they are as stored
     """
 
     path: Path
@@ -48,11 +63,14 @@ class FeatureArray:
     recipe: str
     names: tuple[str, ...]
     columns: tuple[int, ...]
+    widths: tuple[int, ...]
+    sets: tuple[int, ...]
     dtype: str
     missing: np.ndarray
     order: np.ndarray | None = None
     mean: torch.Tensor | None = None
     std: torch.Tensor | None = None
+    projection: Projection | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -60,28 +78,45 @@ class FeatureArray:
         items, _, dim = np.load(self.path, mmap_mode="r").shape
         return items, len(self.columns), dim
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(columns, dim) of each feature set."""
+        return [(self.sets.count(k), self.widths[self.sets.index(k)]) for k in sorted(set(self.sets))]
+
     def rows(self, item_index: np.ndarray) -> torch.Tensor:
         """float32 [N, L, D]: the features of the items at `item_index` [N], scaled."""
         # Reopened at each call: a mapping is cheap to open and must not be pickled to a worker with its content.
         array = np.load(self.path, mmap_mode="r")
-        row = np.asarray(item_index) if self.order is None else self.order[item_index]
+        row = self._row(item_index)
         picked = np.ascontiguousarray(array[row[:, None], np.asarray(self.columns)[None, :]])
         values = torch.from_numpy(picked)
         values = values.view(torch.bfloat16).float() if self.dtype == "bfloat16" else values.float()
         if self.mean is not None and self.std is not None:
             values = (values - self.mean) / self.std
-            values[torch.from_numpy(self.missing[row])] = 0.0
+            values[torch.from_numpy(self.is_missing(item_index))] = 0.0
         return values
+
+    def is_missing(self, item_index: np.ndarray) -> np.ndarray:
+        """bool [N, L]: the items at `item_index` [N] that have no feature, by column."""
+        return self.missing[self._row(item_index)[:, None], np.asarray(self.columns)[None, :]]
+
+    def _row(self, item_index: np.ndarray) -> np.ndarray:
+        return np.asarray(item_index) if self.order is None else self.order[item_index]
 
     def select(self, names: Sequence[str]) -> FeatureArray:
         """The same array with the columns `names` only."""
         kept = [self.names.index(name) for name in names]
+        part = "" if list(names) == list(self.names) else f"-{_hash(*names)}"
         return replace(
             self,
+            digest=f"{self.digest}{part}",
             names=tuple(names),
             columns=tuple(self.columns[i] for i in kept),
+            widths=tuple(self.widths[i] for i in kept),
+            sets=tuple(self.sets[i] for i in kept),
             mean=None if self.mean is None else self.mean[kept],
             std=None if self.std is None else self.std[kept],
+            projection=None if self.projection is None else Projection(*(part[kept] for part in self.projection)),
         )
 
     def shuffled(self, seed: int) -> FeatureArray:
@@ -91,18 +126,21 @@ class FeatureArray:
 
     def standardized(self, item_index: np.ndarray) -> FeatureArray:
         """Scaled per dimension to mean 0 and variance 1 over the items at `item_index` (those of training)."""
-        row = np.asarray(item_index) if self.order is None else self.order[item_index]
-        index = np.asarray(item_index)[~self.missing[row]]
-        raw = replace(self, mean=None, std=None)
+        mean, variance, squares = self.moments(item_index)
+        # A dimension that does not vary carries nothing; dividing by its rounding noise would make it loud.
+        std = torch.where(variance > 1e-12 * squares, variance.sqrt(), torch.inf)
+        return replace(self, mean=mean.float(), std=std.float())
+
+    def moments(self, item_index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and mean square of the unscaled features of the items that have them, float64 [L, D]."""
+        raw, index = replace(self, mean=None, std=None), np.asarray(item_index)
         total = squares = torch.zeros(self.shape[1:], dtype=torch.float64)
         for start in range(0, len(index), ROWS_AT_ONCE):
-            values = raw.rows(index[start : start + ROWS_AT_ONCE]).double()
+            values = raw.rows(index[start : start + ROWS_AT_ONCE]).double()  # zeros where there is no feature
             total, squares = total + values.sum(0), squares + values.square().sum(0)
-        mean = total / len(index)
-        variance = (squares / len(index) - mean.square()).clamp_min(0.0)
-        # A dimension that does not vary carries nothing; dividing by its rounding noise would make it loud.
-        std = torch.where(variance > 1e-12 * squares / len(index), variance.sqrt(), torch.inf)
-        return replace(self, mean=mean.float(), std=std.float())
+        count = torch.from_numpy((~self.is_missing(index)).sum(0))[:, None]
+        mean, squares = total / count, squares / count
+        return mean, (squares - mean.square()).clamp_min(0.0), squares
 
 
 def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str) -> list[str]:
@@ -124,7 +162,9 @@ def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str
             if first and (parse_feature(n).prompt, parse_feature(n).pooling) == (first.prompt, first.pooling)
         ]
     if not chosen:
-        raise InputError(f"feature_columns {list(patterns)!r}: match no column; columns: {', '.join(names)}")
+        raise InputError(
+            f"feature_columns {list(patterns)!r}: match no column; columns: {', '.join(names)} of {feature_set.uri!r}"
+        )
     widths = {feature_set.recipe.shape(parse_feature(name))[-1] for name in chosen}
     if len(widths) > 1:
         raise InputError(f"feature_columns {list(patterns)!r}: match features of different widths {sorted(widths)}")
@@ -132,57 +172,137 @@ def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str
     return [max(chosen, key=lambda name: parse_feature(name).tap)] if layers == "one" else chosen
 
 
-def compact(feature_set: FeatureSet, names: Sequence[str], item_ids: Sequence[str], cache: str) -> FeatureArray:
-    """Make, or find, the memory-mapped array of columns `names` for the items `item_ids` (item_index 1..I).
+def compact(chosen: Sequence[tuple[FeatureSet, Sequence[str]]], item_ids: Sequence[str], cache: str) -> FeatureArray:
+    """Make, or find, the memory-mapped array of feature sets and their columns for `item_ids` (item_index 1..I).
 
-    Raises `InputError` when more than 5 % of the items have no features: the set is of another catalogue.
+    Raises `InputError` when more than 5 % of the items have no features in a set: it is of another catalogue.
     """
+    found = [_find_items(feature_set, item_ids) for feature_set, _ in chosen]
+    without = [np.concatenate([[True], rows[PART].isna().to_numpy()]) for rows in found]
+    parts = [part for feature_set, names in chosen for part in (feature_set.digest, *names)]
+    digest = _hash(*parts, "", *item_ids)
+    folder = Path(storage.absolute(cache), digest)
+    dtypes = {feature_set.recipe.dtype for feature_set, _ in chosen}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    sets = [k for k, (_, names) in enumerate(chosen) for _ in names]
+    widths = [_width(feature_set, name) for feature_set, names in chosen for name in names]
+    if not (folder / ABOUT).exists():
+        shape = (len(item_ids) + 1, len(sets), max(widths))
+        with publishing(folder, {"feature_sets": [s.uri for s, _ in chosen], "shape": shape}) as working:
+            element = np.dtype("uint16" if dtype == "bfloat16" else dtype)
+            array = np.lib.format.open_memmap(working / ARRAY, mode="w+", dtype=element, shape=shape)
+            for k, (feature_set, names) in enumerate(chosen):
+                _fill(array, sets.index(k), feature_set, names, found[k])
+            array.flush()
+    return FeatureArray(
+        path=folder / ARRAY,
+        digest=digest,
+        recipe="+".join(feature_set.recipe.fingerprint for feature_set, _ in chosen),
+        names=_distinct_names(chosen),
+        columns=tuple(range(len(sets))),
+        widths=tuple(widths),
+        sets=tuple(sets),
+        dtype=dtype,
+        missing=np.stack([without[k] for k in sets], axis=1),
+    )
+
+
+def derive(
+    array: FeatureArray,
+    key: str,
+    dim: int,
+    rows_of: Callable[[int, np.ndarray], np.ndarray],
+    projection: Projection | None = None,
+) -> FeatureArray:
+    """Make, or find, the float32 array [I + 1, L, dim] of what `rows_of` makes of `array`, beside it in the cache.
+
+    `rows_of(column, item_index [N])` gives [N, dim]; it is asked for blocks of consecutive items, always the same.
+    Items without a feature have none here. `key` says what `rows_of` depends on.
+    """
+    folder = array.path.parent.with_name(f"{array.digest}-{key}")
+    items, num_columns, old_dim = array.shape
+    missing = array.is_missing(np.arange(items))
+    if not (folder / ABOUT).exists():
+        with publishing(folder, {"made_of": array.digest, "shape": (items, num_columns, dim)}) as working:
+            made = np.lib.format.open_memmap(
+                working / ARRAY, mode="w+", dtype=np.float32, shape=(items, num_columns, dim)
+            )
+            for column in range(num_columns):
+                for start in range(1, items, ROWS_AT_ONCE):
+                    index = np.arange(start, min(start + ROWS_AT_ONCE, items))
+                    made[index, column] = np.where(missing[index, column, None], 0.0, rows_of(column, index))
+            made.flush()
+    return replace(
+        array,
+        path=folder / ARRAY,
+        digest=folder.name,
+        columns=tuple(range(num_columns)),
+        widths=array.widths if dim == old_dim else (dim,) * num_columns,
+        dtype="float32",
+        missing=missing,
+        order=None,
+        projection=projection,
+    )
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
+
+
+def _find_items(feature_set: FeatureSet, item_ids: Sequence[str]) -> pd.DataFrame:
+    """Part and row of each item, or nothing. Raises `InputError`."""
     found = feature_set.index.set_index(ITEM_ID).reindex(list(item_ids))
-    missing = np.concatenate([[True], found[PART].isna().to_numpy()])
-    share = float(missing[1:].mean())
+    share = float(found[PART].isna().mean())
     if share > MAX_MISSING:
         raise InputError(
             f"features {feature_set.uri!r}: {share:.1%} of the dataset's {len(item_ids)} items have no features there; "
             f"it is a feature set of another catalogue (its ids: {', '.join(feature_set.index[ITEM_ID].head(3))}, ...)"
         )
-    key = "\n".join([feature_set.digest, *names, "", *item_ids])
-    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-    folder = Path(storage.absolute(cache), digest)
-    if not (folder / ABOUT).exists():
-        _write(feature_set, names, found, folder)
-    return FeatureArray(
-        folder / ARRAY,
-        digest,
-        feature_set.recipe.fingerprint,
-        tuple(names),
-        tuple(range(len(names))),
-        feature_set.recipe.dtype,
-        missing,
-    )
+    return found
 
 
-def _write(feature_set: FeatureSet, names: Sequence[str], found, folder: Path) -> None:  # type: ignore[no-untyped-def]
-    """Fill the array part by part in a folder of its own, then rename it: others see it whole or not at all."""
-    (dim,) = feature_set.recipe.shape(parse_feature(names[0]))
-    element = store.schema(feature_set.recipe).field(names[0]).type.value_type.to_pandas_dtype()
+def _width(feature_set: FeatureSet, name: str) -> int:
+    (width,) = feature_set.recipe.shape(parse_feature(name))
+    return width
+
+
+def _distinct_names(chosen: Sequence[tuple[FeatureSet, Sequence[str]]]) -> tuple[str, ...]:
+    """Column names; of several feature sets with the set's name in front. Raises `InputError` on a set given twice."""
+    folders = [feature_set.uri.rstrip("/").rsplit("/", 1)[-1] for feature_set, _ in chosen]
+    if len(set(folders)) < len(folders):
+        raise InputError(f"features: {', '.join(folders)}: a feature set is given twice")
+    if len(chosen) == 1:
+        return tuple(chosen[0][1])
+    return tuple(f"{folder}:{name}" for folder, (_, names) in zip(folders, chosen, strict=True) for name in names)
+
+
+def _fill(array: np.ndarray, first: int, feature_set: FeatureSet, names: Sequence[str], found: pd.DataFrame) -> None:
+    """Copy the columns of one feature set part by part into `array` [I + 1, L, D], from column `first` on."""
+    bits = array.dtype != np.uint16 and feature_set.recipe.dtype == "bfloat16"  # among sets of other dtypes
+    rows_of = found.assign(item_index=range(1, len(found) + 1)).dropna(subset=[PART])
+    for part, rows in rows_of.groupby(PART, sort=True):
+        table = storage.read_table(storage.join(feature_set.uri, store.PARTS, str(part)), names)
+        picked = table.take(rows[ROW].astype("int64").to_numpy())
+        for column, name in enumerate(names, first):
+            flat = picked[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            values = flat.reshape(len(rows), -1)
+            if bits:
+                values = torch.from_numpy(values.copy()).view(torch.bfloat16).float().numpy()
+            array[rows["item_index"].to_numpy(), column, : values.shape[1]] = values
+
+
+@contextmanager
+def publishing(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
+    """A working folder that is renamed to `folder` when its content is whole: others see all of it or nothing."""
     working = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     working.mkdir(parents=True)
     try:
-        shape = (len(found) + 1, len(names), dim)
-        array = np.lib.format.open_memmap(working / ARRAY, mode="w+", dtype=element, shape=shape)
-        rows_of = found.assign(item_index=range(1, len(found) + 1)).dropna(subset=[PART])
-        for part, rows in rows_of.groupby(PART, sort=True):
-            table = storage.read_table(storage.join(feature_set.uri, store.PARTS, str(part)), names)
-            picked = table.take(rows[ROW].astype("int64").to_numpy())
-            for column, name in enumerate(names):
-                flat = picked[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-                array[rows["item_index"].to_numpy(), column] = flat.reshape(-1, dim)
-        array.flush()
-        (working / ABOUT).write_text(json.dumps({"feature_set": feature_set.uri, "names": list(names), "shape": shape}))
+        yield working
+        (working / ABOUT).write_text(json.dumps(about))
         if not folder.exists():
             working.rename(folder)
     except OSError:
-        if not (folder / ABOUT).exists():  # else another process finished the same array first
+        if not (folder / ABOUT).exists():  # else another process finished the same content first
             raise
     finally:
         shutil.rmtree(working, ignore_errors=True)

@@ -1,10 +1,11 @@
 """The recommender: an item encoder (a fusion) and a sequence encoder (a backbone); score = h . e.
 
-Shapes: N items asked for, L feature layers, D feature dim, B batch, S sequence, E embedding.
+Shapes: N items asked for, L feature layers, D dim of the widest feature, B batch, S sequence, E embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lvlmrec.config import option, variant
 from lvlmrec.errors import ConfigError
 from lvlmrec.models.backbones import BACKBONES, BackboneConfig
 from lvlmrec.models.fusions import FUSIONS, FusionConfig
+from lvlmrec.models.fusions.base import FeatureShape
 
 
 @dataclass(frozen=True)
@@ -23,20 +25,22 @@ class ModelConfig:
     item_encoder: FusionConfig = variant(FUSIONS, "id", "how ids and features become item embeddings")
     backbone: BackboneConfig = variant(BACKBONES, "sasrec", "how a history becomes a query")
 
-    def build(self, num_items: int, max_length: int, num_layers: int, feature_dim: int) -> Recommender:
+    def build(self, num_items: int, max_length: int, shapes: Sequence[FeatureShape]) -> Recommender:
         """A fresh recommender for items 1..num_items and histories of up to max_length items.
 
-        `num_layers` and `feature_dim` describe the features that `encode_items` will be given; both 0 when there
-        are none. Raises `ConfigError` when the item encoder does not fit them.
+        `shapes` describe the features that `encode_items` will be given, one of each feature set. Raises
+        `ConfigError` when the item encoder does not fit them.
         """
         encoder = self.item_encoder
-        if encoder.layers == "one" and num_layers != 1:
-            raise ConfigError(f"item_encoder.name: {encoder.name!r} reads exactly 1 feature layer, not {num_layers}")
-        if encoder.layers == "many" and num_layers < 1:
+        sizes = [shape.num_layers for shape in shapes]
+        if encoder.layers != "none" and not sum(sizes):
             raise ConfigError(f"item_encoder.name: {encoder.name!r} reads feature layers and there are none")
+        if encoder.layers == "one" and set(sizes) != {1}:
+            raise ConfigError(
+                f"item_encoder.name: {encoder.name!r} reads exactly 1 layer of each feature set, not {sizes}"
+            )
         return Recommender(
-            encoder.build(num_items, self.embedding_dim, num_layers, feature_dim),
-            self.backbone.build(self.embedding_dim, max_length),
+            encoder.build(num_items, self.embedding_dim, shapes), self.backbone.build(self.embedding_dim, max_length)
         )
 
 

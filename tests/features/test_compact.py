@@ -9,7 +9,7 @@ from lvlmrec.errors import InputError
 from lvlmrec.features import store
 from lvlmrec.features.compact import choose_columns, compact
 from lvlmrec.features.recipe import DTYPES
-from tests.feature_sets import recipe_of, vectors
+from tests.feature_sets import captions_recipe, recipe_of, vectors, write_set
 
 MakeSet = Callable[..., str]
 ITEMS = [f"item{i}" for i in range(40)]
@@ -20,7 +20,7 @@ LLM = ["describe/llm.0/visual_mean", "describe/llm.2/visual_mean", "describe/llm
 def test_rows_are_the_stored_features_in_item_index_order(make_set: MakeSet, tmp_path: Path, dtype: str) -> None:
     feature_set = store.read(make_set([ITEMS[:7], ITEMS[7:]], dtype))
     order = ITEMS[::-1]
-    array = compact(feature_set, LLM, order, str(tmp_path / "cache"))
+    array = compact([(feature_set, LLM)], order, str(tmp_path / "cache"))
     assert array.shape == (41, 3, 8)
     expected = vectors(recipe_of(dtype), order)
     stacked = torch.stack([expected[name] for name in LLM], dim=1).to(getattr(torch, dtype)).float()
@@ -30,15 +30,15 @@ def test_rows_are_the_stored_features_in_item_index_order(make_set: MakeSet, tmp
 
 def test_the_array_is_made_once_per_set_columns_and_id_map(make_set: MakeSet, tmp_path: Path) -> None:
     feature_set, cache = store.read(make_set([ITEMS])), str(tmp_path / "cache")
-    first = compact(feature_set, LLM, ITEMS, cache)
+    first = compact([(feature_set, LLM)], ITEMS, cache)
     changed = first.path.stat().st_mtime_ns
-    assert compact(feature_set, LLM, ITEMS, cache).path.stat().st_mtime_ns == changed
-    assert compact(feature_set, LLM[:1], ITEMS, cache).path != first.path
-    assert compact(feature_set, LLM, ITEMS[::-1], cache).path != first.path
+    assert compact([(feature_set, LLM)], ITEMS, cache).path.stat().st_mtime_ns == changed
+    assert compact([(feature_set, LLM[:1])], ITEMS, cache).path != first.path
+    assert compact([(feature_set, LLM)], ITEMS[::-1], cache).path != first.path
 
 
 def test_standardized_has_mean_zero_and_variance_one_over_the_given_items(make_set: MakeSet, tmp_path: Path) -> None:
-    array = compact(store.read(make_set([ITEMS], "float32")), LLM, ITEMS, str(tmp_path / "cache"))
+    array = compact([(store.read(make_set([ITEMS], "float32")), LLM)], ITEMS, str(tmp_path / "cache"))
     train = np.arange(1, 31)
     scaled = array.standardized(train)
     rows = scaled.rows(train).double()
@@ -59,17 +59,17 @@ def test_a_dimension_without_variance_becomes_zero(tmp_path: Path) -> None:
     features[LLM[0]][:, 2] = 0.1
     store.write_part(uri, recipe, store.feature_table(recipe, ITEMS, [8] * 40, features))
     store.commit(uri)
-    array = compact(store.read(uri), LLM, ITEMS, str(tmp_path / "cache")).standardized(np.arange(1, 41))
+    array = compact([(store.read(uri), LLM)], ITEMS, str(tmp_path / "cache")).standardized(np.arange(1, 41))
     assert torch.equal(array.rows(np.arange(1, 41))[:, 0, 2], torch.zeros(40))
 
 
 def test_a_few_missing_items_become_the_mean_and_many_are_an_error(make_set: MakeSet, tmp_path: Path) -> None:
     feature_set, cache = store.read(make_set([ITEMS])), str(tmp_path / "cache")
-    array = compact(feature_set, LLM, [*ITEMS, "unknown"], cache)
-    assert array.missing.sum() == 2
+    array = compact([(feature_set, LLM)], [*ITEMS, "unknown"], cache)
+    assert array.missing.all(1).sum() == array.missing.any(1).sum() == 2
     assert torch.equal(array.standardized(np.arange(1, 41)).rows(np.array([41])), torch.zeros(1, 3, 8))
     with pytest.raises(InputError, match=r"100\.0% of the dataset's 2 items.*feature set of another catalogue"):
-        compact(feature_set, LLM, ["x", "y"], cache)
+        compact([(feature_set, LLM)], ["x", "y"], cache)
 
 
 def test_columns_are_chosen_by_pattern_and_by_what_the_encoder_reads(make_set: MakeSet) -> None:
@@ -94,7 +94,7 @@ def test_columns_of_several_tokens_are_never_chosen(make_set: MakeSet) -> None:
 
 
 def test_the_shuffled_control_permutes_whole_rows(make_set: MakeSet, tmp_path: Path) -> None:
-    array = compact(store.read(make_set([ITEMS])), LLM, ITEMS, str(tmp_path / "cache"))
+    array = compact([(store.read(make_set([ITEMS])), LLM)], ITEMS, str(tmp_path / "cache"))
     every = np.arange(1, 41)
     shuffled = array.shuffled(seed=3)
     assert not torch.equal(shuffled.rows(every), array.rows(every))
@@ -102,3 +102,60 @@ def test_the_shuffled_control_permutes_whole_rows(make_set: MakeSet, tmp_path: P
     assert torch.equal(shuffled.rows(np.array([0])), torch.zeros(1, 3, 8))
     assert torch.equal(array.shuffled(seed=3).rows(every), shuffled.rows(every))
     assert shuffled.digest != array.digest
+
+
+CAPTIONS = ["caption/text.0/all_mean", "caption/text.1/all_mean", "caption/text.2/all_mean"]
+
+
+def test_captions_through_a_text_encoder_are_a_feature_set_like_any_other(tmp_path: Path) -> None:
+    feature_set = store.read(write_set(tmp_path, [ITEMS], captions_recipe()))
+    assert choose_columns(feature_set, [], "many") == CAPTIONS
+    assert choose_columns(feature_set, [], "one") == CAPTIONS[-1:]
+    array = compact([(feature_set, CAPTIONS)], ITEMS, str(tmp_path / "cache"))
+    expected = torch.stack([vectors(captions_recipe(), ITEMS)[name] for name in CAPTIONS], dim=1)
+    assert torch.equal(array.rows(np.arange(1, 41)), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "other"), [("float16", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_several_feature_sets_stand_side_by_side(tmp_path: Path, dtype: str, other: str) -> None:
+    videos = write_set(tmp_path / "videos", [ITEMS[:9], ITEMS[9:]], recipe_of(dtype))
+    captions = write_set(tmp_path / "captions", [ITEMS[1:]], captions_recipe(other))  # none of item0
+    chosen = [(store.read(videos), LLM), (store.read(captions), CAPTIONS[1:])]
+    array = compact(chosen, ITEMS, str(tmp_path / "cache"))
+    assert array.shape == (41, 5, 8)
+    assert array.shapes == [(3, 8), (2, 5)]
+    assert array.dtype == (dtype if dtype == other else "float32")
+    names = [
+        f"{uri.rsplit('/', 1)[-1]}:{name}" for uri, names in ((videos, LLM), (captions, CAPTIONS[1:])) for name in names
+    ]
+    assert list(array.names) == names
+    assert array.recipe == f"{recipe_of(dtype).fingerprint}+{captions_recipe(other).fingerprint}"
+
+    rows = array.rows(np.arange(1, 41))
+    for column, (recipe, name) in enumerate(
+        [(recipe_of(dtype), n) for n in LLM] + [(captions_recipe(other), n) for n in CAPTIONS[1:]]
+    ):
+        stored = vectors(recipe, ITEMS)[name].to(getattr(torch, recipe.dtype)).float()
+        width = stored.shape[1]
+        start = 1 if column >= 3 else 0
+        assert torch.equal(rows[start:, column, :width], stored[start:])
+        assert not rows[:start, column].any() and not rows[:, column, width:].any()
+
+    assert array.missing[1:].sum(0).tolist() == [0, 0, 0, 1, 1]
+    scaled = array.standardized(np.arange(1, 31)).rows(np.arange(1, 41))
+    alone = compact(chosen[1:], ITEMS, str(tmp_path / "cache")).standardized(np.arange(1, 31)).rows(np.arange(1, 41))
+    torch.testing.assert_close(scaled[:, 3:, :5], alone)
+    assert scaled[0, :3].all() and not scaled[0, 3:].any() and not scaled[:, 3:, 5:].any()
+
+    fewer = array.select([names[1], names[4]])
+    assert fewer.shapes == [(1, 8), (1, 5)]
+    assert torch.equal(fewer.rows(np.arange(1, 41)), rows[:, [1, 4]])
+    assert array.select(names[3:]).shapes == [(2, 5)]
+
+
+def test_a_feature_set_given_twice_is_refused(make_set: MakeSet, tmp_path: Path) -> None:
+    feature_set = store.read(make_set([ITEMS]))
+    with pytest.raises(InputError, match="given twice"):
+        compact([(feature_set, LLM), (feature_set, LLM)], ITEMS, str(tmp_path))

@@ -5,29 +5,38 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional
 
 from lvlmrec import config
 from lvlmrec.errors import ConfigError
 from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.models.fusions import FUSIONS
+from lvlmrec.models.fusions.base import FeatureShape
 from lvlmrec.models.recommender import ModelConfig
 
-NUM_ITEMS, E, D, LENGTH = 12, 8, 5, 6
+NUM_ITEMS, E, LENGTH = 12, 8, 6
+DIMS = (5, 3)  # of two feature sets
 PAIRS = list(itertools.product(FUSIONS, BACKBONES))
 SEQUENCES = torch.tensor([[0, 0, 0, 4, 7, 1], [5, 3, 2, 9, 8, 12], [0, 0, 0, 0, 0, 6]])
 
 
-def num_layers_of(fusion):
-    return {"none": 0, "one": 1, "many": 3}[FUSIONS[fusion].layers]
+def shapes_of(fusion):
+    num_layers = {"none": 0, "one": 1, "many": 3}[FUSIONS[fusion].layers]
+    return [FeatureShape(num_layers, dim) for dim in DIMS] if num_layers else []
+
+
+def random_features(num_items, shapes):
+    """[num_items, L, D]: the layers of the feature sets one after the other, zeros behind the narrower one."""
+    parts = [torch.randn(num_items, num_layers, dim) for num_layers, dim in shapes]
+    return torch.cat([functional.pad(part, (0, max(DIMS) - part.shape[-1])) for part in parts], dim=1)
 
 
 def build(fusion, backbone, seed=0):
     torch.manual_seed(seed)
     chosen = {"embedding_dim": E, "item_encoder": {"name": fusion}, "backbone": {"name": backbone}}
-    num_layers = num_layers_of(fusion)
-    model = config.load(ModelConfig, [chosen]).build(NUM_ITEMS, LENGTH, num_layers, D)
-    features = torch.randn(NUM_ITEMS + 1, num_layers, D) if num_layers else None
-    return model, features
+    shapes = shapes_of(fusion)
+    model = config.load(ModelConfig, [chosen]).build(NUM_ITEMS, LENGTH, shapes)
+    return model, random_features(NUM_ITEMS + 1, shapes) if shapes else None
 
 
 def encode(model, features, sequences):
@@ -120,8 +129,18 @@ def test_features_are_not_part_of_the_state(fusion, backbone):
     assert torch.equal(encode(fresh.eval(), features, SEQUENCES), encode(model.eval(), features, SEQUENCES))
 
 
-@pytest.mark.parametrize(("fusion", "num_layers"), [("fusion", 2), ("replacement", 0), ("dff", 0)])
-def test_features_that_do_not_fit_the_fusion_are_the_users_fault(fusion, num_layers):
+@pytest.mark.parametrize(
+    ("fusion", "shapes"),
+    [
+        ("fusion", [(2, 5)]),
+        ("concatenation", [(1, 5), (2, 3)]),
+        ("replacement", []),
+        ("replacement", [(0, 5)]),
+        ("dff", []),
+        ("mean", []),
+    ],
+)
+def test_features_that_do_not_fit_the_fusion_are_the_users_fault(fusion, shapes):
     chosen = config.load(ModelConfig, [{"item_encoder": {"name": fusion}}])
     with pytest.raises(ConfigError, match=f"item_encoder.name: '{fusion}' reads"):
-        chosen.build(NUM_ITEMS, LENGTH, num_layers, D)
+        chosen.build(NUM_ITEMS, LENGTH, [FeatureShape(*shape) for shape in shapes])

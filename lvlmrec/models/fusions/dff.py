@@ -1,11 +1,12 @@
-"""DFF: the id embedding gated with a learned mix of all feature layers, as in the authors' release.
+"""DFF (Sun et al., arXiv 2512.21863): the id embedding gated with a learned mix of all feature layers.
 
-The paper writes the projection before the sum and the gate as an MLP; the release, followed here, projects the
-sum and has a linear gate.
+The authors' release projects the sum of the layers and has a linear gate, the defaults here; the paper writes the
+projection before the sum and the gate as an MLP. Layers of several feature sets share one softmax.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlmrec.config import option
-from lvlmrec.models.fusions.base import FusionConfig, GatedFusion
+from lvlmrec.models.fusions.base import FeatureShape, FusionConfig, GatedFusion
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,35 @@ class DFFConfig(FusionConfig):
     """alpha = softmax(w), v = relu(W sum_l alpha_l h_l + b), e = g * e_id + (1 - g) * v."""
 
     name: str = option("dff", "gate of the item embedding and a learned mix of all layers' features")
+    projection: str = option(
+        "after_sum",
+        "after_sum: relu(W sum_l alpha_l h_l + b), as released; before_sum: sum_l alpha_l relu(W h_l + b), the paper's",
+        choices=("after_sum", "before_sum"),
+    )
+    gate: str = option("linear", "linear, as released, or mlp, the paper's", choices=("linear", "mlp"))
+    gate_size: str = option(
+        "elementwise", "one gate for each dimension, or one scalar for an item", choices=("elementwise", "scalar")
+    )
     layers: ClassVar[str] = "many"
 
-    def build(self, num_items: int, embedding_dim: int, num_layers: int, feature_dim: int) -> nn.Module:
-        return DFF(num_items, embedding_dim, num_layers, feature_dim)
+    def build(self, num_items: int, embedding_dim: int, shapes: Sequence[FeatureShape]) -> nn.Module:
+        return DFF(num_items, embedding_dim, shapes, self)
 
 
 class DFF(GatedFusion):
     """One weight per layer, shared by all items; the weights start equal."""
 
-    def __init__(self, num_items: int, embedding_dim: int, num_layers: int, feature_dim: int) -> None:
-        super().__init__(num_items, embedding_dim, feature_dim)
-        self.layer_logits = nn.Parameter(torch.ones(num_layers))
+    def __init__(self, num_items: int, embedding_dim: int, shapes: Sequence[FeatureShape], settings: DFFConfig) -> None:
+        super().__init__(num_items, embedding_dim, shapes, settings.gate, settings.gate_size)
+        self.project_first = settings.projection == "before_sum"
+        self.layer_logits = nn.Parameter(torch.ones(sum(shape.num_layers for shape in shapes)))
 
     def layer_weights(self) -> Tensor:
-        """alpha [L]: positive, sums to 1."""
+        """alpha [L]: positive, sums to 1 over the layers of all feature sets."""
         return torch.softmax(self.layer_logits, dim=0)
 
     def forward(self, item_index: Tensor, features: Tensor) -> Tensor:
         weights = self.layer_weights()
-        return self.fuse(item_index, torch.einsum("l,nld->nd", weights, features.to(weights.dtype)))
+        if self.project_first:
+            return self.fuse(item_index, torch.einsum("l,nle->ne", weights, self.projection.each_layer(features)))
+        return self.fuse(item_index, self.projection(self.projection.sum_of_layers(features, weights)))

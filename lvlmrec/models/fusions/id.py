@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from lvlmrec.config import option
-from lvlmrec.models.fusions.base import FusionConfig, item_table
+from lvlmrec.models.fusions.base import FeatureShape, FusionConfig, item_table
 from lvlmrec.models.initial import xavier_normal
 
 
@@ -19,7 +20,7 @@ class IdConfig(FusionConfig):
     name: str = option("id", "learned item embeddings, no features")
     layers: ClassVar[str] = "none"
 
-    def build(self, num_items: int, embedding_dim: int, num_layers: int, feature_dim: int) -> nn.Module:
+    def build(self, num_items: int, embedding_dim: int, shapes: Sequence[FeatureShape]) -> nn.Module:
         return IdOnly(num_items, embedding_dim)
 
 

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from lvlmrec.config import option
-from lvlmrec.models.fusions.base import FeatureProjection, FusionConfig
+from lvlmrec.models.fusions.base import FeatureProjection, FeatureShape, FusionConfig
 
 
 @dataclass(frozen=True)
 class ReplacementConfig(FusionConfig):
-    """e = relu(W h + b)."""
+    """e = relu(W h + b); h of several feature sets: [h_1; ...; h_K]."""
 
     name: str = option("replacement", "one layer's feature, projected, in place of the item embedding")
     layers: ClassVar[str] = "one"
 
-    def build(self, num_items: int, embedding_dim: int, num_layers: int, feature_dim: int) -> nn.Module:
-        return Replacement(feature_dim, embedding_dim)
+    def build(self, num_items: int, embedding_dim: int, shapes: Sequence[FeatureShape]) -> nn.Module:
+        return Replacement(embedding_dim, shapes)
 
 
 class Replacement(nn.Module):
-    def __init__(self, feature_dim: int, embedding_dim: int) -> None:
+    def __init__(self, embedding_dim: int, shapes: Sequence[FeatureShape]) -> None:
         super().__init__()
-        self.projection = FeatureProjection(feature_dim, embedding_dim)
+        self.projection = FeatureProjection(shapes, embedding_dim)
 
     def forward(self, item_index: Tensor, features: Tensor) -> Tensor:
-        return self.projection(features[:, 0])
+        return self.projection(features)
