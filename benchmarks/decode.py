@@ -1,11 +1,12 @@
 """CPU time of sampling 16 frames of a video: lvlmrec against the ways that others take.
 
-    python benchmarks/decode.py [--rounds 5] [--clips DIR] [--save]
+    python benchmarks/decode.py [--rounds 5] [--clips DIR] [--content VIDEO] [--save]
 
-Clips are made here: 60 s of 1280x720 at 30 frames per second, a panned textured scene with grain and moving squares;
-h264 (x264's own defaults) with 12 and with 36 key frames, HEVC and AV1. Per clip the methods take turns, in one
-process and one thread, for `--rounds` rounds after one that does not count; the figure is the median of user + system
-time. Every round's frames are compared with those of decoding everything; the exit status is 1 where lvlmrec's differ.
+Clips are made here: 60 s of 1280x720 at 30 frames per second, a panned textured scene with grain and moving squares
+(or what `--content` shows, repeated and scaled to that size); h264 (x264's own defaults) with 12 and with 36 key
+frames, HEVC and AV1. Per clip the methods take turns, in one process and one thread, for `--rounds` rounds after one
+that does not count; the figure is the median of user + system time. Every round's frames are compared with those of
+decoding everything; the exit status is 1 where lvlmrec's differ.
 
 lvlmrec       lvlmrec.video.sample_clip
 decode all    PyAV, one thread: every frame decoded, 16 kept
@@ -30,6 +31,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,10 +70,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clips", type=Path, default=Path(tempfile.gettempdir(), "lvlmrec-decode-clips"))
+    parser.add_argument("--content", type=Path, help="a video, whose frames are encoded instead of the scene")
     parser.add_argument("--save", action="store_true", help="write a dated file under benchmarks/results/")
     arguments = parser.parse_args()
     methods = available_methods()
-    paths = {kind.name: write_clip(kind, arguments.clips) for kind in CLIPS}
+    paths = {kind.name: write_clip(kind, arguments.clips, arguments.content) for kind in CLIPS}
     results = {name: measure(str(path), methods, arguments.rounds) for name, path in paths.items()}
     body = markdown_table(*rows_of(results, methods)) + f"\n\n{NUM_FRAMES} frames of each clip; CPU in ms, medians of "
     body += f"{arguments.rounds} rounds. Equal: bit-equal to decode all in every round, else the largest difference.\n"
@@ -184,9 +187,10 @@ def rows_of(
     return ["clip", "method", "CPU ms", "lvlmrec takes", "equal"], rows
 
 
-def write_clip(kind: ClipKind, folder: Path) -> Path:
+def write_clip(kind: ClipKind, folder: Path, content: Path | None) -> Path:
     """The clip in `folder`; made unless it is there."""
-    path = folder / f"{kind.name.replace(', ', '-').replace(' ', '-')}.mp4"
+    stem = f"{content.stem}-{kind.name}" if content else kind.name
+    path = folder / f"{stem.replace(', ', '-').replace(' ', '-')}.mp4"
     if path.exists():
         return path
     print(f"making {path.name}", file=sys.stderr)
@@ -196,26 +200,34 @@ def write_clip(kind: ClipKind, folder: Path) -> Path:
         stream = cast(VideoStream, container.add_stream(kind.codec, rate=FPS, options=kind.options))
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.codec_context.gop_size = FPS * SECONDS // kind.num_keyframes
-        for picture in pictures():
+        for picture in islice(repeated(content) if content else scene(), FPS * SECONDS):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return working.rename(path)
 
 
-def pictures() -> Iterator[np.ndarray]:
+def repeated(content: Path) -> Iterator[np.ndarray]:
+    """uint8 [H, W, 3] each: the frames of a video again and again, as many of them as there are."""
+    while True:
+        with av.open(str(content)) as container:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24", width=WIDTH, height=HEIGHT, interpolation="BICUBIC")
+
+
+def scene() -> Iterator[np.ndarray]:
     """uint8 [H, W, 3] each: texture at many scales, panned, with squares that move through and light grain."""
     rng = np.random.default_rng(0)
     height, width = HEIGHT + 256, WIDTH + 1024
-    scene = np.zeros((height, width, 3))
+    texture = np.zeros((height, width, 3))
     for cell in (128, 64, 32, 16, 8, 4):
         coarse = rng.normal(size=(height // cell + 1, width // cell + 1, 3)) * cell**0.5
-        scene += np.kron(coarse, np.ones((cell, cell, 1)))[:height, :width]
-    scene = np.clip(128 + scene * (45 / scene.std()), 8, 247).astype(np.int16)
+        texture += np.kron(coarse, np.ones((cell, cell, 1)))[:height, :width]
+    texture = np.clip(128 + texture * (45 / texture.std()), 8, 247).astype(np.int16)
     grain = rng.integers(-3, 4, size=(8, HEIGHT, WIDTH, 1), dtype=np.int16)
     for index in range(FPS * SECONDS):
         x = round(512 + 500 * np.sin(index / 90))
         y = round(128 + 120 * np.cos(index / 70))
-        picture = scene[y : y + HEIGHT, x : x + WIDTH] + grain[index % 8]
+        picture = texture[y : y + HEIGHT, x : x + WIDTH] + grain[index % 8]
         for k in range(4):
             left, top = (index * (3 + k) + 300 * k) % (WIDTH - 96), (index * (1 + k) + 150 * k) % (HEIGHT - 96)
             picture[top : top + 96, left : left + 96] = (60 * k, 255 - 50 * k, (index + 64 * k) % 256)

@@ -26,7 +26,8 @@ import numpy as np
 from av.video.frame import VideoFrame
 from PIL import Image
 
-from lvlmrec.video import DEFAULT_FPS, VideoError, decode_frames, faults_named, geometry_of, open_video
+from lvlmrec.video import DEFAULT_FPS, geometry_of
+from lvlmrec.video_file import VideoError, decode_frames, demux, faults_named, open_video
 
 FPS = 6
 GROUP = 12  # frames from one I frame to the next
@@ -130,7 +131,7 @@ def decode(stream: IO[bytes]) -> Iterator[VideoFrame]:
     with container:
         video = container.streams.video[0]
         video.codec_context.options = {"flags2": "+export_mvs"}
-        yield from decode_frames(container, video)
+        yield from decode_frames(video, demux(container, video))
 
 
 def block_vectors(frame: VideoFrame) -> np.ndarray:
@@ -188,7 +189,7 @@ def _frames_at_rate(path: str | Path) -> Iterator[VideoFrame]:
         time_base = stream.time_base or 1 / Fraction(rate)
         origin = round(Fraction(container.start_time or 0, av.time_base) / time_base)
         next_pts = origin
-        for frame in decode_frames(container, stream):
+        for frame in decode_frames(stream, demux(container, stream)):
             filters = filters or _Filters(frame, time_base)
             pts = next_pts if frame.pts is None else frame.pts
             next_pts = pts + max(1, round(1 / (rate * time_base)))

@@ -13,9 +13,7 @@ of the part that happens to be left would pass for the whole. Pictures that the 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -23,15 +21,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import av
-import av.stream
 import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from lvlmrec.av1 import Fed, part_of
 from lvlmrec.bitstream import Picture, PictureReader, decode_plan, picture_reader, trusted_pictures
+from lvlmrec.video_file import VideoError, decode_frames, demux, faults_named, open_video
 
 DEFAULT_FPS = 25.0  # where neither timestamps nor the container say
 PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
@@ -39,26 +36,7 @@ TRUSTED_CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2",
     "matroska,webm",
 )  # the others guess timestamps, or often have them wrong
-
-PYAV_ERRORS = (av.FFmpegError, ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
-
-
-class VideoError(Exception):
-    """One video could not be read.
-
-    stage    open, probe (which stream), demux, decode, convert or encode
-    error    a short stable reason: not_found, unreadable, not_a_video, no_video_stream, no_decoder, no_frames,
-             encrypted, too_long, demux_failed, decode_failed, convert_failed, encode_failed, out_of_memory, timeout,
-             decoder_died
-    message  one line
-    """
-
-    def __init__(self, stage: str, error: str, message: str) -> None:
-        super().__init__(stage, error, message)  # all of them, so that it can be pickled
-        self.stage, self.error, self.message = stage, error, message
-
-    def __str__(self) -> str:
-        return f"{self.error} ({self.stage}): {self.message}"
+HELD_BYTES = 64 << 20  # a file of at most so many bytes is read once, a larger one twice
 
 
 @dataclass(frozen=True)
@@ -118,10 +96,11 @@ def sample_indices(num_source_frames: int, num_frames: int) -> np.ndarray:
 
 def probe(path: str | Path) -> VideoInfo:
     """What the video at `path` is. Raises `VideoError`."""
-    packets = _read_packets(path)
+    with open_video(path) as (container, stream):
+        packets = _read_packets(container, stream)
     with open_video(path) as (container, stream):
         codec = stream.codec_context.name
-        frame = next(decode_frames(container, stream), None)
+        frame = next(decode_frames(stream, demux(container, stream)), None)
         if frame is None:
             raise VideoError("decode", "no_frames", "no frame came out of the decoder")
         geometry = geometry_of(frame, max(frame.width, frame.height))
@@ -146,8 +125,13 @@ def sample_clip(path: str | Path, num_frames: int, max_side: int) -> Clip:
     Frames whose longer side exceeds `max_side` pixels are scaled down to it (swscale, bicubic). Decodes in one
     thread. Raises `VideoError`.
     """
-    packets = _read_packets(path)
-    return _sample_by_gop(path, packets, num_frames, max_side) or _sample_all(path, packets, num_frames, max_side)
+    with open_video(path) as (container, stream):
+        packets = _read_packets(container, stream)
+        clip = _sample_by_gop(stream, packets.held, packets, num_frames, max_side) if packets.held else None
+    if not packets.held:
+        with open_video(path) as (container, stream):
+            clip = _sample_by_gop(stream, demux(container, stream), packets, num_frames, max_side)
+    return clip or _sample_all(path, packets, num_frames, max_side)
 
 
 @dataclass(frozen=True)
@@ -155,6 +139,7 @@ class _Packets:
     """What demuxing tells of a stream's packets, in decode order.
 
     pictures is None unless every packet is known to carry one picture; then pts are distinct and complete.
+    held are the packets themselves, none of a large file; they live as long as their file is open.
     """
 
     pts: list[int | None]
@@ -163,6 +148,7 @@ class _Packets:
     pictures: list[Picture] | None
     time_base: Fraction
     fps: float
+    held: list[av.Packet]
 
 
 @dataclass(frozen=True)
@@ -189,73 +175,37 @@ class Geometry:
         return 180 if flip_x and flip_y else 0
 
 
-@contextmanager
-def faults_named(stage: str) -> Iterator[None]:
-    """Turns whatever PyAV raises into a `VideoError`.
-
-    FFmpeg's error numbers arrive as exceptions of many kinds: a decoder's AVERROR(EACCES) is a PermissionError.
-    """
-    try:
-        yield
-    except PYAV_ERRORS as e:
-        reason = "not_a_video" if stage == "open" else f"{stage}_failed"
-        if isinstance(e, MemoryError):
-            reason = "out_of_memory"
-        elif stage == "open" and isinstance(e, OSError):
-            reason = "not_found" if isinstance(e, FileNotFoundError) else "unreadable"
-        raise VideoError(stage, reason, f"{type(e).__name__}: {' '.join(str(e).split())}") from e
-
-
-@contextmanager
-def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container at `path` and its best video stream. Raises `VideoError`."""
-    with faults_named("open"):
-        if "\0" in os.fspath(path):  # for FFmpeg the name of another file
-            raise FileNotFoundError(f"no name of a file: {os.fspath(path)!r}")
-        # a playlist or a name with a colon in it must not reach the network
-        options = {"protocol_whitelist": "file"}
-        container = av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="replace")
-    with container:
-        stream = container.streams.best("video")
-        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-            raise VideoError("probe", "no_video_stream", "no video stream, cover pictures aside")
-        if stream.codec_context is None:
-            raise VideoError("probe", "no_decoder", "this FFmpeg has no decoder for the video stream")
-        yield container, cast(VideoStream, stream)
-
-
-def _demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    with faults_named("demux"):
-        for packet in container.demux(stream):
-            if packet.size:  # an empty one would end the decoder's stream
-                yield packet
-
-
-def _read_packets(path: str | Path) -> _Packets:
+def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
     """Demuxes the whole stream. Stream headers are not asked: their frame counts lie."""
-    with open_video(path) as (container, stream):
-        context = stream.codec_context
-        is_plain = container.format.name in TRUSTED_CONTAINERS and context.field_order in PROGRESSIVE
-        reader = picture_reader(context.name, context.extradata) if is_plain else None
-        pts: list[int | None] = []
-        duration, shown, pictures = [], [], []
-        for packet in _demux(container, stream):
-            if not pts and packet.has_sidedata("encryption_info"):
-                raise VideoError("demux", "encrypted", "the stream is encrypted and the key is not known")
-            pts.append(packet.pts)
-            duration.append(packet.duration or 0)
-            shown.append(not packet.is_discard)
-            pictures.append(_picture(reader, packet))
-        if not any(shown):
-            raise VideoError("demux", "no_frames", "the video stream has no frame to show")
-        return _Packets(
-            pts=pts,
-            duration=duration,
-            shown=shown,
-            pictures=trusted_pictures(pts, pictures, context.reorder_depth),
-            time_base=stream.time_base or Fraction(1, 1),
-            fps=float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS,
-        )
+    context = stream.codec_context
+    is_plain = container.format.name in TRUSTED_CONTAINERS and context.field_order in PROGRESSIVE
+    reader = picture_reader(context.name, context.extradata) if is_plain else None
+    pts: list[int | None] = []
+    held: list[av.Packet] = []
+    duration, shown, pictures, size = [], [], [], 0
+    for packet in demux(container, stream):
+        if not pts and packet.has_sidedata("encryption_info"):
+            raise VideoError("demux", "encrypted", "the stream is encrypted and the key is not known")
+        pts.append(packet.pts)
+        duration.append(packet.duration or 0)
+        shown.append(not packet.is_discard)
+        pictures.append(_picture(reader, packet))
+        size += packet.size
+        if size <= HELD_BYTES:
+            held.append(packet)
+        else:
+            held.clear()
+    if not any(shown):
+        raise VideoError("demux", "no_frames", "the video stream has no frame to show")
+    return _Packets(
+        pts=pts,
+        duration=duration,
+        shown=shown,
+        pictures=trusted_pictures(pts, pictures, context.reorder_depth),
+        time_base=stream.time_base or Fraction(1, 1),
+        fps=float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS,
+        held=held,
+    )
 
 
 def _picture(reader: PictureReader | None, packet: av.Packet) -> Picture | None:
@@ -264,10 +214,12 @@ def _picture(reader: PictureReader | None, packet: av.Packet) -> Picture | None:
     return reader(bytes(packet))
 
 
-def _sample_by_gop(path: str | Path, packets: _Packets, num_frames: int, max_side: int) -> Clip | None:
+def _sample_by_gop(
+    stream: VideoStream, source: Iterable[av.Packet], packets: _Packets, num_frames: int, max_side: int
+) -> Clip | None:
     """The clip from the groups of pictures that hold its frames, without unreferenced pictures between them.
 
-    None where that is not surely what decoding everything yields.
+    `source` yields what `packets` tells of. None where that is not surely what decoding everything yields.
     """
     pictures = packets.pictures
     if pictures is None:
@@ -276,25 +228,22 @@ def _sample_by_gop(path: str | Path, packets: _Packets, num_frames: int, max_sid
     indices = sample_indices(len(display), num_frames)
     wanted = sorted({display[i] for i in indices})
     feed, restarts = decode_plan(packets.pts, pictures, wanted)
-    wanted_pts = {packets.pts[k] for k in wanted}
-    rendered: dict[int | None, np.ndarray] = {}
-    geometry, last_pts = None, None
+    places = {packets.pts[display[i]]: i for i in indices.tolist()}
+    frames = _Frames(indices, max_side)
+    last_pts = None
     try:
-        with open_video(path) as (container, stream):
-            for frame in decode_frames(container, stream, feed, restarts):
-                is_late = last_pts is not None and (frame.pts is None or frame.pts <= last_pts)
-                if is_late or frame.is_corrupt or frame.interlaced_frame:
-                    return None
-                last_pts = frame.pts
-                if last_pts in wanted_pts:
-                    geometry = geometry or geometry_of(frame, max_side)
-                    rendered[last_pts] = _render(frame, geometry)
+        for frame in decode_frames(stream, source, feed, restarts):
+            is_late = last_pts is not None and (frame.pts is None or frame.pts <= last_pts)
+            if is_late or frame.is_corrupt or frame.interlaced_frame:
+                return None
+            last_pts = frame.pts
+            if last_pts in places:
+                frames.put(places.pop(last_pts), frame)
     except VideoError:
         return None  # decoding everything tells whether the file is at fault
-    if rendered.keys() != wanted_pts:
+    if places:
         return None
-    times = _seconds([packets.pts[k] for k in display], packets.duration[display[-1]], packets)
-    return _clip({int(i): rendered[packets.pts[display[i]]] for i in indices}, indices, times)
+    return frames.clip(_seconds([packets.pts[k] for k in display], packets.duration[display[-1]], packets))
 
 
 def _sample_all(path: str | Path, packets: _Packets, num_frames: int, max_side: int) -> Clip:
@@ -302,59 +251,49 @@ def _sample_all(path: str | Path, packets: _Packets, num_frames: int, max_side: 
     guess = sum(packets.shown)
     while True:
         indices = sample_indices(guess, num_frames)
+        frames = _Frames(indices, max_side)
         wanted = set(indices.tolist())
-        rendered: dict[int, np.ndarray] = {}
         pts: list[int | None] = []
-        geometry, last_duration = None, 0
+        last_duration = 0
         with open_video(path) as (container, stream):
-            for frame in decode_frames(container, stream):
+            for frame in decode_frames(stream, demux(container, stream)):
                 if len(pts) in wanted:
-                    geometry = geometry or geometry_of(frame, max_side)
-                    rendered[len(pts)] = _render(frame, geometry)
+                    frames.put(len(pts), frame)
                 pts.append(frame.pts)
                 last_duration = frame.duration or 0
         if not pts:
             raise VideoError("decode", "no_frames", "no frame came out of the decoder")
         if len(pts) == guess:
-            return _clip(rendered, indices, _seconds(pts, last_duration, packets))
+            return frames.clip(_seconds(pts, last_duration, packets))
         guess = len(pts)  # hidden, dropped or repeated frames: decode again, now knowing how many there are
 
 
-def _clip(rendered: dict[int, np.ndarray], indices: np.ndarray, times: np.ndarray) -> Clip:
-    return Clip(
-        # turned pictures are views, and stacking keeps their strides
-        frames=np.ascontiguousarray(np.stack([rendered[i] for i in indices.tolist()])),
-        timestamps=times[indices],
-        frame_indices=indices,
-        num_source_frames=len(times) - 1,
-        duration=float(times[-1]),
-    )
+class _Frames:
+    """The pictures of a clip, which come one after another; `indices` are their places among the video's frames.
 
-
-def decode_frames(
-    container: InputContainer,
-    stream: VideoStream,
-    feed: Sequence[Fed] | None = None,
-    restarts: frozenset[int] = frozenset(),
-) -> Iterator[VideoFrame]:
-    """Frames in output order, of the packets that `feed` names (all without it), begun anew before `restarts`.
-
-    Decodes in one thread. Raises `VideoError`.
+    They are written where they stay, in the geometry of the first: fresh memory costs as much as the conversion.
     """
-    context = stream.codec_context
-    context.thread_count = 1
-    last = max(k for k, is_fed in enumerate(feed) if is_fed) if feed else -1
-    for k, packet in enumerate(_demux(container, stream)):
-        if feed is not None and k > last:
-            break
-        with faults_named("decode"):
-            if k in restarts:
-                yield from context.decode(None)
-                context.flush_buffers()
-            if fed := feed[k] if feed is not None else True:
-                yield from context.decode(part_of(packet, fed))
-    with faults_named("decode"):
-        yield from context.decode(None)
+
+    def __init__(self, indices: np.ndarray, max_side: int) -> None:
+        self._indices, self._max_side = indices, max_side
+        self._rows: dict[int, list[int]] = {}
+        for row, index in enumerate(indices.tolist()):
+            self._rows.setdefault(index, []).append(row)
+        self._geometry: Geometry | None = None
+        self._frames = np.zeros(0, np.uint8)
+
+    def put(self, index: int, frame: VideoFrame) -> None:
+        """The frame at `index` of the video is this one. Raises `VideoError`."""
+        self._geometry = self._geometry or geometry_of(frame, self._max_side)
+        picture = _render(frame, self._geometry)
+        if not self._frames.size:
+            self._frames = np.empty((len(self._indices), *picture.shape), np.uint8)
+        for row in self._rows[index]:
+            self._frames[row] = picture
+
+    def clip(self, times: np.ndarray) -> Clip:
+        """All are there; `times` are `_seconds`."""
+        return Clip(self._frames, times[self._indices], self._indices, len(times) - 1, float(times[-1]))
 
 
 def geometry_of(frame: VideoFrame, max_side: int) -> Geometry:
@@ -391,7 +330,8 @@ def _seconds(pts: Sequence[int | None], last_duration: int, packets: _Packets) -
     known = [t for t in pts if t is not None]
     if len(known) < len(pts) or any(b < a for a, b in pairwise(known)):
         return np.arange(len(pts) + 1) / packets.fps
-    times = [float((t - known[0]) * packets.time_base) for t in known]
+    unit = packets.time_base
+    times = [(t - known[0]) * unit.numerator / unit.denominator for t in known]
     last = float(last_duration * packets.time_base)
     if last <= 0:
         last = float(np.median(np.diff(times))) if len(times) > 1 else 0.0

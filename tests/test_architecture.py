@@ -38,6 +38,7 @@ GROUND = {
     "storage",
     "tracking",
     "video",
+    "video_file",
     "motion",
     "taps",
     "bitstream",
@@ -55,7 +56,7 @@ ALLOWED = {
     "taps": {"errors"},
     "features": {"features", "config", "columns", "errors", "storage", "taps"},
     "baselines": {"baselines", "config", "errors", "columns"},
-    "lvlms": {"lvlms", "features", "config", "columns", "errors", "storage", "taps", "video", "motion"},
+    "lvlms": {"lvlms", "features", "config", "columns", "errors", "storage", "taps", "video", "video_file", "motion"},
     "data": {"data", "config", "columns", "errors", "storage", "video"},
 }
 

@@ -12,7 +12,8 @@ import pytest
 from lvlmrec import video
 from lvlmrec.av1 import Fed, FrameReader
 from lvlmrec.av1_headers import NotUnderstood, units_of
-from lvlmrec.video import VideoError, sample_clip
+from lvlmrec.video import sample_clip
+from lvlmrec.video_file import VideoError, open_video
 from tests.videos import decode_all, write_video
 
 NUM_FRAMES = 40
@@ -171,8 +172,9 @@ def test_damaged_headers_never_make_other_pictures(tmp_path: Path, seed: int) ->
 
 
 def outcome_of(path: Path, intact: np.ndarray) -> str:
-    packets = video._read_packets(path)
-    clip = video._sample_by_gop(path, packets, 4, 1000)
+    with open_video(path) as (container, stream):
+        packets = video._read_packets(container, stream)
+        clip = video._sample_by_gop(stream, packets.held, packets, 4, 1000)
     if clip is None:
         return "decoded whole"
     try:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from lvlmrec import motion
 from lvlmrec.motion import MOTION_STD, choose_starts, motion_clips, motion_map
-from lvlmrec.video import VideoError
+from lvlmrec.video_file import VideoError
 from tests.videos import write_video
 
 LOSSLESS = {"preset": "ultrafast", "qp": "0"}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lvlmrec import video
-from lvlmrec.video import VideoError, probe, sample_clip, sample_indices
+from lvlmrec.video import probe, sample_clip, sample_indices
+from lvlmrec.video_file import VideoError
 from tests.videos import decode_all, picture, write_video
 
 X264 = {"preset": "veryfast", "bf": "3", "sc_threshold": "0"}

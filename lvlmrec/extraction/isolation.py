@@ -32,7 +32,8 @@ import av.subtitles.stream  # that would look like a broken install
 import numpy as np
 
 from lvlmrec.motion import CLIP_FRAMES, KEYFRAME_SIZE, MAP_SIZE, MotionClips, motion_clips
-from lvlmrec.video import Clip, VideoError, sample_clip
+from lvlmrec.video import Clip, sample_clip
+from lvlmrec.video_file import VideoError
 
 T = TypeVar("T", Clip, MotionClips)
 DEFAULT_MEMORY_MB = 4096

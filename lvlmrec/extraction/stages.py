@@ -28,7 +28,8 @@ from lvlmrec.features.recipe import MEDIA, MOTION, Recipe
 from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.motion import CLIP_FRAMES, ENCODER, KEYFRAME_SIZE, MAP_SIZE, MotionClips
-from lvlmrec.video import Clip, VideoError
+from lvlmrec.video import Clip
+from lvlmrec.video_file import VideoError
 
 # A row's share of the time that its batch spent in a stage; see `Extractor`.
 SECONDS = ("decode_seconds", "prepare_seconds", "forward_seconds", "write_seconds")

@@ -17,7 +17,8 @@ import pytest
 import lvlmrec
 from lvlmrec.extraction.isolation import IsolatedDecoder
 from lvlmrec.motion import motion_clips
-from lvlmrec.video import VideoError, sample_clip
+from lvlmrec.video import sample_clip
+from lvlmrec.video_file import VideoError
 from tests.videos import write_video
 
 X264 = {"preset": "ultrafast"}
