@@ -3,31 +3,54 @@
 A URI is a local path or `s3://bucket/key` (any protocol fsspec knows). Endpoint, region, profile and
 credentials come from the environment alone (AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE, ...).
 Writes are atomic: a reader sees the whole file or none.
+
+Requests to S3 are repeated in two loops. botocore's `standard` mode waits up to 1, 2, 4, 8 s, at random, after
+throttling, 5xx and broken connections. s3fs runs that again up to five times, and reads a body that broke anew; what
+it repeats beyond its own list is `_is_passing`. A store that throttles throughout is given up after some 40 s, one that
+cannot be connected to after some 8 s, one that denies access after 2 s: then `StorageError`, or `StorageRefused`.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
+from botocore.parsers import ResponseParserError
 
-from lvlmrec.errors import InputError
+from lvlmrec.errors import InputError, JobFailed
 
+T = TypeVar("T")
+ATTEMPTS = 5
 WRITER = "lvlmrec-writer"  # key of an object's metadata
+# Some stores deny access under load; HEAD has no body to name the error but its status.
+PASSING_CODES = {"AccessDenied", "403", "RequestTimeout", "ConditionalRequestConflict"}
+PASSING_STATUS = {429, 500, 502, 503, 504}
+GARBLED = (FlexibleChecksumError, IncompleteReadError, ResponseParserError)  # answers that are not what the store sent
 
 
-@dataclass(frozen=True)
+class StorageError(OSError, JobFailed):
+    """A remote store did not do what was asked, however often; the message names the URI and the cause."""
+
+
+class StorageRefused(OSError, InputError):
+    """A remote store cannot be reached or denies access; the message names the URI and the cause."""
+
+
+@dataclass(frozen=True, slots=True)
 class StoredFile:
     """A file of a listing: its URI, its size in bytes, its modification time in seconds since 1970."""
 
@@ -55,26 +78,39 @@ def join(uri: str, *parts: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
-    fs, path = _filesystem(uri)
-    return bool(fs.exists(path))
+    with _filesystem(uri) as (fs, path):
+        return bool(fs.exists(path))
 
 
 def is_dir(uri: str) -> bool:
     """Whether `uri` is a folder or a prefix that holds something."""
-    fs, path = _filesystem(uri)
-    return bool(fs.isdir(path))
+    with _filesystem(uri) as (fs, path):
+        if not _is_s3(fs):
+            return bool(fs.isdir(path))
+        try:
+            return any(True for page in _pages(fs, path, recursive=True, MaxKeys=1) for _ in page)
+        except FileNotFoundError:  # no such bucket
+            return False
+
+
+def iter_files(uri: str, *, recursive: bool = False) -> Iterator[StoredFile]:
+    """The files under a folder or prefix, as they are listed; hidden ones (a leading dot) are left out.
+
+    Of S3 and of local folders only a page or a folder is held at a time, and they come in the order of their URIs.
+    """
+    with _filesystem(uri) as (fs, path):
+        if not is_remote(uri):
+            files = _local_files(path, recursive)
+        elif _is_s3(fs):
+            files = (file for page in _pages(fs, path, recursive) for file in page)
+        else:
+            files = _found_files(fs, path, uri, recursive)
+        yield from (file for file in files if not file.uri.rsplit("/", 1)[-1].startswith("."))
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[StoredFile]:
-    """The files under a folder or prefix, sorted by URI; hidden ones (a leading dot) are left out."""
-    fs, path = _filesystem(uri)
-    found = fs.find(path, maxdepth=None if recursive else 1, detail=True) if fs.isdir(path) else {}
-    scheme = uri.split("://", 1)[0] + "://" if is_remote(uri) else ""
-    files = [
-        StoredFile(scheme + name.removeprefix(scheme), int(info["size"]), _modified(info))
-        for name, info in found.items()
-    ]
-    return sorted((f for f in files if not f.uri.rsplit("/", 1)[-1].startswith(".")), key=lambda f: f.uri)
+    """What `iter_files` gives, sorted by URI."""
+    return sorted(iter_files(uri, recursive=recursive), key=lambda file: file.uri)
 
 
 def version(uri: str) -> str:
@@ -87,25 +123,30 @@ def version(uri: str) -> str:
 
 
 def open_read(uri: str) -> BinaryIO:
-    """A seekable binary file. Raises `FileNotFoundError`."""
-    fs, path = _filesystem(uri)
-    return cast(BinaryIO, fs.open(path, "rb"))
+    """A seekable binary file, all of whose reads are whole. Raises `FileNotFoundError`."""
+    with _filesystem(uri) as (fs, path):
+        file = fs.open(path, "rb")
+    if cache := getattr(file, "cache", None):
+        cache.fetcher = functools.partial(_fetch, uri, cache.fetcher)
+    return cast(BinaryIO, file)
 
 
 def read_bytes(uri: str) -> bytes:
     """The content of a file. Raises `FileNotFoundError`."""
-    with open_read(uri) as file:
-        return file.read()
+    return _read(uri, lambda file: file.read())
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
-    """Write a file atomically: locally by renaming, remotely by a single put."""
-    fs, path = _filesystem(uri)
-    if is_remote(uri):
-        fs.pipe_file(path, bytes(data))
-        return
-    with _whole_temporary(Path(path), data) as temporary:
-        temporary.replace(path)
+    """Write a file atomically: locally by renaming, remotely by a put or, above 100 MB, a multipart upload."""
+    with _filesystem(uri) as (fs, path):
+        if not is_remote(uri):
+            with _whole_temporary(Path(path), data) as temporary:
+                temporary.replace(path)
+            return
+        try:
+            fs.pipe_file(path, bytes(data))
+        except FileNotFoundError:  # the end of an upload whose first answer was lost: the store knows it no more
+            fs.pipe_file(path, bytes(data))
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
@@ -117,28 +158,28 @@ def create_bytes(uri: str, data: bytes) -> bool:
     """
     if exists(uri):  # all that protects on a store that ignores the condition
         return False
-    fs, path = _filesystem(uri)
-    if not is_remote(uri):
-        with _whole_temporary(Path(path), data) as temporary:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
+    with _filesystem(uri) as (fs, path):
+        if not is_remote(uri):
+            with _whole_temporary(Path(path), data) as temporary:
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+            return True
+        writer = uuid.uuid4().hex
+        try:
+            fs.pipe_file(path, data, mode="create", **({"Metadata": {WRITER: writer}} if _is_s3(fs) else {}))
+        except OSError as error:
+            if not isinstance(error, FileExistsError) and _http_status(error) != 412:
+                raise
+            return bool(_is_s3(fs) and fs.metadata(path).get(WRITER) == writer)
         return True
-    is_s3, writer = "s3" in fs.protocol, uuid.uuid4().hex
-    try:
-        fs.pipe_file(path, data, mode="create", **({"Metadata": {WRITER: writer}} if is_s3 else {}))
-    except OSError as error:
-        if not isinstance(error, FileExistsError) and _http_status(error) != 412:
-            raise
-        return bool(is_s3 and fs.metadata(path).get(WRITER) == writer)
-    return True
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, or some of its columns. Raises `FileNotFoundError`, `pyarrow.ArrowInvalid`."""
-    with open_read(uri) as file:
-        return pq.read_table(file, columns=list(columns) if columns is not None else None, use_threads=False)
+    names = list(columns) if columns is not None else None
+    return _read(uri, lambda file: pq.read_table(file, columns=names, use_threads=False))
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> None:
@@ -150,9 +191,14 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> None:
 
 def remove(uri: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens when it is not there."""
-    fs, path = _filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    with _filesystem(uri) as (fs, path):
+        for attempt in range(ATTEMPTS):
+            if not fs.exists(path):
+                return
+            time.sleep(attempt)  # S3 answers a bulk deletion key by key, and s3fs leaves unread which ones failed
+            fs.rm(path, recursive=True)
+        if fs.exists(path):
+            raise OSError(f"still there after {ATTEMPTS} deletions")
 
 
 @contextmanager
@@ -164,19 +210,68 @@ def local_copy(uri: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="lvlmrec-"))
     try:
         target = folder / uri.rsplit("/", 1)[-1]
-        with open_read(uri) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink, length=1 << 20)
+        _read(uri, functools.partial(_copy, target))
         yield target
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _filesystem(uri: str) -> tuple[Any, str]:
+@contextmanager
+def _filesystem(uri: str) -> Iterator[tuple[Any, str]]:
+    """The filesystem of `uri`, one per process for all its threads, and the path there; faults as `_faults_named`."""
+    options = _s3_options() if uri.startswith(("s3://", "s3a://")) else {}
     try:
         # Listings are not cached: other processes write while we read.
-        return cast(tuple[Any, str], fsspec.url_to_fs(absolute(uri), use_listings_cache=False))
+        fs, path = fsspec.url_to_fs(absolute(uri), use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise InputError(f"{uri!r}: no such storage: {error}") from error
+    with _faults_named(uri):
+        yield fs, path
+
+
+@contextmanager
+def _faults_named(uri: str) -> Iterator[None]:
+    """Turns what s3fs and botocore raise into `FileNotFoundError`, `StorageRefused` or `StorageError` of one line."""
+    try:
+        yield
+    except (StorageError, StorageRefused):
+        raise
+    except (OSError, BotoCoreError, ResponseParserError) as error:
+        if not is_remote(uri):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        cause = f"{uri}: {text}"
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{uri}: no such file" if text in uri else cause) from error
+        is_broken = isinstance(error, (OSError, HTTPClientError, *GARBLED)) and not isinstance(error, PermissionError)
+        raise (StorageError if is_broken else StorageRefused)(cause) from error
+
+
+def _read(uri: str, read: Callable[[BinaryIO], T]) -> T:
+    """`read(file)` of the open file, begun again when another process replaces it meanwhile."""
+    for attempt in range(ATTEMPTS):
+        try:
+            with open_read(uri) as file:
+                return read(file)
+        except StorageError as error:
+            if attempt == ATTEMPTS - 1 or _http_status(error) != 412:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _fetch(uri: str, fetch: Callable[[int, int], bytes], start: int, end: int) -> bytes:
+    """Bytes `start` to `end` by `fetch`, which may be cheated by whatever stands between us and the store."""
+    with _faults_named(uri):
+        for _ in range(ATTEMPTS):
+            data = fetch(start, end)
+            if len(data) == end - start:
+                return data
+        raise OSError(f"gave {len(data)} of {end - start} bytes, {ATTEMPTS} times")
+
+
+def _copy(target: Path, source: BinaryIO) -> None:
+    with target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, length=1 << 20)
 
 
 @contextmanager
@@ -194,10 +289,77 @@ def _whole_temporary(target: Path, data: bytes | memoryview) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _http_status(error: BaseException) -> int:
-    """The status of the answer that s3fs turned into `error`, 0 where there was none."""
-    response = getattr(error.__cause__ or error, "response", None) or {}
-    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+def _s3_options() -> dict[str, Any]:
+    """Arguments of `s3fs.S3FileSystem`."""
+    from s3fs.core import set_custom_error_handler  # takes a second
+
+    set_custom_error_handler(_is_passing)
+    region = os.environ.get("AWS_REGION")  # botocore reads AWS_DEFAULT_REGION alone
+    return {
+        "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}},
+        "client_kwargs": {"region_name": region} if region else {},
+    }
+
+
+def _is_passing(error: BaseException) -> bool:
+    if not isinstance(error, ClientError):
+        return isinstance(error, GARBLED)
+    return error.response["Error"].get("Code") in PASSING_CODES or _http_status(error) in PASSING_STATUS
+
+
+def _http_status(error: BaseException | None) -> int:
+    """The status of the answer that led to `error`, 0 where there was none."""
+    while error is not None:
+        if isinstance(error, ClientError):
+            return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
+        error = error.__cause__
+    return 0
+
+
+def _is_s3(fs: Any) -> bool:
+    return "s3" in fs.protocol
+
+
+def _pages(fs: Any, path: str, recursive: bool, **options: Any) -> Iterator[list[StoredFile]]:
+    """The objects under a prefix, up to 1000 at a time, in the order of their keys. Raises `FileNotFoundError`."""
+    bucket, key, _ = fs.split_path(path)
+    request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "Delimiter": "" if recursive else "/"} | options
+    while True:
+        page = fs.call_s3("list_objects_v2", **request)
+        yield [
+            StoredFile(f"s3://{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp())
+            for item in page.get("Contents", [])
+            if not item["Key"].endswith("/")  # consoles mark folders so
+        ]
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _local_files(folder: str, recursive: bool) -> Iterator[StoredFile]:
+    """In the order of their paths. Folders behind links are left out: they may lead back."""
+    if not Path(folder).is_dir():
+        return
+    with os.scandir(folder) as scan:
+        entries = [(entry.name + "/" * entry.is_dir(), entry) for entry in scan]
+    for name, entry in sorted(entries, key=lambda named: named[0]):
+        if not name.endswith("/"):
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # a broken link is listed, a file that was renamed meanwhile is not
+                if not entry.is_symlink():
+                    continue
+                status = entry.stat(follow_symlinks=False)
+            yield StoredFile(entry.path, status.st_size, status.st_mtime)
+        elif recursive and not entry.is_symlink():
+            yield from _local_files(entry.path, recursive)
+
+
+def _found_files(fs: Any, path: str, uri: str, recursive: bool) -> Iterator[StoredFile]:
+    scheme = uri.split("://", 1)[0] + "://"
+    found = fs.find(path, maxdepth=None if recursive else 1, detail=True) if fs.isdir(path) else {}
+    for name, info in found.items():
+        yield StoredFile(scheme + name.removeprefix(scheme), int(info["size"]), _modified(info))
 
 
 def _version(info: dict[str, Any]) -> str:

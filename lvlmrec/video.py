@@ -231,6 +231,7 @@ def _sample_by_gop(
     places = {packets.pts[display[i]]: i for i in indices.tolist()}
     frames = _Frames(indices, max_side)
     last_pts = None
+    stream.codec_context.options = {"err_detect": "explode"}  # what a decoder conceals depends on all it decoded before
     try:
         for frame in decode_frames(stream, source, feed, restarts):
             is_late = last_pts is not None and (frame.pts is None or frame.pts <= last_pts)

@@ -35,6 +35,45 @@ def test_a_listing_is_sorted_and_fresh(root: str) -> None:
     assert all(f.modified > 1e9 for f in storage.list_files(root))
 
 
+def test_a_listing_is_in_the_order_of_uris_page_by_page(root: str) -> None:
+    names = ["a.b/x", "a/x", "a/é", "a/z/1", "aa", "b", "é", "\U0001f600"]
+    for name in names:
+        storage.write_bytes(storage.join(root, name), b"")
+    listed = [file.uri.removeprefix(f"{root}/") for file in storage.iter_files(root, recursive=True)]
+    assert listed == sorted(names)
+    assert next(storage.iter_files(root, recursive=True)).uri == f"{root}/a.b/x"
+
+
+def test_a_listing_of_several_pages(bucket: str) -> None:
+    for i in range(5):
+        storage.write_bytes(f"{bucket}/many/{i}", b"")
+    with storage._filesystem(f"{bucket}/many") as (fs, path):
+        pages = list(storage._pages(fs, path, recursive=True, MaxKeys=2))
+    assert [[file.uri for file in page] for page in pages] == [
+        [f"{bucket}/many/{i}" for i in page] for page in ((0, 1), (2, 3), (4,))
+    ]
+
+
+def test_a_prefix_is_a_folder_of_its_own_name(bucket: str) -> None:
+    storage.write_bytes(f"{bucket}/videos-old/1.mp4", b"")
+    assert not storage.is_dir(f"{bucket}/videos")
+    assert storage.list_files(f"{bucket}/videos", recursive=True) == []
+    assert storage.is_dir(bucket) and storage.list_files(bucket, recursive=True)
+    assert not storage.is_dir("s3://no-such-bucket/videos") and not storage.exists("s3://no-such-bucket/videos")
+
+
+def test_links_of_a_local_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "file").write_bytes(b"123")
+    (folder / "link").symlink_to(folder / "deep" / "file")
+    (folder / "broken").symlink_to(folder / "nothing")
+    (folder / "deep" / "loop").symlink_to(folder)
+    files = {f.uri.removeprefix(f"{folder}/"): f.size for f in storage.iter_files(str(folder), recursive=True)}
+    assert files["deep/file"] == files["link"] == 3
+    assert files.keys() == {"deep/file", "link", "broken"}  # a broken one is an item that will be rejected
+
+
 def test_missing_files_raise_file_not_found(root: str) -> None:
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(root, "nothing"))

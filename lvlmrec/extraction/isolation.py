@@ -53,6 +53,8 @@ class IsolatedDecoder:
     memory_mb  address space of the child, RLIMIT_AS
     """
 
+    program = __name__  # what the child runs; the fuzzer puts its own around it
+
     def __init__(self, memory_mb: int = DEFAULT_MEMORY_MB) -> None:
         self.memory_mb = memory_mb
         self._child: subprocess.Popen[bytes] | None = None
@@ -126,7 +128,7 @@ class IsolatedDecoder:
             "OMP_NUM_THREADS": "1",
         }
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(self.memory_mb), str(os.getpid())],
+            [sys.executable, "-P", "-m", self.program, str(self.memory_mb), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

@@ -1,0 +1,234 @@
+"""Storage through a proxy that answers as busy and broken object stores do: results stay right, or errors are named."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from s3fs import S3FileSystem
+
+from lvlmrec import storage
+from lvlmrec.errors import InputError, JobFailed
+from tests.faults import Faults, Proxy, faulty
+
+Broken = Callable[[Faults], AbstractContextManager[Proxy]]
+
+
+@pytest.fixture
+def broken(bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Broken]:
+    """`broken(faults)`: inside, storage reaches the bucket through a proxy with these faults."""
+
+    @contextmanager
+    def through(faults: Faults) -> Iterator[Proxy]:
+        with faulty(s3_server, faults) as proxy, monkeypatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            S3FileSystem.clear_instance_cache()
+            yield proxy
+        S3FileSystem.clear_instance_cache()
+
+    yield through
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waits of botocore's standard mode, a tenth as long: how often is tested here, not how long."""
+    from botocore.retries import standard
+
+    wait = standard.ExponentialBackoff.delay_amount
+    monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda self, context: wait(self, context) / 10)
+
+
+def everything(root: str) -> None:
+    """Uses every function of storage, and checks what it gives."""
+    files = {f"folder/{i:02d}.bin": bytes([i]) * 50_000 for i in range(10)}
+    for name, content in files.items():
+        storage.write_bytes(storage.join(root, name), content)
+    for name, content in files.items():
+        assert storage.read_bytes(storage.join(root, name)) == content
+    folder = storage.join(root, "folder")
+    assert [f.uri for f in storage.list_files(root, recursive=True)] == [storage.join(root, name) for name in files]
+    assert [f.size for f in storage.iter_files(folder)] == [50_000] * 10
+    assert storage.list_files(root) == []
+    assert storage.is_dir(folder) and not storage.is_dir(f"{folder}/00.bin") and not storage.is_dir(f"{root}/none")
+    assert storage.exists(folder) and storage.exists(f"{folder}/00.bin") and not storage.exists(f"{root}/none")
+    table = pa.table({"a": np.arange(30_000), "b": np.arange(30_000) * 2})
+    storage.write_table(f"{root}/t.parquet", table)
+    assert storage.read_table(f"{root}/t.parquet") == table
+    assert storage.read_table(f"{root}/t.parquet", ["b"]) == table.select(["b"])
+    with storage.local_copy(f"{folder}/07.bin") as path:
+        assert path.read_bytes() == files["folder/07.bin"]
+    leases = [storage.join(root, "leases", str(i)) for i in range(10)]
+    assert [storage.create_bytes(uri, b"mine") for uri in leases] == [True] * 10  # though answers were lost
+    assert [storage.create_bytes(uri, b"late") for uri in leases] == [False] * 10
+    with pytest.raises(FileNotFoundError, match=f"{root}/none: no such file"):
+        storage.read_bytes(f"{root}/none")
+    storage.remove(folder)
+    storage.remove(folder)
+    assert not storage.exists(folder)
+    assert len(storage.list_files(root, recursive=True)) == 11
+
+
+def test_every_function_on_another_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3rver, which shares no code with moto and ignores `If-None-Match` of a put."""
+    program = os.environ.get("LVLMREC_S3RVER") or shutil.which("s3rver")
+    if not program:
+        pytest.skip("no s3rver: npm install s3rver, then set LVLMREC_S3RVER to node_modules/.bin/s3rver")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [program, "--directory", str(tmp_path), "--address", "127.0.0.1", "--port", str(port), "--silent"]
+    environment = os.environ | {"NODE_OPTIONS": "--openssl-legacy-provider"}
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "S3RVER")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    (tmp_path / "bucket").mkdir()
+    with subprocess.Popen([*command, "--configure-bucket", "bucket"], env=environment) as server:
+        try:
+            S3FileSystem.clear_instance_cache()
+            everything("s3://bucket/prefix")  # the first request waits for the server
+        finally:
+            S3FileSystem.clear_instance_cache()
+            server.terminate()
+
+
+def test_every_function_under_throttling_and_cut_connections(broken: Broken, bucket: str) -> None:
+    with broken(Faults(slow_down=0.2, cut=0.05)) as proxy:
+        everything(f"{bucket}/prefix")
+    assert proxy.counts["slow_down"] > 10 and proxy.counts["cut"] > 2, proxy.counts
+
+
+def test_every_function_when_access_is_denied_now_and_then(broken: Broken, bucket: str) -> None:
+    with broken(Faults(deny=0.1)) as proxy:
+        everything(f"{bucket}/prefix")
+    assert proxy.counts["deny"] > 2, proxy.counts
+
+
+@pytest.mark.parametrize(
+    ("checksums", "message"), [(True, "Expected checksum .* did not match"), (False, "gave 128000 of 256000 bytes")]
+)
+def test_bodies_that_look_whole_but_are_not_are_read_again(
+    broken: Broken, bucket: str, checksums: bool, message: str
+) -> None:
+    content = bytes(range(256)) * 1000
+    storage.write_bytes(f"{bucket}/file", content)
+    storage.write_table(f"{bucket}/t.parquet", table := pa.table({"a": np.arange(50_000)}))
+    with broken(Faults(shorten=0.4, checksums=checksums)) as proxy:
+        for _ in range(6):
+            assert storage.read_bytes(f"{bucket}/file") == content
+            assert storage.read_table(f"{bucket}/t.parquet") == table
+            with storage.local_copy(f"{bucket}/file") as path:
+                assert path.read_bytes() == content
+        assert proxy.counts["shorten"] > 3
+        proxy.faults.shorten = 1.0
+        with pytest.raises(storage.StorageError, match=f"{bucket}/file: {message}"):
+            storage.read_bytes(f"{bucket}/file")
+        with pytest.raises(storage.StorageError, match=message), storage.local_copy(f"{bucket}/file"):
+            pass
+        with pytest.raises(storage.StorageError, match=r"t\.parquet"):
+            storage.read_table(f"{bucket}/t.parquet")
+
+
+@pytest.mark.parametrize("use", [storage.exists, storage.is_dir, storage.read_bytes, storage.remove])
+def test_a_real_denial_ends_soon_with_one_line(broken: Broken, bucket: str, use: Callable[[str], object]) -> None:
+    with broken(Faults(deny=1.0)) as proxy:
+        started = time.monotonic()
+        with pytest.raises(storage.StorageRefused, match=rf"^{bucket}/file: (Access Denied|Forbidden)$") as error:
+            use(f"{bucket}/file")
+        assert time.monotonic() - started < 10
+        assert proxy.counts["deny"] == storage.ATTEMPTS
+    assert isinstance(error.value, InputError) and isinstance(error.value, OSError)
+
+
+def test_throttling_without_end_is_given_up_with_one_line(broken: Broken, bucket: str) -> None:
+    with broken(Faults(slow_down=1.0)) as proxy:
+        started = time.monotonic()
+        with pytest.raises(storage.StorageError, match=f"^{bucket}/file: .*reduce your request rate") as error:
+            storage.write_bytes(f"{bucket}/file", b"")
+        assert time.monotonic() - started < 30
+        assert 10 <= proxy.counts["slow_down"] <= storage.ATTEMPTS**2
+    assert isinstance(error.value, JobFailed)
+
+
+def test_a_wrong_endpoint_or_no_credentials_end_with_one_line(
+    broken: Broken, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(storage.StorageRefused, match=f"^{bucket}/file: Could not connect to the endpoint URL"):
+            storage.exists(f"{bucket}/file")
+        assert time.monotonic() - started < 10
+    S3FileSystem.clear_instance_cache()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nowhere")
+    with pytest.raises(storage.StorageRefused, match=f"^{bucket}/file: .*credentials"):
+        storage.read_bytes(f"{bucket}/file")
+
+
+def test_a_put_whose_answer_was_lost_is_ours(broken: Broken, bucket: str) -> None:
+    with broken(Faults(cut=0.5, methods=("PUT",))) as proxy:
+        made = [storage.create_bytes(f"{bucket}/{i}", b"") for i in range(10)]
+    assert made == [True] * 10
+    assert proxy.counts["cut"] > 2
+
+
+def test_deletions_that_failed_key_by_key_are_repeated(broken: Broken, bucket: str) -> None:
+    storage.write_bytes(f"{bucket}/folder/file", b"")
+    with broken(Faults(undeleted=2)) as proxy:
+        storage.remove(f"{bucket}/folder")
+        assert proxy.counts["POST"] == 3
+    assert not storage.exists(f"{bucket}/folder")
+
+
+@pytest.mark.thorough
+def test_a_multipart_upload_is_whole_or_not_there(broken: Broken, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = np.random.default_rng(0).bytes(101 * 2**20)  # above it, s3fs uploads in parts
+    with broken(Faults(cut=1.0, methods=("PUT",))), monkeypatch.context() as patch:  # no part's answer arrives
+        patch.setattr(S3FileSystem, "retries", 1)
+        with pytest.raises(storage.StorageError):
+            storage.write_bytes(f"{bucket}/file", content)
+    assert storage.list_files(bucket) == []
+    with broken(Faults(cut=0.5, seed=1)) as proxy:  # the end's answer is lost too
+        storage.write_bytes(f"{bucket}/file", content)
+    assert proxy.counts["POST"] > 2
+    assert storage.read_bytes(f"{bucket}/file") == content
+
+
+def test_a_file_replaced_while_it_is_read_is_read_anew(bucket: str) -> None:
+    tables = [pa.table({"a": np.full(100_000, i)}) for i in range(2)]
+    uri, opens = f"{bucket}/t.parquet", []
+    storage.write_table(uri, tables[0])
+
+    def replace_then_read(file: object) -> object:
+        opens.append(file)
+        if len(opens) == 1:
+            storage.write_table(uri, tables[1])
+        return pa.parquet.read_table(file)
+
+    assert storage._read(uri, replace_then_read) == tables[1]
+    assert len(opens) == 2
+
+
+def test_threads_and_forks_share_nothing_but_the_store(bucket: str) -> None:
+    for i in range(20):
+        storage.write_bytes(f"{bucket}/{i}", bytes([i]) * 1000)
+    with ThreadPoolExecutor(8) as pool:
+        assert [c[0] for c in pool.map(lambda i: storage.read_bytes(f"{bucket}/{i}"), range(20))] == [*range(20)]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert [len(c) for c in pool.map(storage.read_bytes, [f"{bucket}/{i}" for i in range(20)])] == [1000] * 20
