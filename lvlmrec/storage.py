@@ -118,8 +118,9 @@ def version(uri: str) -> str:
 
     Raises `FileNotFoundError`.
     """
-    fs, path = _filesystem(uri)
-    return _version(fs.info(path))
+    with _filesystem(uri) as (fs, path):
+        info = fs.info(path)
+    return str(info.get("ETag") or f"{info['size']}-{_modified(info)}").strip('"')
 
 
 def open_read(uri: str) -> BinaryIO:
@@ -360,10 +361,6 @@ def _found_files(fs: Any, path: str, uri: str, recursive: bool) -> Iterator[Stor
     found = fs.find(path, maxdepth=None if recursive else 1, detail=True) if fs.isdir(path) else {}
     for name, info in found.items():
         yield StoredFile(scheme + name.removeprefix(scheme), int(info["size"]), _modified(info))
-
-
-def _version(info: dict[str, Any]) -> str:
-    return str(info.get("ETag") or f"{info['size']}-{_modified(info)}").strip('"')
 
 
 def _modified(info: dict[str, Any]) -> float:

@@ -81,6 +81,17 @@ def test_missing_files_raise_file_not_found(root: str) -> None:
         storage.read_table(storage.join(root, "nothing.parquet"))
 
 
+def test_a_version_changes_with_the_file(root: str) -> None:
+    uri = storage.join(root, "file.bin")
+    storage.write_bytes(uri, b"first")
+    first = storage.version(uri)
+    assert storage.version(uri) == first
+    storage.write_bytes(uri, b"other")
+    assert storage.version(uri) != first
+    with pytest.raises(FileNotFoundError):
+        storage.version(storage.join(root, "nowhere"))
+
+
 def test_a_file_is_created_once(root: str) -> None:
     uri = storage.join(root, "folder", "lease")
     assert storage.create_bytes(uri, b"first")
