@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.lvlms import loading, source
+from lvlmrec.lvlms import source
 from lvlmrec.lvlms.protocol import ModelConfig
 
 
@@ -38,6 +38,8 @@ def load_weights(
     whose name matches one of the regular expressions `left_out` from its start are not read either.
     Raises `ConfigError` when a tensor is missing, unknown or of another shape, naming the first.
     """
+    from lvlmrec.lvlms import loading  # imports torch
+
     with loading.reading(config):
         model, report = model_class.from_pretrained(
             config.model,

@@ -41,7 +41,7 @@ def test_titles_travel_as_one_table_and_an_empty_one_is_rejected(tmp_path: Path)
     assert decoded.schema == stages.DECODED
     assert decoded[ERROR].to_pylist() == [None, "empty", None, None]
     extractor = stages.Extractor(lvlm, recipe)
-    store.create(str(tmp_path / "set"), recipe, 1)
+    store.create(str(tmp_path / "set"), recipe)
     stages.write(extractor(decoded), str(tmp_path / "set"), recipe, 1)
     assert store.commit(str(tmp_path / "set"))[ITEM_ID].tolist() == ["a", "c", "d"]
     assert store.read_rejected(str(tmp_path / "set"))[ITEM_ID].tolist() == ["b"]
