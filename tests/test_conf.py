@@ -10,10 +10,17 @@ from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction.pipeline import ExtractConfig
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import LVLMInfo
+from lvlmrec.features.vacuum import VacuumConfig
 from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.tuning import TuneConfig
 
-JOBS = {"extract": ExtractConfig, "train": TrainConfig, "tune": TuneConfig, "evaluate": EvaluateConfig}
+JOBS = {
+    "extract": ExtractConfig,
+    "train": TrainConfig,
+    "tune": TuneConfig,
+    "evaluate": EvaluateConfig,
+    "vacuum": VacuumConfig,
+}
 ROOMS = {"lvlm": "extract", "recipe": "extract", "dataset": "train", "model": "train"}
 LAYERS = sorted(CONF.rglob("*.yaml"))
 

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from lvlmrec import storage
+from lvlmrec.config import load
 from lvlmrec.errors import InputError, JobFailed
-from lvlmrec.features import lease
+from lvlmrec.features import lease, store, vacuum
+from lvlmrec.features.vacuum import VacuumConfig
+from tests.feature_sets import recipe_of, vectors, write_set
 
 HOLD = """
 import sys, time
@@ -106,3 +109,19 @@ def test_of_many_who_take_over_one_gets_it(bucket: str) -> None:
     said = [process.communicate(timeout=100) for process in begun]
     assert sorted(out for out, _ in said) == ["", "", "", "held\n"]
     assert sum("InputError" in error and "is writing it" in error for _, error in said) == 3, said
+
+
+def test_vacuum_is_refused_beside_a_writer_and_counts_what_it_removes(tmp_path: Path) -> None:
+    recipe = recipe_of()
+    uri = write_set(tmp_path, [["a"]], recipe)
+    rows = store.feature_table(recipe, ["a"], [8], vectors(recipe, ["b"]))
+    store.write_part(uri, recipe, rows, generation=5)
+    store.commit(uri)
+    config = load(VacuumConfig, [], [f"features={tmp_path}"])
+    with lease.hold(uri), pytest.raises(InputError, match="is writing it"):
+        vacuum.run(config)
+    result = vacuum.run(config)
+    assert (result["feature_set"], result["removed_parts"]) == (uri, 1)
+    assert result["removed_bytes"] > 100
+    assert vacuum.run(config)["removed_parts"] == 0
+    assert store.read(uri).index["part"].item().startswith("part-000005-")

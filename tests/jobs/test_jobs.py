@@ -196,7 +196,7 @@ def _ended(client: Any, job: str) -> Any:
             ["lvlm.name=video_encoder", "lvlm.model={vjepa2}", "input={videos}", "recipe.frames=5"],
             "recipe.frames: 5: this video_encoder reads frames in groups of 2",
         ),
-        ("train", ["model.item_encoder.name=dfff"], "model.item_encoder.name: 'dfff' is not one of concatenation, dff,"),
+        ("train", ["model.item_encoder.name=dfff"], "model.item_encoder.name: 'dfff' is not one of concatenation,"),
         ("train", ["dataset.path=/nowhere"], "/nowhere"),
         ("evaluate", ["checkpoint=/nowhere"], "checkpoint '/nowhere': no checkpoint there; train first"),
         ("evaluate", ["baselines=[best]"], "baselines: 'best' is not one of item_knn, markov, popularity"),

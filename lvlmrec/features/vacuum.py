@@ -1,0 +1,28 @@
+"""Remove what no reader of a feature set sees: parts that killed, repeated or superseded work left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lvlmrec.config import option
+from lvlmrec.features import lease, store
+
+
+@dataclass(frozen=True)
+class VacuumConfig:
+    """The vacuum job."""
+
+    workspace: str = option("./workspace", "the tracking database lives here")
+    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database")
+    features: str = option("${workspace}/features", "feature set, or a store that holds exactly one")
+
+
+def run(config: VacuumConfig) -> dict[str, Any]:
+    """Remove parts without a row in the index. Not while jobs read the set: they may have an older index.
+
+    Raises `InputError` when there is no such feature set, or an extraction writes it.
+    """
+    uri = store.find(config.features)
+    with lease.hold(uri):
+        return {"feature_set": uri, **store.vacuum(uri)}
