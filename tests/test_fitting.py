@@ -189,7 +189,7 @@ def test_every_loss_learns_the_walk(world: Path, tmp_path: Path, loss: str) -> N
     if issubclass(LOSSES[loss], SampledLossConfig):
         values["training__loss__negatives"] = 8
     if loss == "gbce":  # its positives weigh least; it takes more steps
-        values |= {"training__batch_size": 16, "training__patience": 25}
+        values |= {"training__batch_size": 16, "training__patience": 20, "training__epochs": 20}
     prepared = experiment.prepare(train_config(world, tmp_path, **values))
     fitting = Fitting(prepared)
     state = fitting.run()
