@@ -106,14 +106,16 @@ def space(search: SearchConfig, experiment: Experiment) -> dict[str, Any]:
         return chosen
     each = list(dict.fromkeys(str(parse_feature(name).tap) for name in experiment.features.names))
     one = experiment.config.model.item_encoder.layers == "one"
-    tap_sets = search.taps or (each if one else [ALL_TAPS, *each])
+    sets = len(experiment.features.shapes)
+    tap_sets = search.taps or ([ALL_TAPS, *each] if not one else each if sets == 1 else [ALL_TAPS])
     for tap_set in tap_sets:
-        if one and (tap_set == ALL_TAPS or "+" in tap_set):
+        read = experiment.features.select(columns_of(tap_set, experiment.features.names)).shapes
+        if one and [num_columns for num_columns, _ in read] != [1] * sets:
             name = experiment.config.model.item_encoder.name
+            of_each = "" if sets == 1 else " of each feature set; name one column of each in feature_columns, or here"
             raise InputError(
-                f"search.taps: {tap_set!r}: item encoder {name!r} reads one tap; choices: {', '.join(each)}"
+                f"search.taps: {tap_set!r}: item encoder {name!r} reads one tap{of_each}; choices: {', '.join(each)}"
             )
-        columns_of(tap_set, experiment.features.names)
     return chosen | {"taps": tune.choice(tap_sets)}
 
 

@@ -94,11 +94,10 @@ def test_any_number_of_workers_gives_the_same_result(world: Path, tmp_path: Path
                 assert ours["validation/hr@10"] == theirs["validation/hr@10"]
 
 
-@pytest.mark.parametrize("encoder", ["id", "dff"])
-def test_a_resumed_run_ends_bit_equal(world: Path, tmp_path: Path, encoder: str) -> None:
-    config = train_config(
-        world, tmp_path, model__item_encoder__name=encoder, model__backbone__dropout=0.3, training__epochs=5
-    )
+@pytest.mark.parametrize(("encoder", "loss"), [("id", "in_batch_softmax"), ("dff", "in_batch_softmax"), ("id", "bpr")])
+def test_a_resumed_run_ends_bit_equal(world: Path, tmp_path: Path, encoder: str, loss: str) -> None:
+    values = {"model__item_encoder__name": encoder, "training__loss__name": loss, "training__epochs": 5}
+    config = train_config(world, tmp_path, model__backbone__dropout=0.3, **values)
     prepared, undisturbed = fitted(config)
 
     def interrupt(state: State) -> None:
@@ -190,7 +189,7 @@ def test_every_loss_learns_the_walk(world: Path, tmp_path: Path, loss: str) -> N
     if issubclass(LOSSES[loss], SampledLossConfig):
         values["training__loss__negatives"] = 8
     if loss == "gbce":  # its positives weigh least; it takes more steps
-        values |= {"training__batch_size": 16, "training__patience": 25}
+        values |= {"training__batch_size": 16, "training__patience": 20, "training__epochs": 20}
     prepared = experiment.prepare(train_config(world, tmp_path, **values))
     fitting = Fitting(prepared)
     state = fitting.run()

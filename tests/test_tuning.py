@@ -15,7 +15,8 @@ from lvlmrec.experiment import Experiment
 from lvlmrec.tracking import Run
 from lvlmrec.tuning import TuneConfig
 from lvlmrec.tuning import _trial as product_trial
-from tests.toy import Fitting, arguments, settings
+from tests.feature_sets import captions_recipe, write_set
+from tests.toy import ITEM_IDS, Fitting, arguments, settings
 
 TAPS = ["llm.0", "llm.2", "llm.4"]
 
@@ -62,6 +63,29 @@ def test_the_taps_searched_are_those_that_the_encoder_can_read(
     settings = tune_config(world, tmp_path, model__item_encoder__name=encoder)
     space = tuning.space(settings.search, prepare(settings))
     assert (space["taps"].categories if "taps" in space else None) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"feature_columns": "[describe/llm.2/visual_mean,caption/text.1/all_mean]"}, ["all"]),
+        ({"search__taps": "[llm.0+text.2,llm.4+text.2]"}, ["llm.0+text.2", "llm.4+text.2"]),
+        ({"search__taps": "[llm.0]"}, None),
+        ({}, None),
+    ],
+    ids=["columns", "taps", "one set forgotten", "too many"],
+)
+def test_an_encoder_of_one_layer_searches_one_of_each_feature_set(
+    world: Path, tmp_path: Path, values: dict[str, Any], expected: list[str] | None
+) -> None:
+    captions = write_set(tmp_path / "captions", [ITEM_IDS], captions_recipe())
+    both = {"features": f"[{world / 'features'},{captions}]", "model__item_encoder__name": "fusion"}
+    settings = tune_config(world, tmp_path, **both, **values)
+    if expected is None:
+        with pytest.raises(InputError, match=r"search.taps: .*'fusion' reads one tap of each feature set"):
+            tuning.space(settings.search, prepare(settings))
+    else:
+        assert tuning.space(settings.search, prepare(settings))["taps"].categories == expected
 
 
 def test_a_tap_set_selects_its_columns() -> None:

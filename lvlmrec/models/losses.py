@@ -140,7 +140,7 @@ class GBCEConfig(SampledLossConfig):
 
     def sum(self, inputs: LossInputs) -> Tensor:
         positive, negative = inputs.sampled_scores()
-        share = self.negatives / (inputs.num_items - 1)
+        share = min(1.0, self.negatives / (inputs.num_items - 1))
         beta = share * (self.calibration * (1 - 1 / share) + 1 / share)
         terms = beta * functional.logsigmoid(positive) + functional.logsigmoid(-negative).sum(-1)
         return -terms.sum() / (self.negatives + 1)

@@ -12,7 +12,7 @@ from lvlmrec.features.compact import FeatureArray, compact
 from lvlmrec.features.noise import NOISES, noise_twin
 from tests.feature_sets import captions_recipe, write_set, write_values
 
-NUM_ITEMS = 2500
+NUM_ITEMS = 1600
 ITEMS = [f"item{i}" for i in range(NUM_ITEMS)]
 EVERY = np.arange(1, NUM_ITEMS + 1)
 LLM = [f"describe/llm.{layer}/visual_mean" for layer in (0, 2, 4)]
@@ -60,9 +60,9 @@ def test_the_covariance_twin_alone_keeps_the_correlations_between_dimensions_and
     off_diagonal = ~np.eye(24, dtype=bool)
     assert abs(theirs[off_diagonal]).max() > 0.9
     if kind == "covariance":
-        assert abs(ours - theirs).max() < 0.1
+        assert abs(ours - theirs).max() < 0.12
     else:
-        assert abs(ours[off_diagonal]).max() < 0.1
+        assert abs(ours[off_diagonal]).max() < 0.12
 
 
 def test_the_shape_of_the_distribution_is_the_one_asked_for(twin: tuple) -> None:
