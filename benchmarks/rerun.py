@@ -169,8 +169,7 @@ def resumes(folder: Path, num_titles: int, rounds: int) -> dict[str, Any]:
     return {
         **sides,
         "done_when_killed": done,
-        "ratio": round(float(np.median(ratios)), 3),
-        "spread": round(statistics.pstdev(ratios), 3),
+        "ratio": round(statistics.median(ratios), 3),
     }
 
 
