@@ -4,8 +4,8 @@
 
 rerun   A finished feature set of `--items` items (random vectors, parts of 64, no model in it) and the whole command,
         `python rayjobs/extract.py`, that finds nothing to do: wall seconds with the start of Python, and the largest
-        resident memory of it and its children. Then the same with the index gone, as a run leaves it that was killed
-        at its very end: every part is read and adopted.
+        resident memory of it and its children. It ran once before, so that the tracking database is there. Then the
+        same with the index gone, as a run leaves it that was killed at its very end: every part is read and adopted.
 resume  The titles of `--titles` items through the tiny untrained text encoder on a Ray of its own. A run is killed
         (SIGKILL) when half of them are written, and the same command started again. The other side extracts, into an
         empty store, just the items that were then missing. Both take turns, `--rounds` times; their ratio is the cost
@@ -128,6 +128,7 @@ def reruns(folder: Path, num_items: int) -> dict[str, Any]:
         rows = store.feature_table(plan.recipe, items, [0] * len(items), vectors)
         store.write_part(plan.feature_set, plan.recipe, rows, generation=1)
     store.commit(plan.feature_set)
+    finish(start(folder, "finished"))
     told: dict[str, Any] = {"items": num_items, "parts": len(storage.list_files(f"{plan.feature_set}/parts"))}
     for case in ("finished", "no_index"):
         if case == "no_index":

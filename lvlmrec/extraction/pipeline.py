@@ -258,13 +258,16 @@ def _actor_resources(config: ExtractConfig) -> dict[str, Any]:
 
 
 def _result(plan: Plan, tally: Tally, seconds: float, index: pd.DataFrame) -> dict[str, Any]:
-    item_ids = plan.manifest[ITEM_ID].to_pandas()
+    item_ids, there = {*plan.manifest[ITEM_ID].to_pylist()}, {*index[ITEM_ID]}
     rejected = store.read_rejected(plan.feature_set)
-    rejected = rejected[rejected[ITEM_ID].isin(item_ids) & ~rejected[ITEM_ID].isin(index[ITEM_ID])]
-    reasons = Counter(zip(rejected[STAGE], rejected[ERROR], strict=True))
-    gone = index[ITEM_ID][~index[ITEM_ID].isin(item_ids)]
-    if len(gone):
-        names = ", ".join(gone.head(3)) + (", ..." if len(gone) > 3 else "")
+    reasons = Counter(
+        (stage, error)
+        for item_id, stage, error in zip(rejected[ITEM_ID], rejected[STAGE], rejected[ERROR], strict=True)
+        if item_id in item_ids and item_id not in there
+    )
+    gone = sorted(there - item_ids)
+    if gone:
+        names = ", ".join(gone[:3]) + (", ..." if len(gone) > 3 else "")
         print(f"extract: {len(gone)} items with features are not in the input: {names}", file=sys.stderr)
     report = tally.report(seconds) if tally.total else {}
     if report:
@@ -274,7 +277,7 @@ def _result(plan: Plan, tally: Tally, seconds: float, index: pd.DataFrame) -> di
         "items": len(item_ids),
         "written": tally.written,
         "skipped": len(item_ids) - tally.total,
-        "rejected": len(rejected),
+        "rejected": reasons.total(),
         "rejected_now": sum(tally.reasons.values()),
         "rejected_by_reason": {f"{stage}/{error}": n for (stage, error), n in sorted(reasons.items())},
         "not_in_input": len(gone),
