@@ -162,6 +162,15 @@ def test_throttling_without_end_is_given_up_with_one_line(broken: Broken, bucket
     assert isinstance(error.value, JobFailed)
 
 
+def test_a_store_that_falls_silent_is_given_up(broken: Broken, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(f"{bucket}/file", b"content")
+    monkeypatch.setattr(S3FileSystem, "read_timeout", 0.5)  # seconds; 15 as it comes
+    with broken(Faults(delay_s=3.0, methods=("GET",))) as proxy:
+        with pytest.raises(storage.StorageError, match=f"^{bucket}/file: Read timeout on endpoint URL"):
+            storage.read_bytes(f"{bucket}/file")
+        assert proxy.counts["GET"] == storage.ATTEMPTS
+
+
 def test_a_wrong_endpoint_or_no_credentials_end_with_one_line(
     broken: Broken, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
