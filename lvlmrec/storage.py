@@ -5,8 +5,8 @@ credentials come from the environment alone (AWS_ENDPOINT_URL, AWS_REGION, AWS_P
 Writes are atomic: a reader sees the whole file or none.
 
 Requests to S3 are repeated in two loops. botocore's `standard` mode waits up to 1, 2, 4, 8 s, at random, after
-throttling, 5xx and broken connections. s3fs runs that again up to five times, and reads a body that broke anew; what
-it repeats beyond its own list is `_is_passing`. A store that throttles throughout is given up after some 40 s, one that
+throttling, 5xx and broken or silent connections. s3fs, up to five times, repeats what `_is_passing` names, throttling
+among it, and reads a body that broke anew. A store that throttles throughout is given up after some 40 s, one that
 cannot be connected to after some 8 s, one that denies access after 2 s: then `StorageError`, or `StorageRefused`.
 """
 
@@ -28,7 +28,14 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseStreamingError,
+)
 from botocore.parsers import ResponseParserError
 
 from lvlmrec.errors import InputError, JobFailed
@@ -292,9 +299,11 @@ def _whole_temporary(target: Path, data: bytes | memoryview) -> Iterator[Path]:
 
 def _s3_options() -> dict[str, Any]:
     """Arguments of `s3fs.S3FileSystem`."""
-    from s3fs.core import set_custom_error_handler  # takes a second
+    from s3fs import core  # takes a second
 
-    set_custom_error_handler(_is_passing)
+    # What botocore has repeated: s3fs would do so 5 times, and 25 times around the reading of a body.
+    core.S3_RETRYABLE_ERRORS = tuple(kind for kind in core.S3_RETRYABLE_ERRORS if kind is not HTTPClientError)
+    core.set_custom_error_handler(_is_passing)
     region = os.environ.get("AWS_REGION")  # botocore reads AWS_DEFAULT_REGION alone
     return {
         "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}},
@@ -304,7 +313,7 @@ def _s3_options() -> dict[str, Any]:
 
 def _is_passing(error: BaseException) -> bool:
     if not isinstance(error, ClientError):
-        return isinstance(error, GARBLED)
+        return isinstance(error, (ResponseStreamingError, *GARBLED))
     return error.response["Error"].get("Code") in PASSING_CODES or _http_status(error) in PASSING_STATUS
 
 

@@ -30,7 +30,7 @@ class Faults:
     deny_first the first so many requests are denied
     checksums  whether answers keep the checksums that the store sends with them
     delay_s    seconds before every answer
-    methods    HTTP methods that the shares apply to, all when empty
+    methods    HTTP methods that the shares and the delay apply to, all when empty
     """
 
     deny: float = 0.0
@@ -82,6 +82,7 @@ class Proxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     proxy: Proxy
 
     def log_message(self, format: str, *args: object) -> None:
@@ -90,7 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self._body()
         fault = self.proxy.draw(self.command)
-        time.sleep(self.proxy.faults.delay_s)
+        if self.command in (self.proxy.faults.methods or [self.command]):
+            time.sleep(self.proxy.faults.delay_s)
         if fault == "deny":
             self._answer(403, {}, ERROR.format("AccessDenied", "Access Denied").encode())
         elif fault == "slow_down":

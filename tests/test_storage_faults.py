@@ -162,6 +162,15 @@ def test_throttling_without_end_is_given_up_with_one_line(broken: Broken, bucket
     assert isinstance(error.value, JobFailed)
 
 
+def test_a_store_that_falls_silent_is_given_up(broken: Broken, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(f"{bucket}/file", b"content")
+    monkeypatch.setattr(S3FileSystem, "read_timeout", 0.5)  # seconds; 15 as it comes
+    with broken(Faults(delay_s=3.0, methods=("GET",))) as proxy:
+        with pytest.raises(storage.StorageError, match=f"^{bucket}/file: Read timeout on endpoint URL"):
+            storage.read_bytes(f"{bucket}/file")
+        assert proxy.counts["GET"] == storage.ATTEMPTS
+
+
 def test_a_wrong_endpoint_or_no_credentials_end_with_one_line(
     broken: Broken, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +188,32 @@ def test_a_wrong_endpoint_or_no_credentials_end_with_one_line(
     monkeypatch.setenv("HOME", "/nowhere")
     with pytest.raises(storage.StorageRefused, match=f"^{bucket}/file: .*credentials"):
         storage.read_bytes(f"{bucket}/file")
+
+
+def test_region_endpoint_and_profile_come_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "config").write_text(
+        "[profile lab]\nregion = eu-north-1\nendpoint_url = http://127.0.0.1:9\n"
+        "aws_access_key_id = lab\naws_secret_access_key = lab\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    request.addfinalizer(S3FileSystem.clear_instance_cache)
+    S3FileSystem.clear_instance_cache()
+    with storage._filesystem("s3://bucket") as (fs, _):
+        assert (fs.s3.meta.region_name, fs.s3.meta.endpoint_url) == ("eu-north-1", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_REGION", "us-west-2")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:10")
+    S3FileSystem.clear_instance_cache()
+    with storage._filesystem("s3://bucket") as (fs, _):
+        assert (fs.s3.meta.region_name, fs.s3.meta.endpoint_url) == ("us-west-2", "http://127.0.0.1:10")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(storage.StorageRefused, match=r"^s3://bucket/file: .*profile \(nobody\) could not be found"):
+        storage.exists("s3://bucket/file")
 
 
 def test_a_put_whose_answer_was_lost_is_ours(broken: Broken, bucket: str) -> None:
