@@ -126,6 +126,8 @@ def titles_job(folder: Path, root: str, num_items: int) -> list[str]:
         "recipe.taps=[text.*]",
         'recipe.prompts={title: {text: "{title}", input: text}}',
         "recipe.poolings=[all_mean]",
+        "recipe.dtype=float32",
+        "lvlm.batch_size=1",  # so that who shares a batch with whom changes no bit
         "pool.videos_per_block=50",
         "pool.videos_per_part=50",
         "pool.min_actors=2",

@@ -1,43 +1,121 @@
-"""Extraction over several raylets and an object store that throttles, while nodes die: every item once."""
+"""Extraction over several raylets and an object store that throttles, while what works on it dies: every item once."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from s3fs import S3FileSystem
 
 from lvlmrec import storage
+from lvlmrec.columns import ITEM_ID
+from lvlmrec.config import load
+from lvlmrec.extraction import pipeline
+from lvlmrec.extraction.pipeline import ExtractConfig
 from lvlmrec.features import store
+from lvlmrec.lvlms import LVLMS
+from lvlmrec.lvlms.protocol import Item
 from tests import chaos
-from tests.faults import Faults, faulty
+from tests.chaos import Driver
+from tests.faults import Faults, Proxy, faulty
 
 ITEMS = 500
+IN_FLIGHT = 350  # at most: what is read ahead and waits to fill a part, of two actors
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_node_dies_and_the_store_throttles(
-    tmp_path: Path, bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = chaos.titles_job(tmp_path, bucket, ITEMS)
+@pytest.fixture
+def proxy(bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """What stands before the object store in the test, and drops or refuses a share of the requests."""
     with faulty(s3_server, Faults(slow_down=0.2, cut=0.05)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         S3FileSystem.clear_instance_cache()
-        with chaos.raylets() as cluster, chaos.driver(cluster.address, tmp_path / "log", arguments) as job:
-            victim = cluster.list_all_nodes()[-1]
-
-            def parts() -> int:
-                return sum("/parts/" in file.uri for file in storage.iter_files(f"{bucket}/features", recursive=True))
-
-            chaos.wait_for(lambda: parts() >= 2 or job.process.poll() is not None, timeout_s=250)
-            assert job.process.poll() is None, job.log.read_text()[-3000:]
-            cluster.remove_node(victim, allow_graceful=False)
-            cluster.add_node(num_cpus=1)
-            result = job.result(timeout_s=200)
-        assert proxy.counts["slow_down"] > 0 and proxy.counts["cut"] > 0
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+        yield proxy
+    assert proxy.counts["slow_down"] > 0 and proxy.counts["cut"] > 0
     S3FileSystem.clear_instance_cache()
-    index = store.read(result["feature_set"]).index
-    assert sorted(index["item_id"]) == [f"item{i:05d}" for i in range(ITEMS)]
-    assert store.read_rejected(result["feature_set"]).empty
+
+
+def num_parts(bucket: str) -> int:
+    return sum("/parts/" in file.uri for file in storage.iter_files(f"{bucket}/features", recursive=True))
+
+
+def wait_for_parts(bucket: str, count: int, job: Driver) -> None:
+    chaos.wait_for(lambda: num_parts(bucket) >= count or job.process.poll() is not None, timeout_s=300)
+    assert job.process.poll() is None, job.log.read_text()[-3000:]
+
+
+def assert_undisturbed(arguments: list[str], result: dict[str, Any]) -> None:
+    """Every item once, with the features that the model gives here, bit for bit."""
+    uri = result["feature_set"]
+    index = store.read(uri).index
+    assert sorted(index[ITEM_ID]) == [f"item{i:05d}" for i in range(ITEMS)]
+    assert store.read_rejected(uri).empty
+    config = load(ExtractConfig, [], arguments)
+    model = LVLMS["text_encoder"].load(config.lvlm, store.read(uri).recipe)
+    titles = {row[ITEM_ID]: row["title"] for row in pipeline.plan(config).manifest.to_pylist()}
+    for part, rows in index.groupby("part"):
+        table = storage.read_table(f"{uri}/parts/{part}").take(rows["row"].to_numpy())
+        items = [Item(item_id, texts={"title": titles[item_id]}) for item_id in table[ITEM_ID].to_pylist()]
+        for name, values in model.extract(model.prepare(items)).items():
+            np.testing.assert_array_equal(np.stack(table[name].to_numpy()), values.numpy())
+
+
+def test_an_actor_and_a_node_die_and_the_store_throttles(tmp_path: Path, bucket: str, proxy: Proxy) -> None:
+    arguments = chaos.titles_job(tmp_path, bucket, ITEMS)
+    with chaos.raylets() as cluster, chaos.driver(cluster.address, tmp_path / "log", arguments) as job:
+        *_, node, victim = cluster.list_all_nodes()
+        wait_for_parts(bucket, 1, job)
+        actors = chaos.workers(node, "Extractor") or chaos.workers(victim, "Extractor")
+        actors[0].kill()
+        wait_for_parts(bucket, 3, job)
+        cluster.remove_node(victim, allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        result = job.result(timeout_s=400)
+    assert_undisturbed(arguments, result)
+
+
+def test_two_drivers_at_once_and_one_that_is_killed(tmp_path: Path, bucket: str, proxy: Proxy) -> None:
+    arguments = chaos.titles_job(tmp_path, bucket, ITEMS)
+    with chaos.raylets() as cluster:
+        with chaos.driver(cluster.address, tmp_path / "first", arguments) as first:
+            wait_for_parts(bucket, 1, first)
+            with chaos.driver(cluster.address, tmp_path / "second", arguments) as second:
+                second.process.wait(timeout=200)
+            assert second.process.returncode == 2, (tmp_path / "second").read_text()[-3000:]
+            assert f"process {first.process.pid} on " in (tmp_path / "second").read_text()
+            wait_for_parts(bucket, 3, first)
+            first.kill()
+        before = num_parts(bucket)
+        with chaos.driver(cluster.address, tmp_path / "third", arguments) as third:
+            result = third.result(timeout_s=400)
+    assert_undisturbed(arguments, result)
+    assert result["skipped"] >= 50 * before - 50
+    written = Counter[str]()
+    for file in storage.list_files(f"{result['feature_set']}/parts"):
+        written.update(storage.read_table(file.uri, [ITEM_ID])[ITEM_ID].to_pylist())
+    assert written.total() - ITEMS <= IN_FLIGHT
+
+
+def test_a_disk_that_is_full_at_the_commit(tmp_path: Path) -> None:
+    from tests.feature_sets import recipe_of, write_set
+
+    recipe = recipe_of()
+    uri = write_set(tmp_path, [["a"]], recipe)
+    write_set(tmp_path, [[f"item{k}" for k in range(500)]], recipe, commit=False)
+    code = (
+        "import resource, signal, sys; from lvlmrec.features import store\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "store.commit(sys.argv[1])"
+    )
+    failed = subprocess.run([sys.executable, "-c", code, uri], capture_output=True, text=True)
+    assert failed.returncode == 1 and "OSError: [Errno 27] File too large" in failed.stderr
+    assert store.read(uri).index[ITEM_ID].tolist() == ["a"]
+    assert not [path for path in Path(uri).iterdir() if path.name.startswith(".")]
+    assert len(store.commit(uri)) == 501
