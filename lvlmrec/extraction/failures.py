@@ -9,8 +9,7 @@ import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, STAGE
-from lvlmrec.errors import JobFailed
+from lvlmrec.columns import ERROR, MESSAGE, STAGE
 
 MAX_DEATHS = 3  # of a process with an item in its model, all but the first with this item alone: the item is at fault
 
@@ -69,16 +68,20 @@ class Streak:
         self.reason = ("", "")
         self.message = ""
 
-    def add(self, block: pa.Table) -> None:
-        """Rows of `stages.WRITTEN`. Raises `JobFailed` when there are `limit` such items; 0 is no limit."""
-        for row in block.select([ITEM_ID, STAGE, ERROR, MESSAGE]).to_pylist():
+    def add(self, block: pa.Table) -> bool:
+        """Rows of `stages.WRITTEN`. Whether `limit` such items have come by now; 0 is no limit."""
+        for row in block.select([STAGE, ERROR, MESSAGE]).to_pylist():
             reason = (row[STAGE], row[ERROR])
             self.length = self.length + 1 if reason == self.reason else 1
             self.reason, self.message = reason, row[MESSAGE]
             if row[ERROR] is None:
                 self.length = 0
             if self.limit and self.length >= self.limit:
-                raise JobFailed(
-                    f"stopped: {self.length} items one after another were rejected, all with {'/'.join(reason)}, "
-                    f"the last by: {self.message} (max_rejected_in_a_row={self.limit}); the next run tries them again"
-                )
+                return True
+        return False
+
+    def __str__(self) -> str:
+        return (
+            f"{self.length} items one after another were rejected, all with {'/'.join(self.reason)}, the last by: "
+            f"{self.message} (max_rejected_in_a_row={self.limit}); the next run tries them again"
+        )

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
@@ -20,7 +21,7 @@ from ray.exceptions import RayTaskError
 from ray.runtime_env import RuntimeEnv
 
 from lvlmrec import storage
-from lvlmrec.columns import ERROR, ITEM_ID, SOURCE, STAGE
+from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError, InputError, JobFailed
 from lvlmrec.extraction import estimate, stages
@@ -201,19 +202,25 @@ def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease) -> None:
         return
     streak = Streak(plan.config.max_rejected_in_a_row)
     blocks = iter(_dataset(plan, todo, held.number).iter_batches(batch_size=None, batch_format="pyarrow"))
-    try:
-        for block in blocks:
-            tally.add(block)
-            held.check()
-            streak.add(block)
-    except JobFailed:
-        del blocks  # the pipeline ends with it
-        _forget(plan, todo, {streak.reason}, held)
-        raise
+    for block in blocks:
+        _check_written(block)
+        tally.add(block)
+        held.check()
+        if streak.add(block):
+            del blocks  # the pipeline ends with it
+            _forget(plan, todo, {streak.reason}, held)
+            raise JobFailed(f"stopped: {streak}")
     by_model = {reason: message for reason, message in tally.messages.items() if reason[0] in stages.MODEL_STAGES}
     if by_model and store.pending_index(plan.feature_set).empty:
         _forget(plan, todo, {*by_model}, held)
         raise JobFailed(f"every video was rejected by the model: {[*by_model.values()][-1]}")
+
+
+def _check_written(block: pa.Table) -> None:
+    """Raises `JobFailed` when storage did not take the rows."""
+    failed = block.filter(pc.equal(block[STAGE], stages.WRITE)).slice(0, 1).to_pylist()
+    if failed:
+        raise JobFailed(f"stopped: storage does not take features: {failed[0][ERROR]}: {failed[0][MESSAGE]}")
 
 
 def _forget(plan: Plan, todo: pa.Table, reasons: set[tuple[str, str]], held: Lease) -> None:

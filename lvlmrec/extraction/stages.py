@@ -37,6 +37,7 @@ SECONDS = ("decode_seconds", "prepare_seconds", "forward_seconds", "write_second
 DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS, WRITE_SECONDS = SECONDS
 TEXTS = "texts"
 MODEL_STAGES = ("model", "cast")
+WRITE = "write"
 FAILURE = {STAGE: pa.string(), ERROR: pa.string(), MESSAGE: pa.string()}
 CLIP = {
     "frames": pa.large_binary(),
@@ -215,13 +216,20 @@ class Extractor:
 
 
 def write(rows: pa.Table, uri: str, recipe: Recipe, generation: int) -> pa.Table:
-    """Write a part with the rows that have features and a file with those that were rejected."""
+    """Write a part with the rows that have features and a file with those that were rejected.
+
+    When storage fails for good, the rows come out with stage `write`: nothing of them is there, and the driver stops.
+    """
     started = time.perf_counter()
     good = rows.filter(pc.is_null(rows[ERROR]))
     bad = rows.filter(pc.is_valid(rows[ERROR]))
-    part = store.write_part(uri, recipe, good, generation) if len(good) else None
-    if len(bad):
-        store.write_rejected(uri, bad.select(list(store.REJECTED_COLUMNS)).to_pylist(), generation)
+    try:
+        part = store.write_part(uri, recipe, good, generation) if len(good) else None
+        if len(bad):
+            store.write_rejected(uri, bad.select(list(store.REJECTED_COLUMNS)).to_pylist(), generation)
+    except OSError as error:
+        failure = {STAGE: WRITE, ERROR: type(error).__name__, MESSAGE: _one_line(error)}
+        return pa.Table.from_pylist([{ITEM_ID: i, **failure} for i in rows[ITEM_ID].to_pylist()], schema=WRITTEN)
     good = good.select([ITEM_ID, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
     good = good.append_column(PART, pa.array([part] * len(good), pa.string()))
     good = good.append_column(ROW, pa.array(range(len(good)), pa.int64()))

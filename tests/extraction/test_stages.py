@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lvlmrec.errors import JobFailed
-from lvlmrec.extraction import estimate, stages
+from lvlmrec.extraction import estimate, pipeline, stages
 from lvlmrec.extraction.failures import Streak
 from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.stages import DecodeConfig, Extractor
@@ -130,6 +130,17 @@ def test_an_item_with_which_processes_die_is_alone_and_then_rejected(tmp_path: P
     assert told[1]["message"] == "3 processes died with this item in the model"
 
 
+def test_what_storage_does_not_take_is_said_and_not_lost(tmp_path: Path, extractor: Extractor) -> None:
+    rows = extractor(decoded(tmp_path, "a", "broken"))
+    (tmp_path / "set").write_bytes(b"a file where the feature set would be")
+    told = stages.write(rows, str(tmp_path / "set"), recipe_of(), 1)
+    assert told["item_id"].to_pylist() == ["a", "broken"]
+    assert set(told["stage"].to_pylist()) == {"write"}
+    with pytest.raises(JobFailed, match=r"stopped: storage does not take features: .*Error: .*set"):
+        pipeline._check_written(told)
+    pipeline._check_written(stages.write(rows, str(tmp_path / "other"), recipe_of(), 1))
+
+
 def written(*errors: str | None) -> pa.Table:
     rows = [
         {"item_id": str(k), "stage": e and "fetch", "error": e, "message": e and "no key"} for k, e in enumerate(errors)
@@ -139,14 +150,16 @@ def written(*errors: str | None) -> pa.Table:
 
 def test_a_run_stops_when_all_fail_alike() -> None:
     streak = Streak(4)
-    streak.add(written("PermissionError", "PermissionError", "PermissionError", None))
-    streak.add(written("PermissionError", "PermissionError", "PermissionError", "OSError"))
-    streak.add(written("PermissionError", "PermissionError"))
-    streak.add(written("PermissionError"))
-    with pytest.raises(JobFailed, match=r"4 items .* all with fetch/PermissionError, the last by: no key \(max_rej"):
-        streak.add(written("PermissionError"))
+    assert not streak.add(written("PermissionError", "PermissionError", "PermissionError", None))
+    assert not streak.add(written("PermissionError", "PermissionError", "PermissionError", "OSError"))
+    assert not streak.add(written("PermissionError", "PermissionError"))
+    assert not streak.add(written("PermissionError"))
+    assert streak.add(written("PermissionError", None))
+    assert str(streak).startswith(
+        "4 items one after another were rejected, all with fetch/PermissionError, the last by: no"
+    )
     assert streak.reason == ("fetch", "PermissionError")
-    Streak(0).add(written(*["PermissionError"] * 1000))
+    assert not Streak(0).add(written(*["PermissionError"] * 1000))
 
 
 def test_one_batch_is_prepared_while_another_is_in_the_model(tmp_path: Path, extractor: Extractor) -> None:
