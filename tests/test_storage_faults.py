@@ -22,6 +22,8 @@ from lvlmrec import storage
 from lvlmrec.errors import InputError, JobFailed
 from tests.faults import Faults, Proxy, faulty
 
+pytestmark = pytest.mark.thorough  # real retries really wait
+
 Broken = Callable[[Faults], AbstractContextManager[Proxy]]
 
 

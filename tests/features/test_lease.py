@@ -102,6 +102,7 @@ def test_a_writer_that_stops_elsewhere_is_taken_over_and_finds_out(
     slow._ended.set()
 
 
+@pytest.mark.thorough
 def test_of_many_who_take_over_one_gets_it(bucket: str) -> None:
     command = [sys.executable, "-c", HOLD, f"{bucket}/set", "4"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

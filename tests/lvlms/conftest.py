@@ -23,10 +23,11 @@ QUICK = {"llava_onevision", "qwen3_vl"}  # frames stacked and packed; timestamps
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests over all families take minutes: the quick part holds two of them."""
+    """Tests over all families take minutes: the quick part holds two of them, and one encoder of each kind."""
     for item in items:
-        family = getattr(item, "callspec", None) and item.callspec.params.get("family")  # type: ignore[attr-defined]
-        if family in LVLM_FAMILIES and family not in QUICK:
+        callspec = getattr(item, "callspec", None)
+        family, case = (callspec.params.get(name) for name in ("family", "case")) if callspec else (None, None)
+        if (family in LVLM_FAMILIES and family not in QUICK) or (case is not None and case not in ENCODERS):
             item.add_marker(pytest.mark.thorough)
 
 
