@@ -1,6 +1,6 @@
 """CPU time of sampling 16 frames of a video: lvlmrec against the ways that others take.
 
-    python benchmarks/decode.py [--rounds 5] [--clips DIR] [--content VIDEO] [--save]
+    python benchmarks/decode.py [--rounds 5] [--clips DIR] [--content VIDEO] [--only h264 lvlmrec torchcodec] [--save]
 
 Clips are made here: 60 s of 1280x720 at 30 frames per second, a panned textured scene with grain and moving squares
 (or what `--content` shows, repeated and scaled to that size); h264 (x264's own defaults) with 12 and with 36 key
@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import av
 import numpy as np
@@ -45,6 +45,7 @@ from lvlmrec.video import sample_clip, sample_indices
 WIDTH, HEIGHT, FPS, SECONDS = 1280, 720, 30, 60
 NUM_FRAMES = 16
 PACKAGES = ("av", "transformers", "torchcodec", "torch", "numpy")
+T = TypeVar("T")
 Method = Callable[[str], np.ndarray]  # path -> uint8 [16, H, W, 3]
 
 
@@ -71,10 +72,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clips", type=Path, default=Path(tempfile.gettempdir(), "lvlmrec-decode-clips"))
     parser.add_argument("--content", type=Path, help="a video, whose frames are encoded instead of the scene")
+    parser.add_argument("--only", nargs="+", default=[], help="how the names of clips and methods begin that take part")
     parser.add_argument("--save", action="store_true", help="write a dated file under benchmarks/results/")
     arguments = parser.parse_args()
-    methods = available_methods()
-    paths = {kind.name: write_clip(kind, arguments.clips, arguments.content) for kind in CLIPS}
+    methods = chosen(available_methods(), arguments.only)
+    kinds = chosen({kind.name: kind for kind in CLIPS}, arguments.only)
+    paths = {name: write_clip(kind, arguments.clips, arguments.content) for name, kind in kinds.items()}
     results = {name: measure(str(path), methods, arguments.rounds) for name, path in paths.items()}
     body = markdown_table(*rows_of(results, methods)) + f"\n\n{NUM_FRAMES} frames of each clip; CPU in ms, medians of "
     body += f"{arguments.rounds} rounds. Equal: bit-equal to decode all in every round, else the largest difference.\n"
@@ -84,6 +87,12 @@ def main() -> int:
         print(save("decode", __doc__ or "", body), file=sys.stderr)
     print(json.dumps(summary(results)))
     return 0 if all(result["lvlmrec"]["max_difference"] == 0 for result in results.values()) else 1
+
+
+def chosen(named: dict[str, T], beginnings: list[str]) -> dict[str, T]:
+    """Those of `named` whose name begins with one of the words; all where none does."""
+    found = {name: value for name, value in named.items() if name.startswith(tuple(beginnings))}
+    return found or named
 
 
 def available_methods() -> dict[str, Method]:

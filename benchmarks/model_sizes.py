@@ -219,64 +219,82 @@ def packed(
     return {"patches": steps * per_step, "span": span, "tokens": steps * per_step // 4}
 
 
+SIGLIP, VISUAL, LANGUAGE = "vision_tower.encoder.layers", "visual.blocks", "language_model.layers"
+
+
 def table() -> dict[str, Published]:
     """Layer in conf/lvlm/ -> its model."""
-    onevision, next_video = frames(729, 196), frames(577, 144)
+    return frame_by_frame() | packed_together() | ports()
+
+
+def patched(paths: tuple[str, ...], of: dict[str, Any]) -> dict[str, int]:
+    """Linear layers that every patch passes."""
+    return dict.fromkeys(paths, of["patches"])
+
+
+def frame_by_frame() -> dict[str, Published]:
+    """Models of transformers whose tower looks at each frame by itself."""
+    onevision, next_video, views, large = frames(729, 196), frames(577, 144), frames(1025, 256), frames(4096, 256)
     onevision["tokens"] += 1  # a newline ends the video
+    return {
+        "llava_onevision_7b": Published(
+            native(lambda: llava("7b")[0]), SIGLIP, LANGUAGE, **onevision,
+            beside=patched(("vision_tower.embeddings", "multi_modal_projector"), onevision),
+        ),
+        "llava_next_video_7b": Published(
+            native(transformers.LlavaNextVideoConfig), SIGLIP, LANGUAGE, **next_video,
+            beside=patched(("vision_tower.embeddings",), next_video)
+            | {"multi_modal_projector": next_video["tokens"]},
+        ),
+        "internvl3_8b": Published(
+            native(internvl), "vision_tower.encoder.layer", LANGUAGE, **views,
+            beside={"vision_tower.embeddings": views["patches"], "multi_modal_projector": views["tokens"]},
+        ),
+        "gemma3_12b": Published(
+            native(gemma3), SIGLIP, LANGUAGE, **large, beside=patched(("vision_tower.embeddings",), large)
+        ),
+    }  # fmt: skip
+
+
+def packed_together() -> dict[str, Published]:
+    """Models of transformers whose tower reads patches of frames of any size."""
     # qwen-vl-utils: 768 tokens of 28 x 28 pixels a frame; of Qwen3-VL 32 x 32
-    two = packed(smart_resize(HEIGHT, WIDTH, 28, 128 * 28**2, 768 * 28**2), 14)
-    two_5 = packed(smart_resize(HEIGHT, WIDTH, 28, 128 * 28**2, 768 * 28**2), 14, windows=(64, 28 / 32))
+    size = smart_resize(HEIGHT, WIDTH, 28, 128 * 28**2, 768 * 28**2)
+    two, two_5 = packed(size, 14), packed(size, 14, windows=(64, 28 / 32))
     three = packed(smart_resize_3(FRAMES, HEIGHT, WIDTH, 2, 32, 4096, FRAMES * 768 * 32**2), 16)
     # of the whole video; with none of its tokens left out, as when everything moves
     llama = packed(smart_resize(HEIGHT, WIDTH, 28, 112**2, 12_845_056 // FRAMES), 14, frames_per_step=1)
-    across, down = fitted_size((WIDTH, HEIGHT), 448, 14)
-    minicpm = frames((across // 14) * (down // 14), 64)
-    phi = frames(577, num_tokens(1, 1), views=2)
-    siglip, visual, language = "vision_tower.encoder.layers", "visual.blocks", "language_model.layers"
-    clip = "model.vision_embed_tokens.img_processor.vision_model"
-
-    def patched(paths: tuple[str, ...], of: dict[str, Any], **tokens: int) -> dict[str, int]:
-        return dict.fromkeys(paths, of["patches"]) | tokens
 
     def merged(of: dict[str, Any]) -> dict[str, int]:
         return {"visual.patch_embed": of["patches"], "visual.merger": of["tokens"]}
 
     return {
-        "llava_onevision_7b": Published(
-            native(lambda: llava("7b")[0]), siglip, language, **onevision,
-            beside=patched(("vision_tower.embeddings", "multi_modal_projector"), onevision),
-        ),
-        "llava_next_video_7b": Published(
-            native(transformers.LlavaNextVideoConfig), siglip, language, **next_video,
-            beside=patched(("vision_tower.embeddings",), next_video)
-            | {"multi_modal_projector": next_video["tokens"]},
-        ),
-        "qwen2_vl_7b": Published(native(qwen2_vl), visual, language, **two, beside=merged(two)),
-        "qwen2_5_vl_7b": Published(native(lambda: qwen("7b")[0]), visual, language, **two_5, beside=merged(two_5)),
+        "qwen2_vl_7b": Published(native(qwen2_vl), VISUAL, LANGUAGE, **two, beside=merged(two)),
+        "qwen2_5_vl_7b": Published(native(lambda: qwen("7b")[0]), VISUAL, LANGUAGE, **two_5, beside=merged(two_5)),
         "qwen3_vl_8b": Published(
-            native(qwen3_vl), visual, language, **three,
+            native(qwen3_vl), VISUAL, LANGUAGE, **three,
             beside=merged(three) | {"visual.deepstack_merger_list": three["tokens"]},
         ),
-        "internvl3_8b": Published(
-            native(internvl), "vision_tower.encoder.layer", language, **(views := frames(1025, 256)),
-            beside={"vision_tower.embeddings": views["patches"], "multi_modal_projector": views["tokens"]},
-        ),
         "video_llama_3_7b": Published(
-            native(video_llama_3), "vision_model.encoder.layers", language, **llama,
+            native(video_llama_3), "vision_model.encoder.layers", LANGUAGE, **llama,
             beside={"vision_model.embeddings": llama["patches"], "projector": llama["tokens"]},
         ),
-        "gemma3_12b": Published(
-            native(gemma3), siglip, language, **(large := frames(4096, 256)),
-            beside=patched(("vision_tower.embeddings",), large),
-        ),
-        "minicpm_v_2_6": Published(
-            minicpm_v("2.6"), "vpm.encoder.layers", "llm.model.layers", **minicpm,
+    }  # fmt: skip
+
+
+def ports() -> dict[str, Published]:
+    """Models that are ported here."""
+    across, down = fitted_size((WIDTH, HEIGHT), 448, 14)
+    minicpm, phi = frames((across // 14) * (down // 14), 64), frames(577, num_tokens(1, 1), views=2)
+    clip = "model.vision_embed_tokens.img_processor.vision_model"
+    both = {
+        f"minicpm_v_{version.replace('.', '_')}": Published(
+            minicpm_v(version), "vpm.encoder.layers", "llm.model.layers", **minicpm,
             beside=patched(("vpm.embeddings",), minicpm), resampled=minicpm["tokens"],
-        ),
-        "minicpm_v_4_5": Published(
-            minicpm_v("4.5"), "vpm.encoder.layers", "llm.model.layers", **minicpm,
-            beside=patched(("vpm.embeddings",), minicpm), resampled=minicpm["tokens"],
-        ),
+        )
+        for version in ("2.6", "4.5")
+    }  # fmt: skip
+    return both | {
         "phi_3_5_vision": Published(
             phi_3_5_vision, f"{clip}.encoder.layers", "model.layers", **phi,
             beside={f"{clip}.embeddings": phi["patches"], "model.vision_embed_tokens.img_projection": phi["tokens"]},

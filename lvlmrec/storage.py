@@ -6,8 +6,7 @@ Writes are atomic: a reader sees the whole file or none.
 
 Requests to S3 are repeated in two loops. botocore's `standard` mode waits up to 1, 2, 4, 8 s, at random, after
 throttling, 5xx and broken or silent connections. s3fs, up to five times, repeats what `_is_passing` names, throttling
-among it, and reads a body that broke anew. A store that throttles throughout is given up after some 40 s, one that
-cannot be connected to after some 8 s, one that denies access after 2 s: then `StorageError`, or `StorageRefused`.
+among it, and reads a body that broke anew. A store that goes on so is given up: `StorageError`, or `StorageRefused`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -145,50 +145,54 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
     wall time, with Ray's start, the loading of the model and the writing of the last part.
     Raises `InputError` when another extraction writes the same feature set, `JobFailed` when all items fail alike.
     """
-    uri, index = plan.feature_set, store.read_index(plan.feature_set)
-    todo = missing(plan, index)
-    if plan.config.estimate.only:
+    config, uri, index = plan.config, plan.feature_set, store.read_index(plan.feature_set)
+    sources = _sources(plan) if config.redo_changed else {}
+    todo = missing(plan, index, sources)
+    if config.estimate.only:
         with _ray(todo):
             return {"feature_set": uri, "items": len(plan.manifest), "estimate": _estimate(plan, todo)}
-    tally, seconds, told = Tally(len(todo), _workers(plan.config.pool), log), 0.0, _estimate(plan, todo.slice(0, 0))
-    if len(todo) or not store.is_committed(uri):
-        with lease.hold(uri) as held:
-            todo = missing(plan, store.pending_index(uri))
-            with _ray(todo):
-                told = _estimate(plan, todo)
-                started = time.perf_counter()
-                tally = Tally(len(todo), _workers(plan.config.pool), log)
-                _extract(plan, todo, tally, held)
-                seconds = time.perf_counter() - started
-            held.check()
-            index = store.commit(uri, held.number)
+    if not len(todo) and store.is_committed(uri):
+        nothing = Tally(0, _workers(config.pool), log)
+        return _result(plan, nothing, 0.0, index) | {"estimate": _estimate(plan, todo)}
+    with lease.hold(uri) as held:
+        todo = missing(plan, store.pending_index(uri), sources)
+        with _ray(todo):
+            told = _estimate(plan, todo)
+            started = time.perf_counter()
+            tally = Tally(len(todo), _workers(config.pool), log)
+            _extract(plan, todo, tally, held)
+            seconds = time.perf_counter() - started
+        held.check()
+        index = store.commit(uri, held.number)
     return _result(plan, tally, seconds, index) | {"estimate": told}
 
 
-def missing(plan: Plan, index: pd.DataFrame) -> pa.Table:
-    """The rows of the manifest that are to be extracted, given what is there already."""
+def missing(plan: Plan, index: pd.DataFrame, sources: Mapping[str, str]) -> pa.Table:
+    """The rows of the manifest that are to be extracted, given what is there already.
+
+    `sources` tell of some items which version of their files and texts there is now: those with another are redone.
+    """
     rejected = store.read_rejected(plan.feature_set)
     seen = dict(zip(index[ITEM_ID], index[SOURCE], strict=True))
     if not plan.config.retry_rejected:
         seen = dict(zip(rejected[ITEM_ID], rejected[SOURCE], strict=True)) | seen
-    is_missing = [item_id not in seen for item_id in plan.manifest[ITEM_ID].to_pylist()]
-    if not plan.config.redo_changed:
-        return plan.manifest.filter(pa.array(is_missing, pa.bool_()))
+    item_ids = plan.manifest[ITEM_ID].to_pylist()
+    is_missing = [item_id not in seen or sources.get(item_id, seen[item_id]) != seen[item_id] for item_id in item_ids]
+    return plan.manifest.filter(pa.array(is_missing, pa.bool_()))
+
+
+def _sources(plan: Plan) -> dict[str, str]:
+    """Item -> version of its files and texts; not of items whose files cannot be asked: what there is of them stays."""
+
+    def source(row: dict[str, str]) -> str:
+        try:
+            return source_of(row, plan.recipe, storage.version)
+        except OSError:
+            return ""
+
     with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
-        sources = threads.map(lambda row: _source(row, plan.recipe), plan.manifest.to_pylist())
-        is_other = [
-            is_new or (source != "" and source != seen[item_id])
-            for item_id, source, is_new in zip(plan.manifest[ITEM_ID].to_pylist(), sources, is_missing, strict=True)
-        ]
-    return plan.manifest.filter(pa.array(is_other, pa.bool_()))
-
-
-def _source(row: dict[str, str], recipe: Recipe) -> str:
-    """Empty for an item whose file cannot be asked: what there is of it stays."""
-    try:
-        return source_of(row, recipe, storage.version)
-    except OSError:
-        return ""
+        found = zip(plan.manifest[ITEM_ID].to_pylist(), threads.map(source, plan.manifest.to_pylist()), strict=True)
+        return {item_id: version for item_id, version in found if version}
 
 
 def _ray(todo: pa.Table) -> Any:

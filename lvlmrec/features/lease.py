@@ -29,7 +29,7 @@ from lvlmrec.errors import InputError, JobFailed
 
 WRITERS = "writers"
 BEAT = 5.0  # seconds
-EXPIRY = 45.0  # seconds: longer than storage's retries
+EXPIRY = 90.0  # seconds: a beat that storage throttles takes its retries, see storage
 
 
 class Lease:

@@ -99,7 +99,8 @@ def run(plan: Plan) -> dict[str, Any]:
 
 
 def missing(plan: Plan) -> list[str]:
-    items: list[str] = pipeline.missing(plan, store.read_index(plan.feature_set))["item_id"].to_pylist()
+    sources = pipeline._sources(plan) if plan.config.redo_changed else {}
+    items: list[str] = pipeline.missing(plan, store.read_index(plan.feature_set), sources)["item_id"].to_pylist()
     return items
 
 
