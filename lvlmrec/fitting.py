@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +21,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from lvlmrec.batches import Batch, Positions, Shared, batches_of_epoch
 from lvlmrec.data.split import Holdout
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_targets
 from lvlmrec.experiment import TrainConfig, TrainingConfig, TrainingData, build_model
 from lvlmrec.features.compact import FeatureArray
-from lvlmrec.models.losses import LossInputs, SampledLossConfig, alignment, uniformity
+from lvlmrec.models.histories import pack
+from lvlmrec.models.losses import LossInputs, alignment, uniformity
 from lvlmrec.models.recommender import Recommender
 
 SELECTED_BY = "hr@10"
@@ -76,33 +79,30 @@ class State:
 class Loss(nn.Module):
     """The recommender with its loss as one forward, so that DistributedDataParallel sees every parameter."""
 
-    def __init__(self, model: Recommender, settings: TrainingConfig, log_popularity: Tensor) -> None:
+    log_popularity: Tensor  # [I + 1]
+
+    def __init__(self, model: Recommender, settings: TrainingConfig, train_counts: np.ndarray) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
-        self.log_popularity = log_popularity  # [I + 1]
+        shares = np.maximum(train_counts, 1) / train_counts.sum()
+        self.register_buffer("log_popularity", torch.from_numpy(np.log(shares)).float(), persistent=False)
 
-    def forward(
-        self,
-        item_index: Tensor,
-        features: Tensor | None,
-        counts: Tensor,
-        sequences: Tensor,
-        negatives: Tensor | None,
-    ) -> Tensor:
-        """Sum of the loss over the real positions of `sequences` [B, S + 1]; the rest as in `LossInputs`."""
-        items = self.model.encode_items(item_index, features)
-        with_padding = torch.cat([items.new_zeros(1, items.shape[1]), items])
-        inputs = sequences[:, :-1].contiguous()
-        row = torch.where(inputs > 0, torch.searchsorted(item_index, inputs) + 1, 0)
-        hidden = self.model.encode_sequences(with_padding[row], inputs > 0)
-        popularity, num_items = self.log_popularity[item_index], len(self.log_popularity) - 1
-        given = LossInputs(hidden, items, item_index, counts, popularity, sequences, negatives, num_items)
+    def forward(self, shared: Shared, mine: Positions) -> Tensor:
+        """Sum of the loss over this worker's positions."""
+        items = self.model.encode_items(shared.item_index, shared.features)
+        rows = torch.searchsorted(shared.item_index, mine.inputs)
+        queries = self.model.encode_sequences(functional.embedding(rows, items), mine.histories)
+        popularity, num_items = self.log_popularity[shared.item_index], len(self.log_popularity) - 1
+        catalogue = items, shared.item_index, shared.counts, popularity
+        given = LossInputs(queries, mine.labels, mine.own, *catalogue, mine.negatives, num_items)
         loss = self.settings.loss.sum(given)
         if self.settings.alignment:
             loss = loss + self.settings.alignment * alignment(given)
         if self.settings.uniformity:
             loss = loss + self.settings.uniformity * self._uniformity(given)
+        if not len(queries):  # a worker without a user: its gradients are zeros, not missing
+            loss = loss + sum(parameter.sum() * 0.0 for parameter in self.model.parameters())
         return loss
 
     def _uniformity(self, given: LossInputs) -> Tensor:
@@ -111,7 +111,7 @@ class Loss(nn.Module):
         Every worker has the same value of both. That of the items carries its whole gradient on each, so a share by
         positions adds up to one; that of the queries only the gradient of the worker's own, which counts in full.
         """
-        own, _ = given.labelled()
+        own = given.queries
         everyones = _with_other_workers(own)
         queries, items = uniformity(everyones), uniformity(given.items[given.counts > 0])
         return (len(own) * (items + queries.detach()) + len(everyones) * (queries - queries.detach())) / 2
@@ -122,7 +122,7 @@ def new_state(config: TrainConfig, data: TrainingData, features: FeatureArray | 
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(data.item_ids), config.dataset.max_length, features).to(device)
     settings = config.training
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     return State(model, optimizer, {}, Progress())
 
 
@@ -136,8 +136,7 @@ def fit(
 ) -> None:
     """Train until the last epoch or until validation HR@10 stops rising; `report` is called after every epoch."""
     rank, world = _rank_and_world()
-    shares = np.maximum(data.train_counts, 1) / data.train_counts.sum()
-    loss: nn.Module = Loss(state.model, config.training, torch.from_numpy(np.log(shares)).float().to(device))
+    loss: nn.Module = Loss(state.model, config.training, data.train_counts).to(device)
     if world > 1:
         loss = DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
     settings = config.training
@@ -145,10 +144,8 @@ def fit(
         epoch = state.progress.epoch
         started = time.perf_counter()
         torch.manual_seed(int(np.random.SeedSequence((config.seed, epoch, rank)).generate_state(1)[0]))
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(data.sequences))
-        batches = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
-        global_batches = _global_batches(config, data, features, batches, device, epoch)
-        train_loss = _train_epoch(config.training, global_batches, loss, state.optimizer, device)
+        batches = batches_of_epoch(config, data, features, epoch, device, rank, world)
+        train_loss = train_epoch(config.training, batches, loss, state.optimizer, device)
         seconds = time.perf_counter() - started
         validation = _validate(state.model, data, features, device)
         progress = state.progress
@@ -175,43 +172,39 @@ def encode_catalogue(model: Recommender, num_items: int, features: FeatureArray 
 @torch.inference_mode()
 def rank_holdout(model: Recommender, item_embeddings: Tensor, holdout: Holdout) -> np.ndarray:
     """The item rank of each user's target over the full catalogue, int64 [U]."""
+    queries = encode_users(model, item_embeddings, holdout.inputs)
+    return rank_targets(queries, item_embeddings, holdout.targets, holdout.histories)
+
+
+@torch.inference_mode()
+def encode_users(model: Recommender, item_embeddings: Tensor, inputs: np.ndarray) -> Tensor:
+    """The query of each user, [U, E], after histories `inputs` [U, L] of item indices, padded with 0 on the left."""
     model.eval()
-    ranks = [np.zeros(0, dtype=np.int64)]
-    for start in range(0, len(holdout.targets), USERS_AT_ONCE):
-        users = slice(start, start + USERS_AT_ONCE)
-        inputs = torch.from_numpy(holdout.inputs[users].astype(np.int64)).to(item_embeddings.device)
-        queries = model.encode_sequences(item_embeddings[inputs], inputs > 0)[:, -1]
-        ranks.append(rank_targets(queries, item_embeddings, holdout.targets[users], holdout.histories[users]))
-    return np.concatenate(ranks)
+    queries = [item_embeddings[:0]]
+    for start in range(0, len(inputs), USERS_AT_ONCE):
+        grid = torch.from_numpy(inputs[start : start + USERS_AT_ONCE].astype(np.int64))
+        histories = pack(grid > 0)
+        items = grid.flatten()[histories.place].to(item_embeddings.device)
+        histories = histories.to(item_embeddings.device)
+        queries.append(model.encode_queries(item_embeddings[items], histories, len(grid)))
+    return torch.cat(queries)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    sequences: Tensor  # int64 [B, S + 1] of all workers
-    negatives: Tensor | None  # int64 [B, S, N], when the loss draws some
-    item_index: Tensor  # int64 [M], the unique real items and negatives, or the catalogue; sorted
-    counts: Tensor  # int64 [M], how often each occurs in `sequences`
-    features: Tensor | None  # float32 [M, L, D]
-    num_positions: int  # positions with a real input and a real next item
-
-
-def _train_epoch(
+def train_epoch(
     settings: TrainingConfig,
-    batches: Iterator[_Batch],
+    batches: Iterable[Batch],
     loss: nn.Module,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> float:
     """One pass; returns the mean loss over all positions of all workers."""
-    rank, world = _rank_and_world()
+    _, world = _rank_and_world()
     autocast = torch.autocast(device.type, torch.bfloat16) if settings.precision == "bfloat16" else nullcontext()
     total, positions = torch.zeros((), device=device), 0
     loss.train()
     for batch in batches:
-        mine = batch.sequences[rank::world].contiguous()
-        negatives = None if batch.negatives is None else batch.negatives[rank::world]
         with autocast:
-            summed = loss(batch.item_index, batch.features, batch.counts, mine, negatives)
+            summed = loss(batch.shared, batch.mine)
         optimizer.zero_grad(set_to_none=True)
         (summed * (world / batch.num_positions)).backward()  # DDP averages over workers: sum / positions
         torch.nn.utils.clip_grad_norm_(loss.parameters(), settings.gradient_clip)
@@ -220,52 +213,6 @@ def _train_epoch(
     if world > 1:
         dist.all_reduce(total)
     return float(total) / positions
-
-
-def _global_batches(
-    config: TrainConfig,
-    data: TrainingData,
-    features: FeatureArray | None,
-    batches: list[np.ndarray],
-    device: torch.device,
-    epoch: int,
-) -> Iterator[_Batch]:
-    """What every worker knows of each batch of users."""
-    _, world = _rank_and_world()
-    loss, num_items = config.training.loss, len(data.item_ids)
-    for number, users in enumerate(batches):
-        rows = data.sequences[users].astype(np.int64)
-        rows = np.pad(rows, ((0, max(0, world - len(rows))), (0, 0)))  # padding for workers without a user
-        negatives = np.zeros((*rows[:, :-1].shape, 0), dtype=np.int64)
-        if isinstance(loss, SampledLossConfig):
-            rng = np.random.default_rng((config.seed, epoch, number))
-            negatives = draw_negatives(rng, rows, num_items, loss.negatives)
-        read = np.arange(num_items + 1) if loss.whole_catalogue else np.concatenate([rows.ravel(), negatives.ravel()])
-        item_index = np.unique(read[read > 0])
-        counts = np.bincount(rows.ravel(), minlength=num_items + 1)[item_index]
-        yield _Batch(
-            sequences=torch.from_numpy(rows).to(device),
-            negatives=torch.from_numpy(negatives).to(device) if negatives.size else None,
-            item_index=torch.from_numpy(item_index).to(device),
-            counts=torch.from_numpy(counts).to(device),
-            features=features.rows(item_index).to(device) if features else None,
-            num_positions=int((rows[:, :-1] > 0).sum()),
-        )
-
-
-def draw_negatives(rng: np.random.Generator, sequences: np.ndarray, num_items: int, number: int) -> np.ndarray:
-    """Items for each position, uniformly from those not in the user's sequence, int64 [B, S, N]; 0 at padding.
-
-    sequences int64 [B, S + 1], padding 0.
-    """
-    own = np.sort(sequences, axis=1)
-    own[:, 1:][own[:, 1:] == own[:, :-1]] = 0  # each once
-    own = np.sort(np.where(own == 0, num_items + 1, own), axis=1)
-    choices = num_items - (own <= num_items).sum(1)
-    drawn = rng.integers(1, choices[:, None, None] + 1, (len(own), own.shape[1] - 1, number))
-    for column in own.T:  # from the c-th of the other items to its index: step over each own item up to it
-        drawn += drawn >= column[:, None, None]
-    return drawn * (sequences[:, :-1, None] > 0)
 
 
 def _with_other_workers(queries: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from lvlmrec import checkpoint
 from lvlmrec.errors import InputError
-from lvlmrec.fitting import encode_catalogue
+from lvlmrec.fitting import encode_catalogue, encode_users
 from tests.feature_sets import recipe_of, write_set
 from tests.toy import CPU, ITEM_IDS, fitted, publish, train_config
 
@@ -36,8 +36,7 @@ def test_a_loaded_checkpoint_scores_as_before(world: Path, tmp_path: Path, encod
     ours = encode_catalogue(state.model, len(ITEM_IDS), prepared.features, CPU)
     theirs = encode_catalogue(loaded.model, len(loaded.item_ids), loaded.features, CPU)
     assert torch.equal(ours, theirs)
-    inputs = torch.from_numpy(prepared.data.validation.inputs.astype(np.int64))
-    queries = [model.encode_sequences(ours[inputs], inputs > 0) for model in (state.model, loaded.model)]
+    queries = [encode_users(model, ours, prepared.data.validation.inputs) for model in (state.model, loaded.model)]
     assert torch.equal(queries[0], queries[1])
     assert loaded.item_ids == prepared.data.item_ids.tolist()
     assert loaded.result["validation"] == state.progress.best

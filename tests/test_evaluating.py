@@ -18,6 +18,7 @@ from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.significance import paired_test
 from lvlmrec.experiment import load_split
 from lvlmrec.fitting import encode_catalogue
+from lvlmrec.models.histories import pack
 from tests.toy import CPU, arguments, fitted, publish, train_config, walks, write_pairs
 
 
@@ -59,8 +60,8 @@ def ranks_by_hand(checkpoint: str) -> pd.DataFrame:
     for user, inputs, target, history in zip(
         split.user_ids, holdout.inputs, holdout.targets, holdout.histories, strict=True
     ):
-        embeddings = items[inputs.astype(np.int64)][None]
-        query = loaded.model.encode_sequences(embeddings, embeddings.new_tensor(inputs[None]) > 0)[0, -1]
+        read = items[inputs[inputs > 0].astype(np.int64)]
+        query = loaded.model.encode_sequences(read, pack(torch.ones(1, len(read), dtype=torch.bool)))[-1]
         scores = {i: float(items[i] @ query) for i in range(1, len(items)) if i == target or i not in history}
         rank = sum(score >= scores[target] for score in scores.values())
         cold = not (split.training() == target).any()

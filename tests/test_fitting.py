@@ -12,13 +12,15 @@ import torch.multiprocessing as mp
 
 from lvlmrec import experiment
 from lvlmrec.baselines import BASELINES
+from lvlmrec.batches import draw_negatives
 from lvlmrec.config import load
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
 from lvlmrec.experiment import Experiment, TrainConfig
-from lvlmrec.fitting import State, draw_negatives, encode_catalogue, rank_holdout
+from lvlmrec.fitting import State, encode_catalogue, rank_holdout
 from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.models.fusions import FUSIONS
+from lvlmrec.models.histories import pack
 from lvlmrec.models.losses import LOSSES, LossInputs, SampledLossConfig, alignment, uniformity
 from tests.toy import CPU, ITEM_IDS, Fitting, arguments, fitted, settings, train_config
 
@@ -209,10 +211,12 @@ def test_alignment_and_uniformity_move_queries_and_items(world: Path, tmp_path: 
         with torch.no_grad():
             items = encode_catalogue(state.model, len(ITEM_IDS), None, CPU)
             sequences = torch.from_numpy(prepared.data.sequences.astype(np.int64))
-            hidden = state.model.encode_sequences(items[sequences[:, :-1]], sequences[:, :-1] > 0)
+            histories = pack(sequences[:, :-1] > 0)
+            read = sequences[:, :-1].flatten()[histories.place]
+            labels = sequences[:, 1:].flatten()[histories.place]
+            queries = state.model.encode_sequences(items[read], histories)
             index = torch.arange(1, len(ITEM_IDS) + 1)
-            given = LossInputs(hidden, items[1:], index, index, index, sequences, None, len(ITEM_IDS))
-            queries, _ = given.labelled()
+            given = LossInputs(queries, labels, labels, items[1:], index, index, index, None, len(ITEM_IDS))
             terms[name] = {
                 "alignment": alignment(given).item() / len(queries),
                 "uniformity": uniformity(queries).item() + uniformity(items[1:]).item(),
@@ -222,17 +226,13 @@ def test_alignment_and_uniformity_move_queries_and_items(world: Path, tmp_path: 
 
 
 def test_negatives_are_drawn_evenly_from_the_items_that_a_user_does_not_have() -> None:
-    sequences = np.array([[0, 0, 3, 7], [5, 5, 1, 8], [0, 0, 0, 0]])
+    sequences = np.array([[0, 0, 3, 7], [0, 0, 0, 2], [5, 5, 1, 8]])
     drawn = draw_negatives(np.random.default_rng(0), sequences, 8, 4000)
-    assert drawn.shape == (3, 3, 4000) and drawn.dtype == np.int64
-    others = {0: [1, 2, 4, 5, 6, 8], 1: [2, 3, 4, 6, 7]}
-    for user, step in ((0, 2), (1, 0), (1, 1), (1, 2)):
-        found, counts = np.unique(drawn[user, step], return_counts=True)
-        assert found.tolist() == others[user]
+    assert drawn.shape == (4, 4000) and drawn.dtype == np.int64
+    for position, user in zip(drawn, (0, 2, 2, 2), strict=True):
+        found, counts = np.unique(position, return_counts=True)
+        assert found.tolist() == sorted(set(range(1, 9)) - set(sequences[user]))
         np.testing.assert_allclose(counts, 4000 / len(found), rtol=0.15)
-    assert not drawn[0, :2].any() and not drawn[2].any(), "padding draws nothing"
-    more = draw_negatives(np.random.default_rng(0), np.vstack([sequences, np.zeros((2, 4), int)]), 8, 4000)
-    np.testing.assert_array_equal(more[:3], drawn)
 
 
 def test_bfloat16_learns_with_float32_weights(world: Path, tmp_path: Path) -> None:

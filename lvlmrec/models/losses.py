@@ -1,8 +1,8 @@
 """Training losses, one line each in LOSSES. Each is a sum over the real positions of this worker; the loss of a batch
 is this sum over all workers, divided by the global number of real positions.
 
-Shapes: B users of this worker, S inputs per user, E embedding, M items that the loss reads, P real positions of this
-worker, N negatives of a position. s+ is the score h . e of a position's label, s_k that of its negative k.
+Shapes: P real positions of this worker, S inputs of a user at most, E embedding, M items that the loss reads, N
+negatives of a position. s+ is the score h . e of a position's label, s_k that of its negative k.
 """
 
 from __future__ import annotations
@@ -17,42 +17,46 @@ from torch import Tensor
 from torch.nn import functional
 
 from lvlmrec.config import option
+from lvlmrec.models.softmax import softmax_loss
 
 
 @dataclass(frozen=True)
 class LossInputs:
     """What a loss may read.
 
-    hidden [B, S, E]: output s has read inputs 0..s. items [M, E]: embeddings of item_index.
+    queries [P, E]: a position's query has read the user's items up to it. labels [P] int64: the item that follows.
+    own [P, S + 1] int64: all items of the position's user, labels too; padding 0.
+    items [M, E]: embeddings of item_index.
     item_index [M] int64: sorted, each once: the real items of the global batch and all negatives, or all items.
     counts [M]: how often each occurs in the sequences of the global batch.
     log_popularity [M]: log of each item's share of the training interactions.
-    sequences [B, S + 1] int64: item indices, padding 0 on the left; input s stands at s, its label at s + 1.
-    negatives [B, S, N] int64: item indices drawn for each position, none of the user's own; None: none were drawn.
+    negatives [P, N] int64: item indices drawn for each position, none of the user's own; None: none were drawn.
     num_items: I, the size of the catalogue.
     """
 
-    hidden: Tensor
+    queries: Tensor
+    labels: Tensor
+    own: Tensor
     items: Tensor
     item_index: Tensor
     counts: Tensor
     log_popularity: Tensor
-    sequences: Tensor
     negatives: Tensor | None
     num_items: int
 
-    def labelled(self) -> tuple[Tensor, Tensor]:
-        """The real positions: queries [P, E] and the row of each one's label in `items` [P]."""
-        real = self.sequences[:, :-1] > 0
-        return self.hidden[real], torch.searchsorted(self.item_index, self.sequences[:, 1:][real])
+    def rows(self, item_index: Tensor) -> Tensor:
+        """The rows of `items` that belong to some of `item_index`, any shape."""
+        return torch.searchsorted(self.item_index, item_index)
+
+    def label_items(self) -> Tensor:
+        """The embedding of each position's label, [P, E]."""
+        return functional.embedding(self.rows(self.labels), self.items)
 
     def sampled_scores(self) -> tuple[Tensor, Tensor]:
         """s+ [P] and s_k [P, N] in float32 or wider."""
         assert self.negatives is not None
-        queries, labels = self.labelled()
-        rows = torch.searchsorted(self.item_index, self.negatives[self.sequences[:, :-1] > 0])
-        positive = (queries * self.items[labels]).sum(-1)
-        negative = torch.einsum("pe,pne->pn", queries, self.items[rows])
+        positive = (self.queries * self.label_items()).sum(-1)
+        negative = torch.einsum("pe,pne->pn", self.queries, functional.embedding(self.rows(self.negatives), self.items))
         return _precise(positive), _precise(negative)
 
 
@@ -76,9 +80,7 @@ class InBatchSoftmaxConfig(LossConfig):
     log_popularity_correction: bool = option(True, "subtract log popularity from the logits")
 
     def sum(self, inputs: LossInputs) -> Tensor:
-        log_popularity = inputs.log_popularity if self.log_popularity_correction else None
-        batch = inputs.item_index, inputs.counts, inputs.sequences
-        return in_batch_softmax(inputs.hidden, inputs.items, *batch, log_popularity)
+        return in_batch_softmax(inputs, self.log_popularity_correction)
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,7 @@ class FullSoftmaxConfig(LossConfig):
     whole_catalogue: ClassVar[bool] = True
 
     def sum(self, inputs: LossInputs) -> Tensor:
-        queries, labels = inputs.labelled()
-        return functional.cross_entropy(_precise(queries @ inputs.items.T), labels, reduction="sum")
+        return softmax_loss(inputs.queries, inputs.items, inputs.rows(inputs.labels))
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,9 @@ LOSSES: dict[str, type[LossConfig]] = {
 
 def alignment(inputs: LossInputs) -> Tensor:
     """sum |h / |h| - e+ / |e+||^2 over the real positions (Wang and Isola, 2020)."""
-    queries, labels = inputs.labelled()
-    directions = functional.normalize(_precise(queries), dim=-1), functional.normalize(_precise(inputs.items), dim=-1)
-    return (directions[0] - directions[1][labels]).square().sum()
+    pairs = _precise(inputs.queries), _precise(inputs.label_items())
+    queries, labels = (functional.normalize(points, dim=-1) for points in pairs)
+    return (queries - labels).square().sum()
 
 
 def uniformity(points: Tensor) -> Tensor:
@@ -173,42 +174,22 @@ def uniformity(points: Tensor) -> Tensor:
     return ((kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1))).log()
 
 
-def in_batch_softmax(
-    hidden: Tensor,
-    items: Tensor,
-    item_index: Tensor,
-    counts: Tensor,
-    sequences: Tensor,
-    log_popularity: Tensor | None = None,
-) -> Tensor:
+def in_batch_softmax(inputs: LossInputs, log_popularity_correction: bool) -> Tensor:
     """MicroLens' in-batch softmax.
 
     MicroLens' columns are the items of all positions of the global batch, one column per occurrence: the label's
     own column, and every column whose item is neither padding nor in the row user's own sequence. An item that
-    occurs n times is here one column with log n added to its logit, which is the same sum of exponentials.
+    occurs n times is here one column with log n added to its logit, which is the same sum of exponentials; the
+    label counts once.
 
-    The arguments are those of `LossInputs`, with the real items of the global batch as item_index.
-    log_popularity [M]: log of each item's share of the training interactions, subtracted from its logit
-    (MicroLens does so for its id models; DFF does not), or None.
+    With the correction the log of each item's share of the training interactions is subtracted from its logit
+    (MicroLens does so for its id models; DFF does not).
     """
-    user_P, step_P = torch.nonzero(sequences[:, :-1], as_tuple=True)
-    columns = torch.searchsorted(item_index, sequences)
-    label_P1 = columns[user_P, step_P + 1][:, None]
-
-    own = _own_columns(columns, sequences > 0, len(item_index))[user_P].scatter_(1, label_P1, False)
-    logits = _precise(hidden[user_P, step_P] @ items.T)
-    log_counts = counts.to(logits.dtype).log()
-    bias = log_counts if log_popularity is None else log_counts - log_popularity
-    logits = (logits + bias).masked_fill_(own, -torch.inf)
-    logits.scatter_add_(1, label_P1, -log_counts[label_P1])  # the label counts once
-    return functional.cross_entropy(logits, label_P1[:, 0], reduction="sum")
-
-
-def _own_columns(columns: Tensor, real: Tensor, num_columns: int) -> Tensor:
-    """[B, M]: True where a column's item stands in the user's own sequence."""
-    spare = columns.masked_fill(~real, num_columns)  # padding falls into one column too many, cut off again
-    own = torch.zeros(len(columns), num_columns + 1, dtype=torch.bool, device=columns.device)
-    return own.scatter_(1, spare, True)[:, :num_columns]
+    log_counts = inputs.counts.to(inputs.log_popularity.dtype).log()
+    correction = inputs.log_popularity if log_popularity_correction else torch.zeros_like(log_counts)
+    labels = inputs.rows(inputs.labels)
+    own = torch.where(inputs.own > 0, inputs.rows(inputs.own), labels[:, None])  # the label is compared in any case
+    return softmax_loss(inputs.queries, inputs.items, labels, log_counts - correction, -correction, own)
 
 
 def _precise(scores: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The recommender: an item encoder (a fusion) and a sequence encoder (a backbone); score = h . e.
 
-Shapes: N items asked for, L feature layers, D dim of the widest feature, B batch, S sequence, E embedding.
+Shapes: N items asked for, L feature layers, D dim of the widest feature, P real positions of all users, E embedding.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lvlmrec.errors import ConfigError
 from lvlmrec.models.backbones import BACKBONES, BackboneConfig
 from lvlmrec.models.fusions import FUSIONS, FusionConfig
 from lvlmrec.models.fusions.base import FeatureShape
+from lvlmrec.models.histories import Histories
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Recommender(nn.Module):
         embeddings = self.item_encoder(item_index, features)
         return embeddings.masked_fill(item_index[:, None] == 0, 0.0)
 
-    def encode_sequences(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """embeddings [B, S, E], mask [B, S] True = real, padding on the left -> queries [B, S, E]."""
-        return self.backbone(embeddings, mask)
+    def encode_sequences(self, embeddings: Tensor, histories: Histories) -> Tensor:
+        """embeddings [P, E] of the histories' real positions, in packed order -> queries [P, E], one at each."""
+        return self.backbone(embeddings, histories)
+
+    def encode_queries(self, embeddings: Tensor, histories: Histories, num_users: int) -> Tensor:
+        """As `encode_sequences`, after each user's last item alone: [num_users, E]; zero for a user without any."""
+        queries = self.backbone(embeddings, histories, last=True)
+        return queries.new_zeros(num_users, queries.shape[1]).index_copy(0, histories.users, queries)

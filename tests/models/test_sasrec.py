@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.models.backbones.sasrec import SASRec, SASRecConfig, visible_positions
+from lvlmrec.models.backbones.sasrec import SASRec, SASRecConfig
+from tests.models.packing import encode_grid, grid_mask
 
 E, HEADS, LENGTH = 6, 2, 5
 
@@ -48,10 +49,10 @@ def test_values_and_gradients_follow_the_equations_on_padded_users():
         torch.nn.init.normal_(parameter)
     lengths = [5, 2, 1]
     embeddings = torch.randn(3, LENGTH, E, dtype=torch.float64)
-    mask = torch.stack([torch.arange(LENGTH) >= LENGTH - n for n in lengths])
+    mask = grid_mask(lengths, LENGTH)
     parameters = dict(module.named_parameters())
 
-    actual = module(embeddings, mask)[mask]
+    actual = encode_grid(module, embeddings, mask)[mask]
     rows = [plain_sasrec(e[LENGTH - n :], parameters, 2) for e, n in zip(embeddings, lengths, strict=True)]
     expected = torch.cat(rows)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
@@ -74,18 +75,13 @@ def test_defaults_are_those_of_the_benchmark():
     assert (config.num_blocks, config.num_heads, config.dropout) == (2, 2, 0.1)
 
 
-def test_a_position_sees_the_real_past_and_itself_so_no_row_is_empty():
-    visible = visible_positions(torch.tensor([[False, False, True, True]]))
-    assert visible.int().tolist() == [[[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
-
-
 def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
     module = SASRec(E, LENGTH, 2, HEADS, dropout=0.5)
     embeddings, mask = torch.randn(2, LENGTH, E), torch.ones(2, LENGTH, dtype=torch.bool)
-    assert not torch.equal(module(embeddings, mask), module(embeddings, mask))
+    assert not torch.equal(*(encode_grid(module, embeddings, mask) for _ in range(2)))
     module.eval()
-    assert torch.equal(module(embeddings, mask), module(embeddings, mask))
+    assert torch.equal(*(encode_grid(module, embeddings, mask) for _ in range(2)))
 
 
 def test_heads_that_do_not_divide_the_width_are_the_users_fault():

@@ -16,8 +16,10 @@ class BackboneConfig(ABC):
 
     @abstractmethod
     def build(self, embedding_dim: int, max_length: int) -> nn.Module:
-        """A module `forward(embeddings [B, S, E], mask [B, S]) -> [B, S, E]`, S <= max_length.
+        """A module `forward(embeddings [P, E], histories, last=False) -> [P, E]`.
 
-        `mask` is True at real positions; padding stands on the left and has no effect on them. Output s depends
-        on the inputs 0..s alone; what stands at a padding position is finite and means nothing.
+        The P rows are the real positions of `histories` in packed order (`lvlmrec.models.histories`), at most
+        max_length of each user. The output at a position depends on that user's items up to it alone. With `last`
+        it gives the outputs at the users' last positions only, `histories.ends`, and does no work for the others
+        that it need not.
         """

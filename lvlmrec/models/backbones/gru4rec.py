@@ -1,6 +1,6 @@
 """GRU4Rec (Hidasi et al., 2016) in the form of the MicroLens benchmark: no bias, xavier uniform start.
 
-Shapes: B batch, S sequence, E embedding.
+Shapes: P real positions of all users, E embedding.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lvlmrec.config import option
 from lvlmrec.models.backbones.base import BackboneConfig
+from lvlmrec.models.histories import Histories, join_runs, split_runs
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class GRU4Rec(nn.Module):
         for weight in self.gru.parameters():
             nn.init.xavier_uniform_(weight)
 
-    def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """embeddings [B, S, E], mask [B, S] True = real -> [B, S, E]."""
-        # Without a bias a zero input leaves a zero state zero, so padding on the left changes nothing.
-        states, _ = self.gru(self.dropout(embeddings).masked_fill(~mask[..., None], 0.0))
-        return states
+    def forward(self, embeddings: Tensor, histories: Histories, last: bool = False) -> Tensor:
+        """embeddings [P, E] -> [P, E], or with `last` [users, E] of the last positions."""
+        runs = split_runs(self.dropout(embeddings), histories.runs)
+        states = join_runs([self.gru(run)[0] for run in runs], embeddings)
+        return states[histories.ends] if last else states

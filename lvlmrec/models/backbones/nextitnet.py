@@ -1,6 +1,6 @@
 """NextItNet (Yuan et al., 2019) in the form of the MicroLens benchmark: residual blocks (b), no dropout.
 
-Shapes: B batch, S sequence, E embedding.
+Shapes: P real positions of all users, E embedding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lvlmrec.config import option
 from lvlmrec.models.backbones.base import BackboneConfig
+from lvlmrec.models.histories import Histories, join_runs, split_runs
 
 KERNEL_SIZE = 3
 DILATIONS = (1, 4)
@@ -36,12 +37,12 @@ class NextItNet(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(embedding_dim, dilation) for dilation in DILATIONS * num_blocks)
 
-    def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """embeddings [B, S, E], mask [B, S] True = real -> [B, S, E]."""
+    def forward(self, embeddings: Tensor, histories: Histories, last: bool = False) -> Tensor:
+        """embeddings [P, E] -> [P, E], or with `last` [users, E] of the last positions."""
         x = embeddings
         for block in self.blocks:
-            x = block(x, mask)
-        return x
+            x = block(x, histories.runs)
+        return x[histories.ends] if last else x
 
 
 class Block(nn.Module):
@@ -54,15 +55,14 @@ class Block(nn.Module):
         self.second = nn.Conv1d(embedding_dim, embedding_dim, KERNEL_SIZE, dilation=2 * dilation)
         self.second_norm = nn.LayerNorm(embedding_dim, eps=NORM_EPS)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, S, E], mask [B, S] -> [B, S, E]."""
-        y = self.first_norm(causal_convolution(self.first, x, mask)).relu()
-        return x + self.second_norm(causal_convolution(self.second, y, mask)).relu()
+    def forward(self, x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+        """x [P, E] -> [P, E]."""
+        y = self.first_norm(causal_convolution(self.first, x, runs)).relu()
+        return x + self.second_norm(causal_convolution(self.second, y, runs)).relu()
 
 
-def causal_convolution(convolution: nn.Conv1d, x: Tensor, mask: Tensor) -> Tensor:
-    """x [B, S, E], mask [B, S] -> [B, S, E]: output s reads inputs up to s; padding reads as zero, as does no past."""
-    # Masked before each convolution: biases and norms have made padding positions something else than zero.
-    x_BES = x.masked_fill(~mask[..., None], 0.0).transpose(1, 2)
+def causal_convolution(convolution: nn.Conv1d, x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+    """x [P, E] -> [P, E]: an output reads the user's inputs up to its own; what lies before the first reads as zero."""
     past = (KERNEL_SIZE - 1) * convolution.dilation[0]
-    return convolution(functional.pad(x_BES, (past, 0))).transpose(1, 2)
+    padded = [functional.pad(run.transpose(1, 2), (past, 0)) for run in split_runs(x, runs)]
+    return join_runs([convolution(run).transpose(1, 2) for run in padded], x)

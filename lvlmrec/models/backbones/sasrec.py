@@ -1,6 +1,6 @@
 """SASRec (Kang and McAuley, 2018) in the form of the MicroLens benchmark: post-LN, xavier normal start.
 
-Shapes: B batch, S sequence, E embedding, H heads.
+Shapes: P real positions of all users, E embedding.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn import functional
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError
 from lvlmrec.models.backbones.base import BackboneConfig
+from lvlmrec.models.histories import Histories, join_runs, split_runs
 from lvlmrec.models.initial import xavier_normal
 
 NORM_EPS = 1e-6
@@ -46,14 +47,13 @@ class SASRec(nn.Module):
         self.blocks = nn.ModuleList(Block(embedding_dim, num_heads, dropout) for _ in range(num_blocks))
         self.apply(xavier_normal)
 
-    def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """embeddings [B, S, E], mask [B, S] True = real -> [B, S, E]."""
-        # Positions count from the right end of the window, so more or less left padding changes nothing.
-        positions = self.positions.weight[-embeddings.shape[1] :]
-        x = self.dropout(self.norm(embeddings + positions))
-        visible = visible_positions(mask)
-        for block in self.blocks:
-            x = block(x, visible)
+    def forward(self, embeddings: Tensor, histories: Histories, last: bool = False) -> Tensor:
+        """embeddings [P, E] -> [P, E], or with `last` [users, E] of the last positions."""
+        # Positions count from the right end of the window, so the length of the grid changes nothing.
+        places = functional.embedding(self.positions.num_embeddings - 1 - histories.age, self.positions.weight)
+        x = self.dropout(self.norm(embeddings + places))
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, histories, last and number == len(self.blocks))
         return x
 
 
@@ -73,27 +73,22 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(embedding_dim, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        """x [B, S, E], visible [B, 1, S, S] -> [B, S, E]."""
-        x = self.attention_norm(x + self.dropout(self.output(self.attend(x, visible))))
+    def forward(self, x: Tensor, histories: Histories, last: bool) -> Tensor:
+        """x [P, E] -> [P, E], or with `last` [users, E]: only keys and values are needed of the other positions."""
+        keys, values = self.key(x), self.value(x)
+        x = x[histories.ends] if last else x
+        mixed = self.attend(self.query(x), keys, values, histories.runs, last)
+        x = self.attention_norm(x + self.dropout(self.output(mixed)))
         return self.feed_forward_norm(x + self.dropout(self.outer(torch.relu(self.inner(x)))))
 
-    def attend(self, x: Tensor, visible: Tensor) -> Tensor:
-        q_BHSE, k_BHSE, v_BHSE = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, runs: list[tuple[int, int]], last: bool) -> Tensor:
+        """One attention per run of users of one length: no padding, so no mask but the causal one."""
+        asking = [(1, users) for _, users in runs] if last else runs
         dropout = self.dropout.p if self.training else 0.0
-        mixed_BHSE = functional.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, visible, dropout)
-        return mixed_BHSE.transpose(1, 2).flatten(-2)
-
-
-def visible_positions(mask: Tensor) -> Tensor:
-    """mask [B, S] True = real -> [B, 1, S, S]: query s sees real keys up to s, and itself.
-
-    Itself always, padding too: a row that sees nothing is a softmax over nothing, which is NaN.
-    """
-    length = mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=mask.device)
-    return ((causal & mask[:, None, :]) | itself)[:, None]
+        mixed = []
+        parts = split_runs(queries, asking), split_runs(keys, runs), split_runs(values, runs)
+        for run in zip(*parts, strict=True):
+            q_BHSE, k_BHSE, v_BHSE = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in run)
+            out = functional.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, dropout_p=dropout, is_causal=not last)
+            mixed.append(out.transpose(1, 2).flatten(-2))
+        return join_runs(mixed, queries)

@@ -1,0 +1,19 @@
+"""Padded grids for the tests, and what the sequence encoders make of them."""
+
+import torch
+from torch import Tensor, nn
+
+from lvlmrec.models.histories import pack
+
+
+def grid_mask(lengths: list[int], width: int) -> Tensor:
+    """bool [B, width]: real positions on the right."""
+    return torch.stack([torch.arange(width) >= width - length for length in lengths])
+
+
+def encode_grid(backbone: nn.Module, embeddings: Tensor, mask: Tensor) -> Tensor:
+    """embeddings [B, S, E] -> [B, S, E]: packed, encoded, and put back where they stood; NaN at padding."""
+    histories = pack(mask)
+    encoded = backbone(embeddings.flatten(0, 1)[histories.place], histories)
+    grid = encoded.new_full((mask.numel(), encoded.shape[1]), torch.nan)
+    return grid.index_copy(0, histories.place, encoded).unflatten(0, mask.shape)
