@@ -1,7 +1,7 @@
 """What every worker knows of each global batch of users, and its own part of it.
 
 Shapes: B users of the global batch, S inputs of a user at most, P real positions of this worker, M items that the loss
-reads, L feature layers, D feature dim, N negatives of a position.
+reads, N negatives of a position.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from lvlmrec.experiment import TrainConfig, TrainingData
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.models.histories import Histories, pack
+from lvlmrec.models.item_features import ItemFeatures
 from lvlmrec.models.losses import SampledLossConfig
 
 
@@ -24,12 +25,12 @@ class Shared(NamedTuple):
 
     item_index int64 [M]: the real items and negatives, or the catalogue; sorted, each once
     counts     int64 [M]: how often each occurs in the sequences
-    features   float32 [M, L, D]
+    features   of the same items
     """
 
     item_index: Tensor
     counts: Tensor
-    features: Tensor | None
+    features: ItemFeatures | None
 
 
 class Positions(NamedTuple):
@@ -94,6 +95,22 @@ def draw_negatives(rng: np.random.Generator, sequences: np.ndarray, num_items: i
     return drawn
 
 
+def item_features(features: FeatureArray | None, item_index: np.ndarray, device: torch.device) -> ItemFeatures | None:
+    """The features of the items at `item_index` [N] as the models read them; None for ids alone.
+
+    On the CPU they stay in the memory-mapped file until a layer of them is read.
+    """
+    if features is None:
+        return None
+    stored, row, columns = features.stored(), torch.from_numpy(features.row(item_index)), features.columns
+    if device.type != "cpu":
+        stored, row = stored[row[:, None], list(columns)].to(device), torch.arange(len(row), device=device)
+        columns = tuple(range(len(columns)))
+    missing = torch.from_numpy(features.is_missing(item_index)).to(device)
+    mean, std = (None if part is None else part.to(device) for part in (features.mean, features.std))
+    return ItemFeatures(stored, row, columns, mean, std, missing)
+
+
 def _shared(
     sequences: np.ndarray,
     negatives: np.ndarray | None,
@@ -113,7 +130,7 @@ def _shared(
     return Shared(
         torch.from_numpy(item_index).to(device),
         torch.from_numpy(counts).to(device),
-        features.rows(item_index).to(device) if features else None,
+        item_features(features, item_index, device),
     )
 
 

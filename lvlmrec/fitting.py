@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from lvlmrec.batches import Batch, Positions, Shared, batches_of_epoch
+from lvlmrec.batches import Batch, Positions, Shared, batches_of_epoch, item_features
 from lvlmrec.data.split import Holdout
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_targets
@@ -163,7 +163,7 @@ def encode_catalogue(model: Recommender, num_items: int, features: FeatureArray 
     chunks = []
     for start in range(1, num_items + 1, ROWS_AT_ONCE):
         index = np.arange(start, min(start + ROWS_AT_ONCE, num_items + 1))
-        rows = features.rows(index).to(device) if features else None
+        rows = item_features(features, index, device)
         chunks.append(model.encode_items(torch.from_numpy(index).to(device), rows).float())
     items = torch.cat(chunks)
     return torch.cat([items.new_zeros(1, items.shape[1]), items])

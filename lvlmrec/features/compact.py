@@ -85,23 +85,27 @@ class FeatureArray:
 
     def rows(self, item_index: np.ndarray) -> torch.Tensor:
         """float32 [N, L, D]: the features of the items at `item_index` [N], scaled."""
-        # Reopened at each call: a mapping is cheap to open and must not be pickled to a worker with its content.
-        array = np.load(self.path, mmap_mode="r")
-        row = self._row(item_index)
-        picked = np.ascontiguousarray(array[row[:, None], np.asarray(self.columns)[None, :]])
-        values = torch.from_numpy(picked)
-        values = values.view(torch.bfloat16).float() if self.dtype == "bfloat16" else values.float()
+        row, columns = torch.from_numpy(self.row(item_index)), torch.tensor(self.columns)
+        values = self.stored()[row[:, None], columns].float()
         if self.mean is not None and self.std is not None:
             values = (values - self.mean) / self.std
             values[torch.from_numpy(self.is_missing(item_index))] = 0.0
         return values
 
+    def stored(self) -> torch.Tensor:
+        """The file itself, [I + 1, columns of the file, D] in its dtype: rows as `row` says, columns as `columns`."""
+        # Opened at each call: a mapping is cheap to open and must not be pickled to a worker with its content.
+        # Copy-on-write, though nobody writes: torch warns of memory that it must not write to.
+        values = torch.from_numpy(np.load(self.path, mmap_mode="c"))
+        return values.view(torch.bfloat16) if self.dtype == "bfloat16" else values
+
     def is_missing(self, item_index: np.ndarray) -> np.ndarray:
         """bool [N, L]: the items at `item_index` [N] that have no feature, by column."""
-        return self.missing[self._row(item_index)[:, None], np.asarray(self.columns)[None, :]]
+        return self.missing[self.row(item_index)[:, None], np.asarray(self.columns)[None, :]]
 
-    def _row(self, item_index: np.ndarray) -> np.ndarray:
-        return np.asarray(item_index) if self.order is None else self.order[item_index]
+    def row(self, item_index: np.ndarray) -> np.ndarray:
+        """int64 [N]: the rows of the file that the items at `item_index` [N] read."""
+        return np.asarray(item_index if self.order is None else self.order[item_index], dtype=np.int64)
 
     def select(self, names: Sequence[str]) -> FeatureArray:
         """The same array with the columns `names` only."""

@@ -1,6 +1,6 @@
 """The recommender: an item encoder (a fusion) and a sequence encoder (a backbone); score = h . e.
 
-Shapes: N items asked for, L feature layers, D dim of the widest feature, P real positions of all users, E embedding.
+Shapes: N items asked for, P real positions of all users, E embedding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lvlmrec.models.backbones import BACKBONES, BackboneConfig
 from lvlmrec.models.fusions import FUSIONS, FusionConfig
 from lvlmrec.models.fusions.base import FeatureShape
 from lvlmrec.models.histories import Histories
+from lvlmrec.models.item_features import ItemFeatures
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Recommender(nn.Module):
         self.item_encoder = item_encoder
         self.backbone = backbone
 
-    def encode_items(self, item_index: Tensor, features: Tensor | None = None) -> Tensor:
-        """item_index [N], features [N, L, D] of the same items -> [N, E]; item 0 is padding: zero, no gradient."""
+    def encode_items(self, item_index: Tensor, features: ItemFeatures | None = None) -> Tensor:
+        """item_index [N], features of the same items -> [N, E]; item 0 is padding: zero, no gradient."""
         embeddings = self.item_encoder(item_index, features)
         return embeddings.masked_fill(item_index[:, None] == 0, 0.0)
 

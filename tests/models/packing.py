@@ -1,9 +1,10 @@
-"""Padded grids for the tests, and what the sequence encoders make of them."""
+"""Padded grids and plain features for the tests, as the models read them."""
 
 import torch
 from torch import Tensor, nn
 
 from lvlmrec.models.histories import pack
+from lvlmrec.models.item_features import ItemFeatures
 
 
 def grid_mask(lengths: list[int], width: int) -> Tensor:
@@ -17,3 +18,11 @@ def encode_grid(backbone: nn.Module, embeddings: Tensor, mask: Tensor) -> Tensor
     encoded = backbone(embeddings.flatten(0, 1)[histories.place], histories)
     grid = encoded.new_full((mask.numel(), encoded.shape[1]), torch.nan)
     return grid.index_copy(0, histories.place, encoded).unflatten(0, mask.shape)
+
+
+def as_stored(features: Tensor) -> ItemFeatures:
+    """Features [N, L, D] of N items with nothing to scale and nothing missing."""
+    num_items, num_layers, _ = features.shape
+    row = torch.arange(num_items, device=features.device)
+    missing = row.new_zeros(num_items, num_layers, dtype=torch.bool)
+    return ItemFeatures(features, row, range(num_layers), None, None, missing)

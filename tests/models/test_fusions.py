@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from lvlmrec.models.fusions import FUSIONS
 from lvlmrec.models.fusions.base import FeatureShape
+from tests.models.packing import as_stored
 
 NUM_ITEMS, E = 6, 4
 ITEMS = torch.tensor([3, 1, 6, 3])
@@ -78,7 +79,7 @@ def test_values_and_gradients_follow_the_equation(name, settings, shapes):
     layers = [functional.pad(layer, (0, widest - layer.shape[1])) for part in sets for layer in part]
     parameters = dict(module.named_parameters())
 
-    actual = module(ITEMS, torch.stack(layers, dim=1))
+    actual = module(ITEMS, as_stored(torch.stack(layers, dim=1)))
     expected = equation(name, settings, parameters, sets)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
@@ -108,7 +109,9 @@ def test_stored_half_precision_features_are_computed_in_the_dtype_of_the_weights
     torch.manual_seed(0)
     features = torch.randn(len(ITEMS), 3, 5).to(dtype)
     module = FUSIONS["dff"](projection=projection).build(NUM_ITEMS, E, ONE_SET)
-    torch.testing.assert_close(module(ITEMS, features), module(ITEMS, features.float()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        module(ITEMS, as_stored(features)), module(ITEMS, as_stored(features.float())), rtol=0, atol=0
+    )
 
 
 def test_weights_start_xavier_normal_and_the_padding_row_zero():

@@ -13,7 +13,7 @@ from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.models.fusions import FUSIONS
 from lvlmrec.models.fusions.base import FeatureShape
 from lvlmrec.models.recommender import ModelConfig
-from tests.models.packing import encode_grid
+from tests.models.packing import as_stored, encode_grid
 
 NUM_ITEMS, E, LENGTH = 12, 8, 6
 DIMS = (5, 3)  # of two feature sets
@@ -43,7 +43,7 @@ def build(fusion, backbone, seed=0):
 def encode(model, features, sequences):
     """Queries [B, S, E], NaN at padding, as a caller makes them: unique items first, then their sequences."""
     index, places = sequences.unique(return_inverse=True)
-    items = model.encode_items(index, None if features is None else features[index])
+    items = model.encode_items(index, None if features is None else as_stored(features[index]))
     return encode_grid(model.encode_sequences, items[places], sequences > 0)
 
 
@@ -60,7 +60,7 @@ def test_entries_are_frozen_configurations_that_carry_their_own_name(table):
 def test_shapes_are_as_stated_and_padding_items_are_zero(fusion, backbone):
     model, features = build(fusion, backbone)
     index = torch.tensor([0, 3, 3, 12])
-    items = model.encode_items(index, None if features is None else features[index])
+    items = model.encode_items(index, None if features is None else as_stored(features[index]))
     assert items.shape == (4, E)
     assert items[0].abs().sum() == 0 and torch.equal(items[1], items[2]) and items[3].abs().sum() > 0
     queries = encode(model, features, SEQUENCES)

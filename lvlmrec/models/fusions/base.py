@@ -1,11 +1,12 @@
 """What the fusions share: their configuration, the item table, the projection of features and the gate.
 
 Shapes: N items asked for, K feature sets, L feature layers of all sets, D dim of the widest feature, E embedding dim.
-Features [N, L, D] hold the layers of one feature set after the other; behind a narrower feature stand zeros.
+Features hold the layers of one feature set after the other; behind a narrower feature stand zeros.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lvlmrec.models.initial import xavier_normal
+from lvlmrec.models.item_features import ItemFeatures, sum_of_layers
 
 
 class FeatureShape(NamedTuple):
@@ -34,7 +36,7 @@ class FusionConfig(ABC):
 
     @abstractmethod
     def build(self, num_items: int, embedding_dim: int, shapes: Sequence[FeatureShape]) -> nn.Module:
-        """A module `forward(item_index [N], features [N, L, D] or None) -> [N, E]`; items are 1..num_items."""
+        """A module `forward(item_index [N], features or None) -> [N, E]`; items are 1..num_items."""
 
 
 def item_table(num_items: int, embedding_dim: int) -> nn.Embedding:
@@ -52,25 +54,34 @@ class FeatureProjection(nn.Module):
         self.linear = nn.Linear(sum(self.dims), embedding_dim)
         self.apply(xavier_normal)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """One vector of each feature set, [N, K, D] in any float dtype -> [N, E]."""
-        joined = torch.cat([features[:, k, :dim] for k, dim in enumerate(self.dims)], dim=-1)
-        return torch.relu(self.linear(joined.to(self.linear.weight.dtype)))
+    def forward(self, features: ItemFeatures) -> Tensor:
+        """The only layer of each feature set -> [N, E]."""
+        return self.project([features.layer(k, self.linear.weight.dtype) for k in range(len(self.dims))])
 
-    def each_layer(self, features: Tensor) -> Tensor:
-        """relu(W_k h_l + b) of every layer l of every feature set k: [N, L, D] -> [N, L, E]."""
-        parts = features.to(self.linear.weight.dtype).split(self.num_layers, dim=1)
-        weights = self.linear.weight.split(self.dims, dim=1)
-        triples = zip(parts, weights, self.dims, strict=True)
-        return torch.cat(
-            [functional.linear(part[..., :dim], weight, self.linear.bias) for part, weight, dim in triples], dim=1
-        ).relu()
+    def project(self, vectors: Sequence[Tensor]) -> Tensor:
+        """One vector of each feature set, K x [N, D] -> [N, E]."""
+        joined = torch.cat([vector[:, :dim] for vector, dim in zip(vectors, self.dims, strict=True)], dim=-1)
+        return torch.relu(self.linear(joined))
 
-    def sum_of_layers(self, features: Tensor, weights: Tensor) -> Tensor:
-        """features [N, L, D], weights [L] -> [N, K, D]: of each feature set the weighted sum of its layers."""
-        parts = features.to(weights.dtype).split(self.num_layers, dim=1)
-        pairs = zip(parts, weights.split(self.num_layers), strict=True)
-        return torch.stack([torch.einsum("l,nld->nd", weight, part) for part, weight in pairs], dim=1)
+    def sum_of_projected(self, features: ItemFeatures, weights: Tensor) -> Tensor:
+        """sum_l w_l relu(W_k h_l + b) over every layer l of every feature set k, weights [L] -> [N, E]."""
+        matrices = self.linear.weight.split(self.dims, dim=1)
+        total = weights.new_zeros(())
+        for layers, matrix, dim in zip(self._layers(), matrices, self.dims, strict=True):
+            for number in layers:
+                vector = features.layer(number, matrix.dtype)[:, :dim]
+                total = total + weights[number] * functional.linear(vector, matrix, self.linear.bias).relu()
+        return total
+
+    def projected_sum(self, features: ItemFeatures, weights: Tensor) -> Tensor:
+        """relu(W [s_1; ...; s_K] + b), s_k = sum_l w_l h_l over the layers of feature set k, weights [L] -> [N, E]."""
+        chosen = self._layers()
+        return self.project([sum_of_layers(weights[r.start : r.stop], features, r) for r in chosen])
+
+    def _layers(self) -> list[range]:
+        """The numbers of each feature set's layers."""
+        ends = [0, *itertools.accumulate(self.num_layers)]
+        return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
 class GatedFusion(nn.Module):

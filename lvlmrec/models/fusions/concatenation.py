@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lvlmrec.config import option
 from lvlmrec.models.fusions.base import FeatureProjection, FeatureShape, FusionConfig, item_table
 from lvlmrec.models.initial import xavier_normal
+from lvlmrec.models.item_features import ItemFeatures
 
 
 @dataclass(frozen=True)
@@ -33,5 +34,5 @@ class Concatenation(nn.Module):
         self.joint = nn.Linear(2 * embedding_dim, embedding_dim)
         self.apply(xavier_normal)
 
-    def forward(self, item_index: Tensor, features: Tensor) -> Tensor:
+    def forward(self, item_index: Tensor, features: ItemFeatures) -> Tensor:
         return self.joint(torch.cat([self.ids(item_index), self.projection(features)], dim=-1))

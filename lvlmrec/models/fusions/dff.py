@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lvlmrec.config import option
 from lvlmrec.models.fusions.base import FeatureShape, FusionConfig, GatedFusion
+from lvlmrec.models.item_features import ItemFeatures
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class DFF(GatedFusion):
         """alpha [L]: positive, sums to 1 over the layers of all feature sets."""
         return torch.softmax(self.layer_logits, dim=0)
 
-    def forward(self, item_index: Tensor, features: Tensor) -> Tensor:
+    def forward(self, item_index: Tensor, features: ItemFeatures) -> Tensor:
         weights = self.layer_weights()
         if self.project_first:
-            return self.fuse(item_index, torch.einsum("l,nle->ne", weights, self.projection.each_layer(features)))
-        return self.fuse(item_index, self.projection(self.projection.sum_of_layers(features, weights)))
+            return self.fuse(item_index, self.projection.sum_of_projected(features, weights))
+        return self.fuse(item_index, self.projection.projected_sum(features, weights))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lvlmrec.config import option
 from lvlmrec.models.fusions.base import FeatureShape, FusionConfig, GatedFusion
+from lvlmrec.models.item_features import ItemFeatures
 
 
 @dataclass(frozen=True)
@@ -24,5 +25,5 @@ class SingleLayerConfig(FusionConfig):
 
 
 class SingleLayerFusion(GatedFusion):
-    def forward(self, item_index: Tensor, features: Tensor) -> Tensor:
+    def forward(self, item_index: Tensor, features: ItemFeatures) -> Tensor:
         return self.fuse(item_index, self.projection(features))

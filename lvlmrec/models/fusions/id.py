@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lvlmrec.config import option
 from lvlmrec.models.fusions.base import FeatureShape, FusionConfig, item_table
 from lvlmrec.models.initial import xavier_normal
+from lvlmrec.models.item_features import ItemFeatures
 
 
 @dataclass(frozen=True)
@@ -30,5 +31,5 @@ class IdOnly(nn.Module):
         self.ids = item_table(num_items, embedding_dim)
         self.apply(xavier_normal)
 
-    def forward(self, item_index: Tensor, features: Tensor | None = None) -> Tensor:
+    def forward(self, item_index: Tensor, features: ItemFeatures | None = None) -> Tensor:
         return self.ids(item_index)

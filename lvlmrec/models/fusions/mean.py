@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lvlmrec.config import option
 from lvlmrec.models.fusions.base import FeatureShape, FusionConfig, GatedFusion
+from lvlmrec.models.item_features import ItemFeatures
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,6 @@ class MeanConfig(FusionConfig):
 
 
 class MeanFusion(GatedFusion):
-    def forward(self, item_index: Tensor, features: Tensor) -> Tensor:
+    def forward(self, item_index: Tensor, features: ItemFeatures) -> Tensor:
         shares = [self.ids.weight.new_full((size,), 1 / size) for size in self.projection.num_layers]
-        return self.fuse(item_index, self.projection(self.projection.sum_of_layers(features, torch.cat(shares))))
+        return self.fuse(item_index, self.projection.projected_sum(features, torch.cat(shares)))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lvlmrec.config import option
 from lvlmrec.models.fusions.base import FeatureProjection, FeatureShape, FusionConfig
+from lvlmrec.models.item_features import ItemFeatures
 
 
 @dataclass(frozen=True)
@@ -28,5 +29,5 @@ class Replacement(nn.Module):
         super().__init__()
         self.projection = FeatureProjection(shapes, embedding_dim)
 
-    def forward(self, item_index: Tensor, features: Tensor) -> Tensor:
+    def forward(self, item_index: Tensor, features: ItemFeatures) -> Tensor:
         return self.projection(features)

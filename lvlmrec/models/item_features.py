@@ -1,0 +1,101 @@
+"""The features of some items, read where they are stored, and the weighted sum of their layers.
+
+Shapes: N items asked for, T items stored, L feature layers, D dim of the widest feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Numbers of a block of one layer: conversion, product and sum stay in a core's cache; on a GPU, few large kernels.
+NUMBERS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 27}
+
+
+class ItemFeatures(NamedTuple):
+    """Features of N items, converted and scaled only when they are read: as stored they are half the size, or less.
+
+    stored   [T, C, D] float16, bfloat16 or float32: features of all items, perhaps memory-mapped; its columns C
+             hold the L layers and perhaps others
+    row      int64 [N]: the row of `stored` of each item
+    columns  the column of `stored` of each layer
+    mean, std [L, D]: a feature is read as (stored - mean) / std; both None: as it is stored
+    missing  bool [N, L]: no feature; read as zeros. Stored are zeros, too
+    """
+
+    stored: Tensor
+    row: Tensor
+    columns: Sequence[int]
+    mean: Tensor | None
+    std: Tensor | None
+    missing: Tensor
+
+    def layer(self, number: int, dtype: torch.dtype) -> Tensor:
+        """One layer's features [N, D], scaled."""
+        values = self.unscaled(number, self.row, dtype)
+        if self.mean is None or self.std is None:
+            return values
+        scaled = (values - self.mean[number].to(dtype)) / self.std[number].to(dtype)
+        return scaled.masked_fill_(self.missing[:, number, None], 0.0)
+
+    def unscaled(self, number: int, row: Tensor, dtype: torch.dtype) -> Tensor:
+        """One layer's stored features of some rows, [rows, D]."""
+        return self.stored[:, self.columns[number]].index_select(0, row).to(dtype)
+
+
+def sum_of_layers(weights: Tensor, features: ItemFeatures, layers: range) -> Tensor:
+    """sum_l w_l h_l over some layers of scaled features: weights [len(layers)] -> [N, D], in their dtype.
+
+    Equal to summing `features.layer(l)`, gradients too, but layers are read in blocks that are never all in memory.
+    """
+    return _SumOfLayers.apply(weights, features, layers)
+
+
+class _SumOfLayers(torch.autograd.Function):
+    """With m and s the mean and deviation of layer l, p_nl whether item n has it, x the stored feature:
+
+    out_n = sum_l w_l p_nl (x_nl - m_l) / s_l = sum_l x_nl (w_l / s_l) - sum_l p_nl (w_l m_l / s_l)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, features: ItemFeatures, layers: range) -> Tensor:
+        ctx.features, ctx.layers = features, layers
+        mean, inverse, present = _scaling(features, layers, weights.dtype)
+        scales = weights[:, None] * inverse
+        out = -(present * weights) @ (mean * inverse)
+        for rows in _blocks(features):
+            for place, number in enumerate(layers):
+                values = features.unscaled(number, features.row[rows], weights.dtype)
+                out[rows].addcmul_(values, scales[place])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        features, layers = ctx.features, ctx.layers
+        (gradient,) = gradients
+        mean, inverse, present = _scaling(features, layers, gradient.dtype)
+        sums = -mean * (present.T @ gradient)
+        for rows in _blocks(features):
+            for place, number in enumerate(layers):
+                values = features.unscaled(number, features.row[rows], gradient.dtype)
+                sums[place] += values.mul_(gradient[rows]).sum(0)
+        return (sums * inverse).sum(1), None, None
+
+
+def _scaling(features: ItemFeatures, layers: range, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """mean and 1 / std [len(layers), D], and 1 where an item has the layer, else 0, [N, len(layers)]."""
+    chosen = list(layers)
+    present = (~features.missing[:, chosen]).to(dtype)
+    if features.mean is None or features.std is None:
+        shape = len(chosen), features.stored.shape[2]
+        return present.new_zeros(shape), present.new_ones(shape), present
+    return features.mean[chosen].to(dtype), 1 / features.std[chosen].to(dtype), present
+
+
+def _blocks(features: ItemFeatures) -> list[slice]:
+    at_once = NUMBERS_AT_ONCE.get(features.stored.device.type, 1 << 27)
+    size = max(1, at_once // features.stored.shape[2])
+    return [slice(start, start + size) for start in range(0, len(features.row), size)]
