@@ -5,14 +5,14 @@ Shapes: N items asked for, T items stored, L feature layers, D dim of the widest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Numbers of a block of one layer: conversion, product and sum stay in a core's cache; on a GPU, few large kernels.
-NUMBERS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 27}
+# Numbers of a block of items: conversion, product and sum stay in a core's cache; on a GPU, few large kernels.
+NUMBERS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 28}
 
 
 class ItemFeatures(NamedTuple):
@@ -35,15 +35,27 @@ class ItemFeatures(NamedTuple):
 
     def layer(self, number: int, dtype: torch.dtype) -> Tensor:
         """One layer's features [N, D], scaled."""
-        values = self.unscaled(number, self.row, dtype)
+        values = self.stored[:, self.columns[number]].index_select(0, self.row).to(dtype)
         if self.mean is None or self.std is None:
             return values
         scaled = (values - self.mean[number].to(dtype)) / self.std[number].to(dtype)
         return scaled.masked_fill_(self.missing[:, number, None], 0.0)
 
-    def unscaled(self, number: int, row: Tensor, dtype: torch.dtype) -> Tensor:
-        """One layer's stored features of some rows, [rows, D]."""
-        return self.stored[:, self.columns[number]].index_select(0, row).to(dtype)
+    def unscaled(self, layers: range, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of items with some layers, as stored: [block, len(layers), D], the caller's until the next."""
+        columns = [self.columns[number] for number in layers]
+        every = columns == list(range(self.stored.shape[1]))
+        shape = len(columns), self.stored.shape[2]
+        block = max(1, NUMBERS_AT_ONCE.get(self.stored.device.type, 1 << 28) // (shape[0] * shape[1]))
+        # The same memory for each block: fresh memory costs more than all that is done in it.
+        stored, values = self.stored.new_empty(block, *shape), self.stored.new_empty(block, *shape, dtype=dtype)
+        for start in range(0, len(self.row), block):
+            row = self.row[start : start + block]
+            if every:
+                torch.index_select(self.stored, 0, row, out=stored[: len(row)])
+            else:
+                stored[: len(row)] = self.stored[row[:, None], columns]
+            yield slice(start, start + block), values[: len(row)].copy_(stored[: len(row)])
 
 
 def sum_of_layers(weights: Tensor, features: ItemFeatures, layers: range) -> Tensor:
@@ -66,10 +78,8 @@ class _SumOfLayers(torch.autograd.Function):
         mean, inverse, present = _scaling(features, layers, weights.dtype)
         scales = weights[:, None] * inverse
         out = -(present * weights) @ (mean * inverse)
-        for rows in _blocks(features):
-            for place, number in enumerate(layers):
-                values = features.unscaled(number, features.row[rows], weights.dtype)
-                out[rows].addcmul_(values, scales[place])
+        for rows, values in features.unscaled(layers, weights.dtype):
+            out[rows] += values.mul_(scales).sum(1)
         return out
 
     @staticmethod
@@ -78,10 +88,8 @@ class _SumOfLayers(torch.autograd.Function):
         (gradient,) = gradients
         mean, inverse, present = _scaling(features, layers, gradient.dtype)
         sums = -mean * (present.T @ gradient)
-        for rows in _blocks(features):
-            for place, number in enumerate(layers):
-                values = features.unscaled(number, features.row[rows], gradient.dtype)
-                sums[place] += values.mul_(gradient[rows]).sum(0)
+        for rows, values in features.unscaled(layers, gradient.dtype):
+            sums += values.mul_(gradient[rows, None]).sum(0)
         return (sums * inverse).sum(1), None, None
 
 
@@ -93,9 +101,3 @@ def _scaling(features: ItemFeatures, layers: range, dtype: torch.dtype) -> tuple
         shape = len(chosen), features.stored.shape[2]
         return present.new_zeros(shape), present.new_ones(shape), present
     return features.mean[chosen].to(dtype), 1 / features.std[chosen].to(dtype), present
-
-
-def _blocks(features: ItemFeatures) -> list[slice]:
-    at_once = NUMBERS_AT_ONCE.get(features.stored.device.type, 1 << 27)
-    size = max(1, at_once // features.stored.shape[2])
-    return [slice(start, start + size) for start in range(0, len(features.row), size)]

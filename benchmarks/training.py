@@ -1,0 +1,214 @@
+"""Claim: an epoch and an evaluation cost a fraction of what others take, and DFF's layers next to nothing.
+
+    python benchmarks/training.py [--folder DIR] [--rounds 7] [--cases NAME ...] [--no-memory] [--save]
+
+MicroLens-50K (LVLMREC_DATA), 10 items of history, 512 users a step; SASRec of 2 blocks, 2 heads, FFN 4d; one thread.
+Every case's epoch is cut into `--rounds` parts and the cases take turns, a part each, after one batch that does not
+count; the figure is the user + system time of a whole epoch. Evaluations, all 50,000 users over the whole catalogue,
+take turns as well; their figure is the median of three.
+
+inbatch_64, inbatch_512            in-batch softmax with log-popularity correction, float32; _bf16: in bfloat16
+full_64, bce_64                    softmax over the catalogue; binary cross-entropy with one negative
+dff_raw_512                        DFF over 28 layers of 3584 dims, float16, standardised: random numbers, 3.8 GB
+dff_pca_512                        DFF over 28 layers of 512 dims, float32, the form that feature_pca leaves: random
+
+Memory: each of the 512-wide cases alone in a process, ten batches; the peak of what is not a page of a mapped file.
+The last line of stdout is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jobs import real_data
+from record import fenced, save
+
+from lvlmrec import config, fitting
+from lvlmrec.batches import Batch, batches_of_epoch
+from lvlmrec.experiment import Experiment, TrainConfig, prepare
+from lvlmrec.features.compact import FeatureArray
+from lvlmrec.report.comparison import table
+
+CPU = torch.device("cpu")
+CASES: dict[str, list[str]] = {
+    "inbatch_64": ["model.embedding_dim=64"],
+    "inbatch_64_bf16": ["model.embedding_dim=64", "training.precision=bfloat16"],
+    "full_64": ["model.embedding_dim=64", "training.loss.name=full_softmax"],
+    "bce_64": [
+        "model.embedding_dim=64",
+        "training.loss.name=gbce",
+        "training.loss.negatives=1",
+        "training.loss.calibration=0",
+    ],
+    "inbatch_512": ["model.embedding_dim=512"],
+    "inbatch_512_bf16": ["model.embedding_dim=512", "training.precision=bfloat16"],
+    "dff_raw_512": ["model.embedding_dim=512", "model.item_encoder.name=dff"],
+    "dff_pca_512": ["model.embedding_dim=512", "model.item_encoder.name=dff"],
+}
+LAYERS = 28
+DIMS = {"dff_raw_512": (3584, np.float16), "dff_pca_512": (512, np.float32)}
+EVALUATED = {"64": "inbatch_64", "512": "inbatch_512"}
+WITH_MEMORY = ("inbatch_512", "dff_raw_512", "dff_pca_512")
+MEMORY_BATCHES = 10
+
+
+class Case:
+    """One configuration, its model and what is left of its epoch."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        places = [f"dataset.path={real_data() / 'microlens_50k'}", f"workspace={folder}"]
+        layers = ["conf/train.yaml", "conf/dataset/microlens_50k.yaml"]
+        plain = [value for value in CASES[name] if "item_encoder" not in value]
+        self.config = config.load(TrainConfig, layers, [*CASES[name], *places])
+        self.experiment: Experiment = prepare(config.load(TrainConfig, layers, [*plain, *places]))
+        data = self.experiment.data
+        self.features = None
+        if name in DIMS:
+            self.features = random_features(folder, name, len(data.item_ids)).standardized(
+                np.flatnonzero(data.train_counts)
+            )
+        self.state = fitting.new_state(self.config, data, self.features, CPU)
+        self.loss = fitting.Loss(self.state.model, self.config.training, data.train_counts)
+        self.steps = -(-len(data.sequences) // self.config.training.batch_size)
+        self.seconds = 0.0
+        self.batches = self.epoch(1)
+        self.train(islice(self.epoch(0), 1))
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        return batches_of_epoch(self.config, self.experiment.data, self.features, number, CPU)
+
+    def train(self, batches: Iterator[Batch]) -> float:
+        started = time.process_time()
+        fitting.train_epoch(self.config.training, batches, self.loss, self.state.optimizer, CPU)
+        return time.process_time() - started
+
+    def evaluate(self) -> float:
+        started = time.process_time()
+        data = self.experiment.data
+        catalogue = fitting.encode_catalogue(self.state.model.eval(), len(data.item_ids), self.features, CPU)
+        fitting.rank_holdout(self.state.model, catalogue, data.validation)
+        return time.process_time() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default="", help="where random features are kept; a temporary folder otherwise")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--measure-memory", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--save", action="store_true", help="write a dated result under benchmarks/results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.measure_memory:
+        print(peak_memory(arguments.measure_memory, Path(arguments.folder)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.folder or temporary).resolve()
+        result = measure(arguments.cases, folder, arguments.rounds)
+        if not arguments.no_memory:
+            result["peak_mb"] = {name: memory_of(name, folder) for name in WITH_MEMORY if name in arguments.cases}
+    text = report(result)
+    print(text)
+    if arguments.save:
+        print(save("training", __doc__ or "", fenced(text)))
+    print(json.dumps(result))
+
+
+def measure(names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
+    """Epochs, a part of each case in turn; then evaluations in turn."""
+    cases = {name: Case(name, folder) for name in names}
+    for number in range(rounds):
+        for name, case in cases.items():
+            part = islice(case.batches, case.steps * (number + 1) // rounds - case.steps * number // rounds)
+            case.seconds += case.train(part)
+            print(f"training: round {number + 1}/{rounds}, {name} {case.seconds:.1f} s", file=sys.stderr)
+    evaluated: dict[str, list[float]] = {width: [] for width, name in EVALUATED.items() if name in cases}
+    for _ in range(3):
+        for width, times in evaluated.items():
+            times.append(cases[EVALUATED[width]].evaluate())
+    epochs = {name: round(case.seconds, 2) for name, case in cases.items()}
+    base = epochs.get("inbatch_512", 0.0)
+    over = {
+        name: round(epochs[f"dff_{name}_512"] / base, 3)
+        for name in ("raw", "pca")
+        if base and f"dff_{name}_512" in epochs
+    }
+    return {
+        "epoch_cpu_s": epochs,
+        "evaluate_cpu_s": {width: round(statistics.median(times), 2) for width, times in evaluated.items()},
+        "dff_over_id": over,
+    }
+
+
+def random_features(folder: Path, name: str, num_items: int) -> FeatureArray:
+    """Standard normal features of every item, kept in `folder`."""
+    dim, dtype = DIMS[name]
+    path = folder / f"{name}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num_items + 1, LAYERS, dim))
+        for item in range(1, num_items + 1):
+            array[item] = rng.standard_normal((LAYERS, dim), dtype=np.float32)
+        array.flush()
+    return FeatureArray(
+        path=path,
+        digest=name,
+        recipe=name,
+        names=tuple(f"random/llm.{layer}/visual_mean" for layer in range(LAYERS)),
+        columns=tuple(range(LAYERS)),
+        widths=(dim,) * LAYERS,
+        sets=(0,) * LAYERS,
+        dtype=np.dtype(dtype).name,
+        missing=np.zeros((num_items + 1, LAYERS), dtype=bool),
+    )
+
+
+def memory_of(name: str, folder: Path) -> int:
+    command = [sys.executable, __file__, "--measure-memory", name, "--folder", str(folder)]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+def peak_memory(name: str, folder: Path) -> int:
+    """MB of anonymous memory at most while a few batches are trained, looked at every 5 ms."""
+    case, peak, done = Case(name, folder), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            (line,) = (line for line in Path("/proc/self/status").read_text().split("\n") if line.startswith("RssAnon"))
+            peak = max(peak, int(line.split()[1]) // 1024)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    case.train(islice(case.epoch(1), MEMORY_BATCHES))
+    done.set()
+    watcher.join()
+    return peak
+
+
+def report(result: dict[str, Any]) -> str:
+    peaks = result.get("peak_mb", {})
+    rows = [[name, f"{seconds:.1f}", str(peaks.get(name, ""))] for name, seconds in result["epoch_cpu_s"].items()]
+    text = table(["epoch", "CPU s", "peak MB"], rows)
+    text += "\n\n" + table(["evaluation, d", "CPU s"], [[d, f"{s:.1f}"] for d, s in result["evaluate_cpu_s"].items()])
+    return text + "".join(f"\n\nDFF over ids, {name}: {ratio:.3f}" for name, ratio in result["dff_over_id"].items())
+
+
+if __name__ == "__main__":
+    main()
