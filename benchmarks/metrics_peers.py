@@ -27,15 +27,18 @@ PEER_NAMES = {"hr": "hit_rate", "recall": "recall", "ndcg": "ndcg", "mrr": "mrr"
 NUM_ITEMS = 300
 
 
-def rankings(users: int, levels: int, num_targets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores [U, I + 1] of so many levels, histories [U, 10] and 1 to `num_targets` targets [U, T] outside them."""
-    rng = np.random.default_rng((users, levels, num_targets))
-    scores = rng.integers(levels, size=(users, NUM_ITEMS + 1)).astype(np.float32)
+def rankings(users: int, fineness: int, num_targets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whole scores [U, I + 1], histories [U, 10] and 1 to `num_targets` targets [U, T] outside them.
+
+    Scores are exponential times `fineness`, rounded down: at 0 all are equal, at 1 few are high and nearly all tied.
+    """
+    rng = np.random.default_rng((users, fineness, num_targets))
+    scores = np.floor(fineness * rng.exponential(size=(users, NUM_ITEMS + 1))).astype(np.float32)
     shuffled = rng.permuted(np.tile(np.arange(1, NUM_ITEMS + 1), (users, 1)), axis=1)
     histories, targets = shuffled[:, :10].copy(), shuffled[:, 10 : 10 + num_targets].copy()
     targets[:, 1:][rng.random(targets[:, 1:].shape) < 0.5] = 0
-    chosen = rng.random(targets.shape) < 0.5  # scores that know something, so that no metric is near 0
-    scores[np.arange(users)[:, None], np.where(chosen, targets, 0)] = levels - 1
+    better = np.floor(4 * fineness * rng.exponential(size=targets.shape))  # so that no metric is near 0
+    scores[np.arange(users)[:, None], targets] += better
     return scores, histories, targets
 
 
@@ -61,8 +64,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows, differences = [], {}
     for num_targets in (1, 8):
-        for levels in (1, 5, 50, 100_000):
-            scores, histories, targets = rankings(arguments.users, levels, num_targets)
+        for fineness in (0, 1, 10, 100_000):
+            scores, histories, targets = rankings(arguments.users, fineness, num_targets)
+            distinct = np.mean([len(np.unique(row)) for row in scores])
             theirs = of_ranx(scores, histories, targets)
             ours = metrics_of_sets(top_from_scores(scores, histories, max(KS), behind=targets), targets, KS)
             compared = {"lists": ours}
@@ -70,11 +74,18 @@ def main() -> None:
                 compared["ranks"] = metrics(rank_from_scores(scores, targets[:, 0], histories), KS)
             for way, values in compared.items():
                 largest = max(abs(values[name] - theirs[name]) for name in values)
-                name = f"{num_targets} targets, {levels:,} levels, {way}"
+                name = f"up to {num_targets} targets, fineness {fineness:,}, {way}"
                 differences[name] = largest
                 shown = [f"{result['ndcg@10']:.6f}" for result in (values, theirs)]
-                rows.append([name, str(len(values)), *shown, f"{largest:.1e}"])
-    head = ["rankings", "metrics", "NDCG@10 here", "NDCG@10 ranx", "largest difference of all"]
+                rows.append([name, f"{distinct:.0f}", str(len(values)), *shown, f"{largest:.1e}"])
+    head = [
+        "rankings",
+        "distinct scores of 301",
+        "metrics",
+        "NDCG@10 here",
+        "NDCG@10 ranx",
+        "largest difference of all",
+    ]
     text = f"{table(head, rows)}\n\nranx {version('ranx')}; {arguments.users} users, {NUM_ITEMS} items, K {KS}"
     print(text)
     if arguments.save:
