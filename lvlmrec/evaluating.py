@@ -59,6 +59,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     ks, others = sorted(set(config.ks)), _others(config.against)
     if not ks:
         raise ConfigError("ks: no cut-off given; as in ks=[10,20]")
+    for other in others:
+        read_ranks(other)  # before the work, not after it
     checkpoint, split = _load(config)
     holdout = split.test()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -220,6 +220,12 @@ def test_what_cannot_be_compared_is_refused(workspace: Path, trained: dict, agai
         evaluate(workspace, trained["id"], against=against)
 
 
+def test_ranks_that_are_not_there_are_missed_before_the_work(trained: dict, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not readable"):
+        evaluate(tmp_path, trained["id"], against=tmp_path / "nowhere.parquet")
+    assert not (tmp_path / "evaluations").exists()
+
+
 def test_other_cut_offs(workspace: Path, trained: dict, evaluated: dict, tmp_path: Path) -> None:
     result = evaluate(tmp_path, trained["id"], ks="[7,1,7]", baselines="[markov]")
     ranks = evaluating.read_ranks(evaluated["id"]["ranks"])["item_rank"].to_numpy()
