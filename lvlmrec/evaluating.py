@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +14,20 @@ import torch
 
 from lvlmrec import storage
 from lvlmrec.baselines import BASELINES
+from lvlmrec.baselines.base import Baseline
 from lvlmrec.checkpoint import Checkpoint, load_checkpoint
 from lvlmrec.columns import COLD, ITEM_ID, ITEM_RANK, USER_ID
 from lvlmrec.config import option
 from lvlmrec.data.split import Holdout, LeaveOneOut
-from lvlmrec.errors import InputError
+from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
+from lvlmrec.evaluation.lists import top_from_scores, top_items
 from lvlmrec.evaluation.metrics import metrics
-from lvlmrec.evaluation.ranking import rank_from_scores
-from lvlmrec.evaluation.significance import paired_test
-from lvlmrec.evaluation.slices import by_coldness, slice_metrics
+from lvlmrec.evaluation.ranking import rank_from_scores, rank_targets
+from lvlmrec.evaluation.significance import holm, paired_test
+from lvlmrec.evaluation.slices import by_coldness, by_history_length, by_popularity, slice_metrics
 from lvlmrec.experiment import load_split
-from lvlmrec.fitting import encode_catalogue, rank_holdout
+from lvlmrec.fitting import encode_catalogue, encode_users
 
 USERS_AT_ONCE = 512
 
@@ -38,17 +42,62 @@ class EvaluateConfig:
     checkpoint: str = option("${workspace}/checkpoints", "a checkpoint, or a folder: its newest one")
     dataset_path: str = option("", "where the dataset is now, if not where the checkpoint was trained")
     features: Any = option("", "where the feature set is now, or the list of them, if not where it was trained")
+    ks: list[int] = option([10, 20], "cut-offs K of the metrics", minimum=1)
     baselines: list[str] = option(
         ["popularity", "item_knn", "markov"], "fitted and ranked on the same split", choices=BASELINES
     )
-    against: str = option("", "ranks of another evaluation: both are compared user by user")
+    against: Any = option("", "ranks of another evaluation, or a list of them: compared user by user")
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Rank every user's test item over the full catalogue, write the ranks, and give the metrics by slice.
 
-    Raises `InputError` when the dataset is not the one that the checkpoint was trained on.
+    Raises `ConfigError` for a setting that says nothing, `InputError` when the dataset is not the one that the
+    checkpoint was trained on.
     """
+    ks, others = sorted(set(config.ks)), _others(config.against)
+    if not ks:
+        raise ConfigError("ks: no cut-off given; as in ks=[10,20]")
+    for other in others:
+        read_ranks(other)  # before the work, not after it
+    checkpoint, split = _load(config)
+    holdout = split.test()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = checkpoint.model.to(device)
+    catalogue = encode_catalogue(model, len(checkpoint.item_ids), checkpoint.features, device)
+    queries = encode_users(model, catalogue, holdout.inputs)
+    ranks = rank_targets(queries, catalogue, holdout.targets, holdout.histories)
+    lists = top_items(queries, catalogue, holdout.histories, ks[-1])
+    folder = storage.join(storage.absolute(config.workspace), "evaluations", checkpoint.uri.rsplit("/", 1)[-1])
+    uri = storage.join(folder, "ranks.parquet")
+    write_ranks(uri, split, holdout, ranks)
+    result: dict[str, Any] = {
+        "checkpoint": checkpoint.uri,
+        "users": len(ranks),
+        "ranks": uri,
+        **measure(split, holdout, ranks, lists, ks),
+        "validation": checkpoint.result["validation"],
+        "parameters": sum(tensor.numel() for tensor in checkpoint.model.state_dict().values()),
+        "trials": checkpoint.result.get("trials"),  # configurations tried before this one; None: nobody wrote it down
+        "baselines": _baselines(config.baselines, split, folder, ks),
+        "layer_weights": layer_weights(checkpoint),
+    }
+    if others:
+        result["against"] = compare(uri, others, config.seed)
+    storage.write_bytes(storage.join(folder, "evaluation.json"), json.dumps(result, indent=2).encode())
+    return result
+
+
+def _others(against: Any) -> list[str]:
+    """The URIs of `against`, a text or a list of them. Raises `ConfigError`."""
+    others = against if isinstance(against, list) else [against] if against else []
+    if not all(isinstance(uri, str) and uri for uri in others):
+        raise ConfigError(f"against: {against!r} is neither the URI of ranks nor a list of URIs")
+    return list(dict.fromkeys(storage.absolute(uri) for uri in others))
+
+
+def _load(config: EvaluateConfig) -> tuple[Checkpoint, LeaveOneOut]:
+    """The checkpoint, and the split that it was trained on. Raises `InputError`."""
     overrides = {"dataset.path": config.dataset_path, "features": config.features, "workspace": config.workspace}
     if not storage.is_remote(config.workspace):
         overrides["cache"] = storage.join(config.workspace, "cache")  # that of the training may be on another machine
@@ -60,30 +109,24 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             f"not the one that {checkpoint.uri!r} was trained on ({checkpoint.result['users']} users, "
             f"{len(checkpoint.item_ids)} items); set dataset_path to its own"
         )
-    holdout = split.test()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = checkpoint.model.to(device)
-    catalogue = encode_catalogue(model, len(checkpoint.item_ids), checkpoint.features, device)
-    ranks = rank_holdout(model, catalogue, holdout)
-    cold = split.is_cold(holdout.targets)
-    folder = storage.join(storage.absolute(config.workspace), "evaluations", checkpoint.uri.rsplit("/", 1)[-1])
-    uri = storage.join(folder, "ranks.parquet")
-    write_ranks(uri, split, holdout, ranks, cold)
-    slices = slice_metrics(ranks, by_coldness(cold))
-    result: dict[str, Any] = {
-        "checkpoint": checkpoint.uri,
-        "test": metrics(ranks),
-        "users": len(ranks),
-        "ranks": uri,
-        "slices": slices,
-        "validation": checkpoint.result["validation"],
-        "baselines": _baselines(config.baselines, split, folder, cold),
-        "layer_weights": layer_weights(checkpoint),
+    return checkpoint, split
+
+
+def measure(
+    split: LeaveOneOut, holdout: Holdout, ranks: np.ndarray, lists: np.ndarray, ks: Sequence[int]
+) -> dict[str, Any]:
+    """Everything that is said of a run or a baseline: metrics, the same by slice, and beyond accuracy."""
+    counts = split.train_counts()
+    slices = {
+        **by_coldness(split.is_cold(holdout.targets)),
+        **by_popularity(holdout.targets, counts),
+        **by_history_length(holdout.histories),
     }
-    if config.against:
-        result["against"] = compare(uri, storage.absolute(config.against), config.seed)
-    storage.write_bytes(storage.join(folder, "evaluation.json"), json.dumps(result, indent=2).encode())
-    return result
+    return {
+        "test": metrics(ranks, ks),
+        "slices": slice_metrics(ranks, slices, ks),
+        "beyond_accuracy": beyond_accuracy(lists, holdout.targets, counts, ks),
+    }
 
 
 def layer_weights(checkpoint: Checkpoint) -> dict[str, float]:
@@ -94,9 +137,10 @@ def layer_weights(checkpoint: Checkpoint) -> dict[str, float]:
     return dict(zip(checkpoint.features.names, weigh().tolist(), strict=True))
 
 
-def write_ranks(uri: str, split: LeaveOneOut, holdout: Holdout, ranks: np.ndarray, cold: np.ndarray) -> None:
+def write_ranks(uri: str, split: LeaveOneOut, holdout: Holdout, ranks: np.ndarray) -> None:
     """user_id, item_id (the target), item_rank, cold: what any two runs can be compared by."""
     targets = np.asarray(split.item_ids)[holdout.targets - 1]
+    cold = split.is_cold(holdout.targets)
     table = {USER_ID: split.user_ids, ITEM_ID: targets, ITEM_RANK: ranks, COLD: cold}
     storage.write_table(uri, pa.table({name: pa.array(values) for name, values in table.items()}), compression="zstd")
 
@@ -109,10 +153,24 @@ def read_ranks(uri: str) -> pd.DataFrame:
         raise InputError(f"ranks {uri!r}: not readable: {' '.join(str(error).split())}") from error
 
 
-def compare(ours: str, other: str, seed: int) -> dict[str, Any]:
-    """Paired test of two evaluations over the same users and targets: all, warm and cold. Raises `InputError`."""
-    both = read_ranks(ours).merge(read_ranks(other), on=[USER_ID, ITEM_ID], suffixes=("", "_other"))
-    if len(both) != len(read_ranks(ours)) or len(both) != len(read_ranks(other)):
+def compare(ours: str, others: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+    """Paired tests with other evaluations over the same users and targets: all, warm and cold, of each other's URI.
+
+    `p_holm` is Holm's correction over all others, of each slice by itself. Raises `InputError`.
+    """
+    own = read_ranks(ours)
+    tests = {other: _compare(own, ours, other, seed) for other in others}
+    for name in next(iter(tests.values())):
+        corrected = holm({other: slices[name]["p_value"] for other, slices in tests.items()})
+        for other, slices in tests.items():
+            slices[name]["p_holm"] = corrected[other]
+    return tests
+
+
+def _compare(own: pd.DataFrame, ours: str, other: str, seed: int) -> dict[str, dict[str, Any]]:
+    theirs = read_ranks(other)
+    both = own.merge(theirs, on=[USER_ID, ITEM_ID], suffixes=("", "_other"))
+    if not len(both) == len(own) == len(theirs):
         raise InputError(f"against {other!r}: its users and targets are not those of {ours!r}")
     slices = {"all": both, "warm": both[~both[COLD]], "cold": both[both[COLD]]}
     return {
@@ -122,27 +180,33 @@ def compare(ours: str, other: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _baselines(names: list[str], split: LeaveOneOut, folder: str, cold: np.ndarray) -> dict[str, Any]:
-    """Validation and test metrics of the baselines; their ranks stand beside the run's."""
+def _baselines(names: list[str], split: LeaveOneOut, folder: str, ks: Sequence[int]) -> dict[str, Any]:
+    """The same of the baselines, and their metrics on validation; their ranks stand beside the run's."""
     results = {}
     for name in names:
         baseline = BASELINES[name]()
         baseline.fit(split.training(), len(split.item_ids))
-        test = _rank_baseline(baseline, split.test())
-        write_ranks(storage.join(folder, f"ranks-{name}.parquet"), split, split.test(), test, cold)
-        slices = slice_metrics(test, by_coldness(cold))
+        validation, test = split.validation(), split.test()
+        validated = [rank_from_scores(scores, *masks) for scores, *masks in _scored(baseline, validation)]
+        ranks, lists = [], []
+        for scores, targets, histories in _scored(baseline, test):
+            ranks.append(rank_from_scores(scores, targets, histories))
+            lists.append(top_from_scores(scores, histories, ks[-1]))
+        write_ranks(storage.join(folder, f"ranks-{name}.parquet"), split, test, np.concatenate(ranks))
         results[name] = {
-            "validation": metrics(_rank_baseline(baseline, split.validation())),
-            "test": metrics(test),
-            "slices": slices,
+            "validation": metrics(np.concatenate(validated)),
+            **measure(split, test, np.concatenate(ranks), np.concatenate(lists), ks),
         }
     return results
 
 
-def _rank_baseline(baseline: Any, holdout: Holdout) -> np.ndarray:
-    ranks = []
-    for start in range(0, len(holdout.targets), USERS_AT_ONCE):
-        users = slice(start, start + USERS_AT_ONCE)
+def _scored(baseline: Baseline, holdout: Holdout) -> Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
+    """Scores [B, I + 1], targets [B] and histories [B, H] of a block of users after the other."""
+    for users in _blocks(holdout):
         scores = torch.from_numpy(baseline.score(holdout.inputs[users]))
-        ranks.append(rank_from_scores(scores, holdout.targets[users], holdout.histories[users]))
-    return np.concatenate(ranks)
+        yield scores, holdout.targets[users], holdout.histories[users]
+
+
+def _blocks(holdout: Holdout) -> Iterator[slice]:
+    for start in range(0, len(holdout.targets), USERS_AT_ONCE):
+        yield slice(start, start + USERS_AT_ONCE)

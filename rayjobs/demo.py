@@ -46,7 +46,8 @@ def main() -> int:
     print(f"\n{extracted['items']} videos, {extracted['features']} features of each, in {extracted['feature_set']}\n")
     print(comparison(rows))
     print("\nDFF against ids alone, the same users (paired sign-flip test):")
-    for name, test in evaluated["dff"]["against"].items():
+    (compared,) = evaluated["dff"]["against"].values()
+    for name, test in compared.items():
         print(f"  {verdict(name, test)}")
     print("\nlearned layer weights of DFF:")
     for column, weight in evaluated["dff"]["layer_weights"].items():

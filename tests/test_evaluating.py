@@ -9,16 +9,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lvlmrec import config, evaluating
+from lvlmrec.baselines import BASELINES
+from lvlmrec.baselines.base import without_padding
+from lvlmrec.baselines.popularity import Popularity
 from lvlmrec.checkpoint import load_checkpoint
-from lvlmrec.errors import InputError
+from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.evaluating import EvaluateConfig
+from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
 from lvlmrec.evaluation.metrics import metrics
-from lvlmrec.evaluation.significance import paired_test
+from lvlmrec.evaluation.significance import holm, paired_test
 from lvlmrec.experiment import load_split
 from lvlmrec.fitting import encode_catalogue
 from lvlmrec.models.histories import pack
+from lvlmrec.report.evaluation import evaluation
 from tests.toy import CPU, arguments, fitted, publish, train_config, walks, write_pairs
 
 
@@ -83,6 +89,94 @@ def test_the_slices_add_up(evaluated: dict) -> None:
     slices = evaluated["dff"]["slices"]
     assert slices["overall"] == {"users": 150, **evaluated["dff"]["test"]}
     assert slices["warm"]["users"] + slices["cold"]["users"] == 150
+    for parts in (("head", "mid", "tail", "cold"), ("history_upto_5", "history_6_to_10", "history_over_10")):
+        counted = [slices[part] for part in parts if slices[part]["users"]]
+        assert len(counted) > 1 and sum(part["users"] for part in counted) == 150
+        mean = sum(part["users"] * part["ndcg@10"] for part in counted) / 150
+        assert mean == pytest.approx(evaluated["dff"]["test"]["ndcg@10"])
+
+
+@torch.inference_mode()
+def test_beyond_accuracy_is_that_of_each_users_sorted_catalogue(evaluated: dict, trained: dict[str, str]) -> None:
+    loaded = load_checkpoint(trained["dff"], {})
+    items = encode_catalogue(loaded.model, len(loaded.item_ids), loaded.features, CPU)
+    split, _ = load_split(loaded.config.dataset)
+    holdout = split.test()
+    lists = []
+    for inputs, history in zip(holdout.inputs, holdout.histories, strict=True):
+        read = items[inputs[inputs > 0].astype(np.int64)]
+        query = loaded.model.encode_sequences(read, pack(torch.ones(1, len(read), dtype=torch.bool)))[-1]
+        order = (items @ query).argsort(descending=True).tolist()
+        lists.append([item for item in order if item and item not in history][:20])
+    expected = beyond_accuracy(np.array(lists), holdout.targets, split.train_counts())
+    assert evaluated["dff"]["beyond_accuracy"] == pytest.approx(expected)
+    popular = evaluated["dff"]["baselines"]["popularity"]["beyond_accuracy"]
+    assert popular["coverage@10"] < expected["coverage@10"] and popular["gini@10"] > expected["gini@10"]
+    assert popular["popularity@10"] > expected["popularity@10"] and popular["novelty@10"] < expected["novelty@10"]
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_model_whose_scores_are_all_equal_or_nan_ranks_every_target_last(
+    workspace: Path, trained: dict, tmp_path: Path, value: float
+) -> None:
+    broken = shutil.copytree(trained["id"], tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file({name: torch.full_like(tensor, value) for name, tensor in weights.items()}, broken / "model.safetensors")
+    result = evaluate(tmp_path, str(broken), baselines="[]")
+    split, _ = load_split(load_checkpoint(trained["id"], {}).config.dataset)
+    holdout = split.test()
+    candidates = [
+        60 - len(set(row) - {0, target}) for row, target in zip(holdout.histories, holdout.targets, strict=True)
+    ]
+    assert evaluating.read_ranks(result["ranks"])["item_rank"].tolist() == candidates
+    assert result["test"]["hr@20"] == 0
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_baseline_whose_scores_are_all_equal_or_nan_ranks_every_target_last(
+    workspace: Path, trained: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    class Level(Popularity):
+        def score(self, histories: np.ndarray) -> np.ndarray:
+            return without_padding(np.full((len(histories), 61), value, dtype=np.float32))
+
+    monkeypatch.setitem(BASELINES, "popularity", Level)
+    result = evaluate(tmp_path, trained["id"], baselines="[popularity]")
+    level = result["baselines"]["popularity"]
+    assert level["test"]["hr@20"] == level["validation"]["hr@20"] == 0
+    ranks = evaluating.read_ranks(str(Path(result["ranks"]).with_name("ranks-popularity.parquet")))["item_rank"]
+    assert ranks.min() >= 60 - 12 and ranks.max() < 60
+    assert level["beyond_accuracy"]["coverage@20"] < 1, "the first of the tied, not all of them"
+
+
+def test_parameters_and_trials_are_told(evaluated: dict, trained: dict[str, str], tmp_path: Path) -> None:
+    weights = load_file(Path(trained["dff"]) / "model.safetensors")
+    assert evaluated["dff"]["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert evaluated["dff"]["trials"] is None
+    searched = shutil.copytree(trained["id"], tmp_path / "searched")
+    told = json.loads((searched / "result.json").read_text()) | {"trials": 16}
+    (searched / "result.json").write_text(json.dumps(told))
+    assert evaluate(tmp_path, str(searched), baselines="[]")["trials"] == 16
+
+
+def test_the_tables_hold_every_run_slice_and_measure(evaluated: dict) -> None:
+    result = evaluated["dff"]
+    overall, by_slice, beyond, against = evaluation(result).split("\n\n")
+    name = result["checkpoint"].rsplit("/", 1)[-1]
+    rows = {line.split()[0]: line.split()[1:] for line in overall.splitlines()[2:]}
+    assert list(rows) == ["popularity", "item_knn", "markov", name]
+    numbers = [result["validation"]["hr@10"], *result["test"].values()]
+    assert rows[name] == [f"{result['parameters']:,}", "?", *(f"{number:.4f}" for number in numbers)]
+    assert rows["markov"][:2] == ["-", "-"]
+    assert [line.split()[0] for line in by_slice.splitlines()[2:]] == list(result["slices"])
+    assert by_slice.splitlines()[2].split()[1:] == [
+        "150",
+        *(f"{result['baselines'][run]['test']['ndcg@10']:.4f}" for run in list(rows)[:3]),
+        f"{result['test']['ndcg@10']:.4f}",
+    ]
+    assert f"{result['beyond_accuracy']['coverage@20']:.4f}" in beyond.splitlines()[-2]
+    assert beyond.splitlines()[-1].endswith(f"{result['beyond_accuracy']['target_popularity']:.1f}")
+    assert against.splitlines()[1].startswith("  all (150 users): NDCG@10 +")
 
 
 def test_the_baselines_stand_beside_it_and_lose_the_walk(evaluated: dict, workspace: Path) -> None:
@@ -98,25 +192,67 @@ def test_the_baselines_stand_beside_it_and_lose_the_walk(evaluated: dict, worksp
 def test_two_runs_are_compared_user_by_user(evaluated: dict) -> None:
     assert "against" not in evaluated["id"]
     ranks = {name: evaluating.read_ranks(result["ranks"])["item_rank"].to_numpy() for name, result in evaluated.items()}
-    assert evaluated["dff"]["against"]["all"] == paired_test(ranks["dff"], ranks["id"], seed=0)
+    (compared,) = evaluated["dff"]["against"].values()
+    expected = paired_test(ranks["dff"], ranks["id"], seed=0)
+    assert compared["all"] == expected | {"p_holm": expected["p_value"]}
     difference = evaluated["dff"]["test"]["ndcg@10"] - evaluated["id"]["test"]["ndcg@10"]
-    assert evaluated["dff"]["against"]["all"]["difference"] == pytest.approx(difference)
+    assert compared["all"]["difference"] == pytest.approx(difference)
     assert difference > 0
+
+
+def test_several_runs_are_corrected_together_slice_by_slice(evaluated: dict, trained: dict, tmp_path: Path) -> None:
+    ours = Path(evaluated["dff"]["ranks"])
+    others = [
+        evaluated["id"]["ranks"],
+        *(str(ours.with_name(f"ranks-{name}.parquet")) for name in ("markov", "item_knn")),
+    ]
+    result = evaluate(tmp_path, trained["dff"], against=json.dumps([*others, others[0]]), baselines="[]")
+    assert list(result["against"]) == others
+    for part in ("all", "warm"):
+        p_values = {other: result["against"][other][part]["p_value"] for other in others}
+        assert {other: result["against"][other][part]["p_holm"] for other in others} == holm(p_values)
+        assert any(result["against"][other][part]["p_holm"] > p_values[other] for other in others)
+    assert result["against"][others[0]]["all"] != result["against"][others[1]]["all"]
+
+
+@pytest.mark.parametrize("against", ["5", "['', a]", "[[a]]", "{a: b}"])
+def test_what_cannot_be_compared_is_refused(workspace: Path, trained: dict, against: str) -> None:
+    with pytest.raises(ConfigError, match=r"against: .* neither the URI of ranks nor a list"):
+        evaluate(workspace, trained["id"], against=against)
+
+
+def test_ranks_that_are_not_there_are_missed_before_the_work(trained: dict, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not readable"):
+        evaluate(tmp_path, trained["id"], against=tmp_path / "nowhere.parquet")
+    assert not (tmp_path / "evaluations").exists()
+
+
+def test_other_cut_offs(workspace: Path, trained: dict, evaluated: dict, tmp_path: Path) -> None:
+    result = evaluate(tmp_path, trained["id"], ks="[7,1,7]", baselines="[markov]")
+    ranks = evaluating.read_ranks(evaluated["id"]["ranks"])["item_rank"].to_numpy()
+    assert result["test"] == metrics(ranks, (1, 7))
+    assert result["slices"]["overall"] == {"users": 150, **metrics(ranks, (1, 7))}
+    assert {name.partition("@")[2] for name in result["beyond_accuracy"]} == {"", "1", "7"}
+    assert set(result["baselines"]["markov"]["test"]) == set(result["test"])
+    assert "NDCG@1 of" in evaluation(result)
+    with pytest.raises(ConfigError, match="ks: no cut-off"):
+        evaluate(tmp_path, trained["id"], ks="[]")
 
 
 def test_the_order_of_the_other_runs_rows_does_not_matter(evaluated: dict, tmp_path: Path) -> None:
     other = tmp_path / "shuffled.parquet"
     evaluating.read_ranks(evaluated["id"]["ranks"]).sample(frac=1, random_state=0).to_parquet(other)
-    assert evaluating.compare(evaluated["dff"]["ranks"], str(other), 0) == evaluated["dff"]["against"]
+    shuffled = evaluating.compare(evaluated["dff"]["ranks"], [str(other)], 0)
+    assert list(shuffled.values()) == list(evaluated["dff"]["against"].values())
 
 
 def test_ranks_of_other_users_are_not_compared(evaluated: dict, tmp_path: Path) -> None:
     fewer = tmp_path / "fewer.parquet"
     evaluating.read_ranks(evaluated["id"]["ranks"]).head(100).to_parquet(fewer)
     with pytest.raises(InputError, match="users and targets are not those"):
-        evaluating.compare(evaluated["dff"]["ranks"], str(fewer), 0)
+        evaluating.compare(evaluated["dff"]["ranks"], [str(fewer)], 0)
     with pytest.raises(InputError, match="not readable"):
-        evaluating.compare(evaluated["dff"]["ranks"], str(tmp_path / "nowhere.parquet"), 0)
+        evaluating.compare(evaluated["dff"]["ranks"], [str(tmp_path / "nowhere.parquet")], 0)
 
 
 def test_the_layer_weights_of_dff_sum_to_one(evaluated: dict) -> None:

@@ -1,6 +1,7 @@
 """Tables of results, as they are printed."""
 
 from lvlmrec.report.comparison import comparison, table, verdict
+from lvlmrec.report.evaluation import evaluation
 
 
 def test_a_table_is_as_wide_as_its_widest_cells() -> None:
@@ -29,3 +30,42 @@ def test_a_verdict_names_difference_p_value_and_users() -> None:
     test = {"metric": "ndcg@10", "difference": -0.01234, "p_value": 0.0421, "users": 9}
     line = verdict("cold", test | {"better": 1, "worse": 3, "equal": 5})
     assert line == "cold (9 users): NDCG@10 -0.0123, p = 0.042, better for 1, worse for 3, equal for 5"
+
+
+def test_a_verdict_tells_holms_p_value_when_it_is_another() -> None:
+    test = {"metric": "hr@10", "difference": 0.1, "p_value": 0.01, "users": 9, "better": 1, "worse": 0, "equal": 8}
+    assert "p = 0.01 (Holm 0.03), better" in verdict("all", test | {"p_holm": 0.03})
+    assert "p = 0.01, better" in verdict("all", test | {"p_holm": 0.01})
+
+
+def test_the_tables_of_an_evaluation_have_a_dash_for_what_is_not_there() -> None:
+    measured = {
+        "test": {"hr@5": 0.5, "ndcg@5": 0.25, "mrr@5": 0.125},
+        "slices": {"overall": {"users": 8, "ndcg@5": 0.25}, "cold": {"users": 0}},
+        "beyond_accuracy": {
+            "target_popularity": 3.25,
+            "coverage@5": 0.5,
+            "gini@5": 0.75,
+            "novelty@5": 8.126,
+            "popularity@5": 1234.56,
+        },
+        "validation": {},
+    }
+    run = {"checkpoint": "/w/checkpoints/mine", "parameters": 12345, "trials": 16, "baselines": {"markov": measured}}
+    assert evaluation({**measured, **run}).splitlines() == [
+        "test    parameters  trials  validation HR@10    HR@5  NDCG@5   MRR@5",
+        "------  ----------  ------  ----------------  ------  ------  ------",
+        "markov           -       -                 -  0.5000  0.2500  0.1250",
+        "mine        12,345      16                 -  0.5000  0.2500  0.1250",
+        "",
+        "NDCG@5 of  users  markov    mine",
+        "---------  -----  ------  ------",
+        "overall        8  0.2500  0.2500",
+        "cold           0       -       -",
+        "",
+        "lists   coverage@5  gini@5  novelty@5  popularity@5",
+        "------  ----------  ------  ---------  ------------",
+        "markov      0.5000  0.7500       8.13        1234.6",
+        "mine        0.5000  0.7500       8.13        1234.6",
+        "mean popularity of what the users chose: 3.2",
+    ]

@@ -15,6 +15,32 @@ def by_coldness(cold: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
     return {"overall": np.ones_like(cold), "warm": ~cold, "cold": cold}
 
 
+def by_popularity(targets: NDArray[np.integer], train_counts: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:
+    """The slices head, mid and tail by the target's training count; with the cold targets they are all users.
+
+    targets [U], train_counts [I + 1] by item index. Each holds a third of the training interactions: an item is head
+    when the items more popular than it have less than a third of them together, mid when less than two thirds, else
+    tail. So items of the same count are in the same slice.
+    """
+    counts, items = np.unique(train_counts[1:], return_counts=True)
+    up_to = np.cumsum(counts * items)  # interactions of items of this count or a smaller one
+    above = (up_to[-1] - up_to) / up_to[-1]
+    bucket = np.searchsorted([1 / 3, 2 / 3], above, side="right")  # of each count
+    of_users = bucket[np.searchsorted(counts, train_counts[targets])]
+    warm = train_counts[targets] > 0
+    return {name: warm & (of_users == number) for number, name in enumerate(("head", "mid", "tail"))}
+
+
+def by_history_length(histories: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:
+    """The slices of users with up to 5, 6 to 10 and over 10 items before the target; histories [U, H] padded with 0."""
+    lengths = (histories > 0).sum(axis=1)
+    return {
+        "history_upto_5": lengths <= 5,
+        "history_6_to_10": (lengths > 5) & (lengths <= 10),
+        "history_over_10": lengths > 10,
+    }
+
+
 def slice_metrics(
     ranks: NDArray[np.int64], slices: Mapping[str, NDArray[np.bool_]], ks: Sequence[int] = (10, 20)
 ) -> dict[str, dict[str, float]]:

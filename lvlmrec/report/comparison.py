@@ -31,10 +31,13 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def verdict(name: str, test: Mapping[str, Any]) -> str:
-    """One line of a paired test: the difference, its p value, and for how many users each run is better."""
+    """One line of a paired test: the difference, its p values, and for how many users each run is better."""
+    p_values = f"p = {test['p_value']:.2g}"
+    if test.get("p_holm", test["p_value"]) != test["p_value"]:
+        p_values += f" (Holm {test['p_holm']:.2g})"
     return (
         f"{name} ({test['users']} users): {test['metric'].upper()} {test['difference']:+.4f}, "
-        f"p = {test['p_value']:.2g}, better for {test['better']}, worse for {test['worse']}, equal for {test['equal']}"
+        f"{p_values}, better for {test['better']}, worse for {test['worse']}, equal for {test['equal']}"
     )
 
 

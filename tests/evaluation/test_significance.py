@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lvlmrec.evaluation.significance import holm, paired_test, sign_flip_p_value
+from lvlmrec.evaluation.significance import holm, paired_t_test, paired_test, sign_flip_p_value
 
 
 def test_identical_ranks_are_no_evidence():
@@ -72,3 +72,28 @@ def test_holm_by_hand():
     assert adjusted == pytest.approx({"a": 0.04, "b": 0.09, "c": 0.09, "d": 0.5})
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
     assert holm({}) == {}
+
+
+def test_the_t_test_over_seeds_by_hand():
+    result = paired_t_test([0.30, 0.34, 0.32], [0.28, 0.30, 0.29])
+    # Differences .02 .04 .03: mean .03, standard deviation .01, t = .03 / (.01 / sqrt 3), two degrees of freedom.
+    t = 3 * 3**0.5
+    assert result["seeds"] == 3 and result["difference"] == pytest.approx(0.03)
+    assert (result["mean_a"], result["mean_b"]) == pytest.approx((0.32, 0.29))
+    assert (result["sd_a"], result["sd_b"]) == pytest.approx((0.02, 0.01))
+    assert result["t"] == pytest.approx(t)
+    assert result["p_value"] == pytest.approx(1 - t / (2 + t * t) ** 0.5)  # the closed form for two degrees of freedom
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_without_spread_between_the_seeds_there_is_no_t_test(shift):
+    values = [0.3, 0.1, 0.7]
+    result = paired_t_test([value + shift for value in values], values)
+    assert result["difference"] == pytest.approx(shift)
+    assert (result["t"], result["p_value"]) == (None, None)
+
+
+def test_one_seed_or_unequal_numbers_of_them_are_refused():
+    for a, b in (([0.1], [0.2]), ([0.1, 0.2], [0.1, 0.2, 0.3]), ([], [])):
+        with pytest.raises(ValueError, match="expected the same seeds and at least two"):
+            paired_t_test(a, b)

@@ -87,6 +87,7 @@ def test_train_evaluate_and_what_tracking_keeps(workspace: Path, trained: dict[s
     assert set(result["test"]) >= {"hr@10", "ndcg@10", "mrr@10", "hr@20", "ndcg@20", "mrr@20"}
     assert result["slices"]["warm"]["users"] + result["slices"]["cold"]["users"] == 2400
     assert set(result["baselines"]) == {"popularity", "item_knn", "markov"}
+    assert result["parameters"] == trained["parameters"] and 0 < result["beyond_accuracy"]["coverage@10"] <= 1
     assert sum(result["layer_weights"].values()) == pytest.approx(1)
     ranks = pd.read_parquet(result["ranks"])
     assert (ranks["item_rank"] <= 10).mean() == pytest.approx(result["test"]["hr@10"])

@@ -1,0 +1,72 @@
+"""The K items that each user would be shown.
+
+The rule, the same for every model and baseline: the candidates are all items but padding and the user's history, best
+score first. Ties are broken by the smaller item index, which repeats and says nothing of the items. As in the ranking
+of targets NaN counts as higher than any number. A user with fewer candidates than K has 0 in the places left.
+
+Shapes: U users, E embedding, I items, H history, K cut-off, T items behind; column 0 of the scores is padding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray | Tensor
+
+
+def top_items(
+    queries: Tensor, item_embeddings: Tensor, histories: Array, k: int, chunk_size: int = 1024
+) -> NDArray[np.int64]:
+    """The best `k` item indices [U, K] by `queries @ item_embeddings.T`, over `chunk_size` users at a time.
+
+    queries [U, E], item_embeddings [I + 1, E], histories [U, H] padded with 0. Scores are computed in float32 or
+    better, as for the ranks.
+    """
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, item_embeddings.dtype), torch.float32)
+    items = item_embeddings.to(dtype)
+    lists = [np.empty((0, k), dtype=np.int64)]
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        for start in range(0, len(queries), chunk_size):
+            users = slice(start, start + chunk_size)
+            lists.append(top_from_scores(queries[users].to(dtype) @ items.T, histories[users], k))
+    return np.concatenate(lists)
+
+
+def top_from_scores(scores: Array, histories: Array, k: int, behind: Array | None = None) -> NDArray[np.int64]:
+    """The best `k` item indices [U, K] for scores [U, I + 1] and histories [U, H] padded with 0.
+
+    `behind` [U, T], padded with 0, come after all they tie with, and are left out when they score NaN or -inf: given
+    the targets, neither helps them, as in their ranking.
+    """
+    scores = torch.as_tensor(scores)
+    histories = torch.as_tensor(histories, dtype=torch.int64, device=scores.device)
+    if behind is not None:
+        scores = scores.double()  # so that no float32 score lies between one and the next below
+    lowest = torch.finfo(scores.dtype).min  # a candidate of -inf is one all the same
+    given, scores = scores, scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=lowest)
+    if behind is not None:
+        behind = torch.as_tensor(behind, dtype=torch.int64, device=scores.device)
+        own = given.gather(1, behind).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        scores.scatter_(1, behind, own.nextafter(torch.full_like(own, -torch.inf)))
+    scores[:, 0] = -torch.inf
+    scores.scatter_(1, histories, -torch.inf)
+    best, items = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    if best.shape[1] > k:
+        tied = best[:, k - 1] == best[:, k]
+        items = items[:, :k]
+        items[tied] = _first_of_tied(scores[tied], best[tied, k - 1, None], k)
+    items = items.sort(dim=1).values
+    best, order = scores.gather(1, items).sort(dim=1, descending=True, stable=True)
+    items = items.gather(1, order).masked_fill(best == -torch.inf, 0)
+    return np.pad(items.cpu().numpy(), ((0, 0), (0, k - items.shape[1])))
+
+
+def _first_of_tied(scores: Tensor, threshold: Tensor, k: int) -> Tensor:
+    """Of each row the items above `threshold` [U, 1] and, up to `k`, the first of those equal to it, [U, K]."""
+    chosen = scores > threshold
+    tied = scores == threshold
+    chosen |= tied & (tied.cumsum(dim=1) <= k - chosen.sum(dim=1, keepdim=True))
+    return chosen.nonzero()[:, 1].view(-1, k)

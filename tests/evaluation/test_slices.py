@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+
+from lvlmrec.evaluation.slices import by_coldness, by_history_length, by_popularity
+
+COUNTS = np.array([0, 9, 9, 6, 6, 3, 2, 1, 0])  # 36 interactions: a third is 12
+
+
+def test_head_mid_and_tail_hold_a_third_of_the_interactions_each():
+    slices = by_popularity(np.arange(1, 9), COUNTS)
+    items = {name: (1 + np.flatnonzero(mask)).tolist() for name, mask in slices.items()}
+    # Above items 3 and 4 stand 18 of 36: half. Above item 5 stand 30: more than two thirds.
+    assert items == {"head": [1, 2], "mid": [3, 4], "tail": [5, 6, 7]}
+
+
+def test_a_share_of_exactly_a_third_above_is_no_longer_head():
+    slices = by_popularity(np.array([1, 2, 3]), np.array([0, 4, 4, 4]))
+    assert slices["head"].all(), "nothing stands above any of them"
+    slices = by_popularity(np.array([1, 2, 3, 4]), np.array([0, 4, 3, 3, 2]))
+    assert [int(np.argmax([slices[name][i] for name in slices])) for i in range(4)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_user_is_head_mid_tail_or_cold(seed):
+    rng = np.random.default_rng(seed)
+    counts = np.append(0, rng.geometric(0.1, 50) - 1)
+    targets = rng.integers(1, 51, 200)
+    slices = by_popularity(targets, counts)
+    cold = by_coldness(counts[targets] == 0)["cold"]
+    np.testing.assert_array_equal(sum(mask.astype(int) for mask in slices.values()) + cold, np.ones(200))
+    assert counts[targets][slices["head"]].min() > counts[targets][slices["mid"]].max()
+    assert counts[targets][slices["mid"]].min() > counts[targets][slices["tail"]].max()
+
+
+def test_history_lengths_leave_padding_out():
+    histories = np.zeros((6, 12), dtype=np.int32)
+    for user, length in enumerate((0, 4, 5, 6, 10, 11)):
+        histories[user, 12 - length :] = 7
+    slices = by_history_length(histories)
+    assert {name: np.flatnonzero(mask).tolist() for name, mask in slices.items()} == {
+        "history_upto_5": [0, 1, 2],
+        "history_6_to_10": [3, 4],
+        "history_over_10": [5],
+    }
