@@ -130,8 +130,6 @@ def make_plan(config: StudyConfig) -> Plan:
     search = _search(study.search)
     settings = [dict(zip(search, values, strict=True)) for values in itertools.product(*search.values())]
     methods = {str(name): _overrides(str(name), keys, search) for name, keys in study.methods.items()}
-    if not methods:
-        raise ConfigError("study.methods: none; name at least one, as DFF: {model.item_encoder.name: dff}")
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
         raise ConfigError(f"study.seeds: {study.seeds}: expected different seeds, at least one")
     if study.reference not in methods:

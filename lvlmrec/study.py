@@ -64,7 +64,7 @@ def check(config: StudyConfig, plan: Plan) -> None:
     split, _ = experiment.load_split(config.dataset)
     for name, (first, *_) in plan.configs.items():
         try:
-            features = experiment.load_features(first, split.item_ids)
+            features = experiment.load_features(first, list(split.item_ids))
             experiment.build_model(first.model, len(split.item_ids), config.dataset.max_length, features)
         except InputError as error:
             raise InputError(f"study.methods.{name}: {error}") from error

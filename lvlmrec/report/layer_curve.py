@@ -15,9 +15,10 @@ from lvlmrec.taps import Tap, parse_feature
 
 METRICS = ("hr@10", "ndcg@10")
 # Of methods that read no layer or all: what a single layer is compared with.
-LINES = {"id": ("#7f7f7f", ":"), "mean": ("#2ca02c", "--"), "dff": ("#d62728", "-.")}
+LINES: dict[str, tuple] = {"id": ("#7f7f7f", ":"), "mean": ("#2ca02c", "--"), "dff": ("#d62728", "-.")}
 LAST_LAYER = ("#1f77b4", (0, (1, 3)))
 CURVES = ("#1f77b4", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
+CURVE = "one layer"
 Curve = list[tuple[Tap, Method]]
 
 
@@ -50,7 +51,10 @@ def figure(methods: Sequence[Method]) -> Figure | None:
         axes = drawn.subplots(1, len(METRICS))
         for metric, axis in zip(METRICS, axes, strict=True):
             _panel(axis, metric, methods, found)
+        drawn.get_layout_engine().set(wspace=0.08)
         handles, labels = axes[0].get_legend_handles_labels()
+        curves_first = sorted(zip(labels, handles, strict=True), key=lambda entry: not entry[0].startswith(CURVE))
+        labels, handles = zip(*curves_first, strict=True)
         drawn.legend(handles, labels, loc="outside right center", frameon=False)
     return drawn
 
@@ -64,7 +68,7 @@ def rendered(drawn: Figure, kind: str) -> bytes:
 
 def _panel(axis: Axes, metric: str, methods: Sequence[Method], found: dict[tuple[str, ...], Curve]) -> None:
     for colour, (key, curve) in zip(CURVES, found.items(), strict=False):
-        label = f"one layer ({key[1]}, {key[0]}" + ("" if key[2] == "none" else f", {key[2]}") + ")"
+        label = f"{CURVE} ({key[1]}, {key[0]}" + ("" if key[2] == "none" else f", {key[2]}") + ")"
         means, deviations = zip(*(_mean_and_sd(method.test(metric)) for _, method in curve), strict=True)
         depths = [tap.layer for tap, _ in curve]
         axis.errorbar(depths, means, deviations, label=label, color=colour, marker="o", markersize=4, capsize=2.5)
@@ -72,7 +76,8 @@ def _panel(axis: Axes, metric: str, methods: Sequence[Method], found: dict[tuple
     for method in methods:
         style = _line(method, found)
         if style and method.evaluations and method.config.model.backbone.name in backbones:
-            axis.axhline(float(np.mean(method.test(metric))), label=method.name, color=style[0], linestyle=style[1])
+            label = method.name + " (last layer)" * (style is LAST_LAYER)
+            axis.axhline(float(np.mean(method.test(metric))), label=label, color=style[0], linestyle=style[1])
     taps = sorted({tap for curve in found.values() for tap, _ in curve})
     axis.set_xticks([tap.layer for tap in taps], [str(tap.layer) for tap in taps])
     axis.set_xlabel(f"layer ({', '.join(dict.fromkeys(tap.tower for tap in taps))})")

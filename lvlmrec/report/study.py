@@ -211,7 +211,7 @@ def blocks(rows: Sequence[Mapping[str, Any]], reference: str) -> list[tuple[str,
     kinds = [f"{metric.upper()} {kind}" for metric in TESTED for kind in KINDS]
     return [
         ("Settings", head, settings),
-        ("Mean ± standard deviation over seeds", ["method", *(name.upper() for name in measured)], results),
+        ("Mean ± standard deviation over seeds", ["method", *map(_headed, measured)], results),
         (f"Test, against {reference}", ["method", "seeds", *kinds], compared),
     ]
 
@@ -234,6 +234,11 @@ def to_markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
         parts.append(f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _headed(name: str) -> str:
+    part, metric = name.split()
+    return f"{part} {metric.upper()}"
 
 
 def _cell(value: Any, shown: Callable[[Any], str]) -> str:
