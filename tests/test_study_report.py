@@ -128,7 +128,7 @@ def test_the_curve_goes_from_the_first_layer_to_the_deepest(plan: Plan, tmp_path
         horizontal = {line.get_label() for line in axis.lines if len(set(line.get_ydata())) == 1}
         assert horizontal >= {"ID", "mean", "DFF", "fusion llm.4 (last layer)"} and "DFF shuffled" not in horizontal
     (legend,) = drawn.legends
-    assert [text.get_text() for text in legend.get_texts()][0] == "one layer (fusion, sasrec)"
+    assert legend.get_texts()[0].get_text() == "one layer (fusion, sasrec)"
     assert len(legend.get_texts()) == 5
     picture = imread(io.BytesIO(layer_curve.rendered(drawn, "png")))
     assert picture.shape[0] > 300 and picture.shape[1] > 800 and picture.std() > 0.05

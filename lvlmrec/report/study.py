@@ -155,7 +155,7 @@ def _targets(uri: str) -> int:
 
 
 def _t_test(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    if len(ours) < 2 or np.ptp(np.subtract(ours, theirs)) == 0:  # without spread there is no t
+    if len(ours) < 2 or np.ptp(np.subtract(ours, theirs)) < 1e-12:  # without spread there is no t
         return None
     return float(ttest_rel(ours, theirs).pvalue)
 
