@@ -80,10 +80,9 @@ def run(config: StudyConfig, plan: Plan, parent: Run) -> dict[str, Any]:
         try:
             _work(study)
         except BaseException:
-            for step in study.running.values():
-                study.children[step.trial].finish("KILLED")
-            for task in study.running:
-                ray.cancel(task, force=True)
+            for step in study.running.values():  # Ray ends the tasks with their driver
+                if step.action == "train":
+                    study.children[step.trial].finish("KILLED")
             raise
     files = write(study)
     print(storage.read_bytes(files["table"]).decode(), file=sys.stderr)

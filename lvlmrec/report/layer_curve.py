@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lvlmrec.report.study import Method
 from lvlmrec.taps import Tap, parse_feature
@@ -17,7 +18,7 @@ METRICS = ("hr@10", "ndcg@10")
 # Of methods that read no layer or all: what a single layer is compared with.
 LINES: dict[str, tuple] = {"id": ("#7f7f7f", ":"), "mean": ("#2ca02c", "--"), "dff": ("#d62728", "-.")}
 LAST_LAYER = ("#1f77b4", (0, (1, 3)))
-CURVES = ("#1f77b4", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
+COLOURS = ("#1f77b4", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 CURVE = "one layer"
 Curve = list[tuple[Tap, Method]]
 
@@ -47,11 +48,10 @@ def figure(methods: Sequence[Method]) -> Figure | None:
         return None
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         # No pyplot: it would keep every figure, and choose a window system.
-        drawn = Figure(figsize=(9.5, 3.6), layout="constrained")
+        drawn = Figure(figsize=(9.5, 3.6), layout=ConstrainedLayoutEngine(wspace=0.08))
         axes = drawn.subplots(1, len(METRICS))
         for metric, axis in zip(METRICS, axes, strict=True):
             _panel(axis, metric, methods, found)
-        drawn.get_layout_engine().set(wspace=0.08)
         handles, labels = axes[0].get_legend_handles_labels()
         curves_first = sorted(zip(labels, handles, strict=True), key=lambda entry: not entry[0].startswith(CURVE))
         labels, handles = zip(*curves_first, strict=True)
@@ -67,7 +67,7 @@ def rendered(drawn: Figure, kind: str) -> bytes:
 
 
 def _panel(axis: Axes, metric: str, methods: Sequence[Method], found: dict[tuple[str, ...], Curve]) -> None:
-    for colour, (key, curve) in zip(CURVES, found.items(), strict=False):
+    for colour, (key, curve) in zip(COLOURS, found.items(), strict=False):
         label = f"{CURVE} ({key[1]}, {key[0]}" + ("" if key[2] == "none" else f", {key[2]}") + ")"
         means, deviations = zip(*(_mean_and_sd(method.test(metric)) for _, method in curve), strict=True)
         depths = [tap.layer for tap, _ in curve]
