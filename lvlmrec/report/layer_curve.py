@@ -34,8 +34,8 @@ def curves(methods: Sequence[Method]) -> dict[tuple[str, ...], Curve]:
         if not method.config.feature_columns or len(columns) != 1 or not method.evaluations:
             continue
         feature, model = parse_feature(columns[0].rsplit(":", 1)[-1]), method.config.model
-        key = (model.backbone.name, model.item_encoder.name, method.config.feature_control)
-        key += (feature.prompt, feature.tap.tower, feature.pooling)
+        read = (feature.prompt, feature.tap.tower, feature.pooling)
+        key = (model.backbone.name, model.item_encoder.name, method.config.feature_control, *read)
         groups.setdefault(key, []).append((feature.tap, method))
     found = {key: sorted(curve, key=lambda point: point[0]) for key, curve in groups.items()}
     return {key: curve for key, curve in found.items() if len(curve) > 1}
