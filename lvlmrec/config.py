@@ -151,7 +151,7 @@ def _shape(schema: type, given: Any, prefix: str) -> Any:
             replaced[field.name] = _shape(table[name], part, f"{prefix}{field.name}.")
         elif dataclasses.is_dataclass(value):
             replaced[field.name] = _shape(type(value), part, f"{prefix}{field.name}.")
-        elif isinstance(value, dict) and isinstance(part, dict) and part:
+        elif isinstance(value, dict) and isinstance(given, dict) and isinstance(given.get(field.name), dict):
             replaced[field.name] = {}  # named things of a layer replace the default's, they do not join them
     return dataclasses.replace(instance, **replaced)
 

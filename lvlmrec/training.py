@@ -7,6 +7,7 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lvlmrec import checkpoint, storage
 from lvlmrec.errors import JobFailed
@@ -120,6 +122,11 @@ def _publish(experiment: Experiment, trained: RayCheckpoint) -> dict[str, Any]:
         state_folder = Path(folder)
         weights = load_file(state_folder / "best.safetensors")
         progress = Progress(**json.loads((state_folder / "progress.json").read_text()))
+    return publish(experiment, weights, progress)
+
+
+def publish(experiment: Experiment, weights: Mapping[str, Tensor], progress: Progress) -> dict[str, Any]:
+    """Publish the best epoch's weights as the run's checkpoint, and give what its result says."""
     result = {
         "validation": progress.best,
         "epochs": progress.epoch,

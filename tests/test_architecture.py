@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # library -> rooms and files that may import it
 LIBRARIES = {
-    "ray": ("rayjobs", "extraction", "training.py", "tuning.py", "serving"),
+    "ray": ("rayjobs", "extraction", "training.py", "tuning.py", "study.py", "serving"),
     "mlflow": ("tracking.py",),
     "transformers": ("lvlms",),
     "fsspec": ("storage.py",),
@@ -27,6 +27,8 @@ RECOMMENDING = {
     "evaluation",
     "training",
     "tuning",
+    "grid",
+    "study",
     "fitting",
     "experiment",
     "checkpoint",

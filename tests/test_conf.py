@@ -11,6 +11,7 @@ from lvlmrec.extraction.pipeline import ExtractConfig
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import LVLMInfo
 from lvlmrec.features.vacuum import VacuumConfig
+from lvlmrec.grid import StudyConfig
 from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.tuning import TuneConfig
 
@@ -20,8 +21,9 @@ JOBS = {
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "vacuum": VacuumConfig,
+    "study": StudyConfig,
 }
-ROOMS = {"lvlm": "extract", "recipe": "extract", "dataset": "train", "model": "train"}
+ROOMS = {"lvlm": "extract", "recipe": "extract", "dataset": "train", "model": "train", "study": "study"}
 LAYERS = sorted(CONF.rglob("*.yaml"))
 
 
@@ -59,7 +61,7 @@ def test_every_recipe_layer_resolves_on_a_model(layer: Path) -> None:
     assert named == set(recipe.prompts)
 
 
-@pytest.mark.parametrize("job", ["train", "tune"])
+@pytest.mark.parametrize("job", ["train", "tune", "study"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_jobs_own_layer_leaves_every_backbone_its_own_settings(job: str, backbone: str) -> None:
     config = load(JOBS[job], [CONF / f"{job}.yaml"], [f"model.backbone.name={backbone}"])

@@ -1,0 +1,250 @@
+"""The tables of a study: what was chosen, what it measured over the seeds, and whether that differs from the reference.
+
+Two tests of a method against the reference, in HR@10 and in NDCG@10, over the seeds that both have: Student's paired
+t-test over the seeds' means, and the paired sign-flip permutation test over users of each user's mean over the seeds,
+with Holm's correction over all methods.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+from lvlmrec.columns import ITEM_ID, ITEM_RANK, USER_ID
+from lvlmrec.errors import InputError
+from lvlmrec.evaluating import read_ranks
+from lvlmrec.evaluation.metrics import per_user
+from lvlmrec.evaluation.significance import holm, sign_flip_p_value
+from lvlmrec.experiment import TrainConfig
+from lvlmrec.grid import Outcomes, Plan, Step, Trial, choose
+from lvlmrec.report.comparison import table
+
+VALIDATION = ("hr@10", "ndcg@10")
+TEST = ("hr@10", "ndcg@10", "hr@20", "ndcg@20")
+TESTED = ("hr@10", "ndcg@10")
+NUM_RESAMPLES = 10_000  # means over seeds have many distinct differences, and each costs that many draws
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is known of a method by now; `results` and `evaluations` are those of the chosen setting, by seed."""
+
+    name: str
+    config: TrainConfig
+    setting: dict[str, Any] | None
+    status: str
+    trials: int
+    results: dict[int, dict[str, Any]]
+    evaluations: dict[int, dict[str, Any]]
+
+    def test(self, metric: str) -> list[float]:
+        return [evaluation["test"][metric] for evaluation in self.evaluations.values()]
+
+
+def collect(plan: Plan, outcomes: Outcomes) -> list[Method]:
+    """Every method of the study, in its order."""
+    chosen = choose(plan, outcomes)
+    methods = []
+    for name in plan.methods:
+        tried = [trial for trial in plan.trials() if trial.method == name]
+        finals = [Trial(name, chosen[name], seed) for seed in plan.seeds] if name in chosen else []
+        methods.append(
+            Method(
+                name=name,
+                config=plan.configs[name][chosen.get(name, 0)],
+                setting=plan.settings[chosen[name]] if name in chosen else None,
+                status=_status(plan, outcomes, tried, finals),
+                trials=sum(trial in outcomes.trained for trial in tried),
+                results={trial.seed: outcomes.trained[trial] for trial in finals if trial in outcomes.trained},
+                evaluations={trial.seed: outcomes.evaluated[trial] for trial in finals if trial in outcomes.evaluated},
+            )
+        )
+    return methods
+
+
+def _status(plan: Plan, outcomes: Outcomes, tried: list[Trial], finals: list[Trial]) -> str:
+    steps = [Step("train", trial) for trial in dict.fromkeys([*tried, *finals])]
+    steps += [Step("evaluate", trial) for trial in finals if Step("train", trial) not in outcomes.failed]
+    failed = sum(step in outcomes.failed for step in steps)
+    expected = 0 if finals or failed == len(tried) else 2 * len(plan.seeds) - 1  # not known by name yet
+    pending = sum(step not in outcomes.ended for step in steps) + expected
+    parts = [f"{failed} failed"] * bool(failed) + [f"{pending} pending"] * bool(pending)
+    return ", ".join(parts) or "complete"
+
+
+def rows(methods: Sequence[Method], baselines: Mapping[str, Any], reference: str) -> list[dict[str, Any]]:
+    """One row for each baseline and method: numbers, None where there is none yet."""
+    made = [_baseline_row(name, result) for name, result in baselines.items()]
+    against = tests(methods, reference)
+    for method in methods:
+        results = list(method.results.values())
+        row: dict[str, Any] = {
+            "method": method.name,
+            "status": method.status,
+            "setting": None if method.setting is None else describe(method.setting),
+            "trials": method.trials,
+            "seeds": len(method.evaluations),
+            "parameters": results[0]["parameters"] if results else None,
+            "seconds_per_epoch": float(np.mean([r["seconds_per_epoch"] for r in results])) if results else None,
+        }
+        for metric in VALIDATION:
+            row |= _mean_and_sd(f"validation {metric}", [result["validation"][metric] for result in results])
+        for metric in TEST:
+            row |= _mean_and_sd(f"test {metric}", method.test(metric))
+        made.append(row | against.get(method.name, {}))
+    return made
+
+
+def tests(methods: Sequence[Method], reference: str) -> dict[str, dict[str, Any]]:
+    """For each other method that shares a tested seed with the reference: differences and p values, by metric."""
+    base = next(method for method in methods if method.name == reference)
+    found: dict[str, dict[str, Any]] = {}
+    for metric in TESTED:
+        uncorrected = {}
+        for method in methods:
+            seeds = [seed for seed in method.evaluations if seed in base.evaluations]
+            if method.name == reference or not seeds:
+                continue
+            ours, theirs = ([m.evaluations[seed] for seed in seeds] for m in (method, base))
+            ours_uris, theirs_uris = (tuple(e["ranks"] for e in evaluations) for evaluations in (ours, theirs))
+            difference, p_value = compare(ours_uris, theirs_uris, metric)
+            uncorrected[method.name] = p_value
+            found.setdefault(method.name, {"seeds compared": len(seeds)}).update(
+                {
+                    f"difference {metric}": difference,
+                    f"t-test p {metric}": _t_test(
+                        [e["test"][metric] for e in ours], [e["test"][metric] for e in theirs]
+                    ),
+                    f"permutation p {metric}": p_value,
+                }
+            )
+        for name, p_value in holm(uncorrected).items():
+            found[name][f"Holm p {metric}"] = p_value
+    return found
+
+
+@cache
+def compare(ours: tuple[str, ...], theirs: tuple[str, ...], metric: str) -> tuple[float, float]:
+    """Mean difference and its p value of users' means over seeds; ranks by URI, seed by seed. Raises `InputError`."""
+    if _targets(ours[0]) != _targets(theirs[0]):
+        raise InputError(f"ranks {ours[0]!r}: its users and targets are not those of {theirs[0]!r}")
+    mean, other = (np.mean([_user_metric(uri, metric) for uri in uris], axis=0) for uris in (ours, theirs))
+    differences = mean - other
+    return float(differences.mean()), sign_flip_p_value(differences, NUM_RESAMPLES, seed=0)
+
+
+@cache
+def _user_metric(uri: str, metric: str) -> np.ndarray:
+    ranks = read_ranks(uri).sort_values(USER_ID)
+    # Rounded, so that differences equal on paper fall together.
+    return per_user(ranks[ITEM_RANK].to_numpy(), metric).round(9)
+
+
+@cache
+def _targets(uri: str) -> int:
+    ranks = read_ranks(uri).sort_values(USER_ID)
+    return hash((*ranks[USER_ID], *ranks[ITEM_ID]))
+
+
+def _t_test(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
+    if len(ours) < 2 or np.ptp(np.subtract(ours, theirs)) < 1e-12:  # without spread there is no t
+        return None
+    return float(ttest_rel(ours, theirs).pvalue)
+
+
+def _baseline_row(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": name, "status": "complete"}
+    for part, names in (("validation", VALIDATION), ("test", TEST)):
+        for metric in names:
+            row |= _mean_and_sd(f"{part} {metric}", [result[part][metric]])
+    return row
+
+
+def _mean_and_sd(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    return {
+        name: float(np.mean(values)) if values else None,
+        f"{name} sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+    }
+
+
+def describe(setting: Mapping[str, Any]) -> str:
+    """A setting as text: `lr 0.001, embedding_dim 128`."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in setting.items()) or "as given"
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """All columns of `rows`, empty where a row has none."""
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, head, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def blocks(rows: Sequence[Mapping[str, Any]], reference: str) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and body of the three tables that people read."""
+    methods = [row for row in rows if "trials" in row]
+    head = ["method", "chosen on validation", "trials", "seeds", "parameters", "s / epoch", "status"]
+    keys = ["setting", "trials", "seeds", "parameters", "seconds_per_epoch", "status"]
+    formats: list[Callable[[Any], str]] = [str, str, str, lambda n: f"{n:,}", lambda s: f"{s:.2f}", str]
+    settings = [[r["method"], *(_cell(r[k], f) for k, f in zip(keys, formats, strict=True))] for r in methods]
+    measured = [f"validation {metric}" for metric in VALIDATION] + [f"test {metric}" for metric in TEST]
+    results = [[row["method"], *(_spread(row, name) for name in measured)] for row in rows]
+    compared = [
+        [
+            row["method"],
+            str(row["seeds compared"]),
+            *(_cell(row.get(f"{kind} {metric}"), shown) for metric in TESTED for kind, shown in KINDS.items()),
+        ]
+        for row in methods
+        if "seeds compared" in row
+    ]
+    kinds = [f"{metric.upper()} {kind}" for metric in TESTED for kind in KINDS]
+    return [
+        ("Settings", head, settings),
+        ("Mean ± standard deviation over seeds", ["method", *map(_headed, measured)], results),
+        (f"Test, against {reference}", ["method", "seeds", *kinds], compared),
+    ]
+
+
+KINDS: dict[str, Callable[[Any], str]] = {
+    "difference": lambda value: f"{value:+.4f}",
+    "t-test p": lambda value: f"{value:.2g}",
+    "permutation p": lambda value: f"{value:.2g}",
+    "Holm p": lambda value: f"{value:.2g}",
+}
+
+
+def to_text(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
+    return "\n\n".join(f"{title}\n\n{table(head, body)}" for title, head, body in blocks(rows, reference)) + "\n"
+
+
+def to_markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
+    parts = []
+    for title, head, body in blocks(rows, reference):
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+        parts.append(f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _headed(name: str) -> str:
+    part, metric = name.split()
+    return f"{part} {metric.upper()}"
+
+
+def _cell(value: Any, shown: Callable[[Any], str]) -> str:
+    return NONE if value is None else shown(value)
+
+
+def _spread(row: Mapping[str, Any], name: str) -> str:
+    mean, deviation = row[name], row[f"{name} sd"]
+    return _cell(mean, lambda m: f"{m:.4f}") + ("" if deviation is None else f" ± {deviation:.4f}")
