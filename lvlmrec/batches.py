@@ -98,12 +98,12 @@ def draw_negatives(rng: np.random.Generator, sequences: np.ndarray, num_items: i
 def item_features(features: FeatureArray | None, item_index: np.ndarray, device: torch.device) -> ItemFeatures | None:
     """The features of the items at `item_index` [N] as the models read them; None for ids alone.
 
-    On the CPU they stay in the memory-mapped file until a layer of them is read.
+    On the CPU they stay in the memory-mapped file until a layer of them is read; frames do so for every device.
     """
     if features is None:
         return None
     stored, row, columns = features.stored(), torch.from_numpy(features.row(item_index)), features.columns
-    if device.type != "cpu":
+    if device.type != "cpu" and not features.item_shape:
         stored, row = stored[row[:, None], list(columns)].to(device), torch.arange(len(row), device=device)
         columns = tuple(range(len(columns)))
     missing = torch.from_numpy(features.is_missing(item_index)).to(device)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lvlmrec import config as configs
-from lvlmrec import data, storage
+from lvlmrec import data, pretrained, storage
 from lvlmrec.config import option, variant
 from lvlmrec.data import DatasetConfig
 from lvlmrec.data.split import Holdout, LeaveOneOut, leave_one_out
@@ -24,7 +24,15 @@ from lvlmrec.models.losses import LOSSES, LossConfig
 from lvlmrec.models.recommender import ModelConfig, Recommender
 
 # What decides where and how fast a run happens, not what it learns.
-NOT_LEARNED = ("workspace", "tracking_uri", "cache", "training.num_workers", "training.use_gpu")
+NOT_LEARNED = (
+    "workspace",
+    "tracking_uri",
+    "cache",
+    "training.num_workers",
+    "training.use_gpu",
+    "model.item_encoder.items_at_once",
+    "model.item_encoder.gradient_checkpointing",
+)
 SEARCH = "search."  # what a search tries decides nothing about a single one of its trials
 
 
@@ -34,6 +42,7 @@ class TrainingConfig:
 
     epochs: int = option(40, "passes over the training users, at most", minimum=1)
     lr: float = option(2e-3, "learning rate of AdamW, constant", minimum=0)
+    encoder_lr: float = option(0.0, "that of a video encoder that is trained; 0: the same", minimum=0)
     batch_size: int = option(512, "users per step, over all workers", minimum=1)
     num_workers: int = option(
         1, "data-parallel workers; they share each batch, dropout alone is drawn by each", minimum=1
@@ -111,6 +120,7 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
 
     `every_layer` prepares all matching columns even for an item encoder that reads one: a search chooses among them.
     """
+    _check_video(config)
     split, report = load_split(config.dataset)
     fingerprint = split.fingerprint()
     data = TrainingData(np.asarray(split.item_ids), split.training(), split.train_counts(), split.validation())
@@ -124,12 +134,29 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     learned = {k: v for k, v in flat if k not in NOT_LEARNED and not k.startswith(SEARCH)}
     if features is None:  # what is asked of features changes no run without them
         learned = {k: v for k, v in learned.items() if not k.startswith("feature")}
+    if not config.training.encoder_lr:  # so that runs from before this key keep their names
+        del learned["training.encoder_lr"]
+    if config.model.item_encoder.pretrained:
+        learned["model.item_encoder.encoder_weights"] = pretrained.digest(config.model.item_encoder.pretrained)
     learned |= {"dataset.path": fingerprint, "features": features.digest if features else ""}
     key = hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
     tags = {"dataset": fingerprint, "feature_set": "none", "recipe": "none"}
     if features is not None:
         tags |= {"feature_set": features.digest, "recipe": features.recipe}
     return Experiment(config, data, features, key, {**tags, "key": key}, report)
+
+
+def _check_video(config: TrainConfig) -> None:
+    """Raises `ConfigError` on what says nothing: of frames that are trained on, or of an encoder that there is not."""
+    if not config.model.item_encoder.reads_frames:
+        if config.training.encoder_lr:
+            name = config.model.item_encoder.name
+            raise ConfigError(f"training.encoder_lr: item encoder {name!r} trains no video encoder; leave it 0")
+        return
+    if config.feature_scaling != "none" or config.feature_pca:
+        raise ConfigError("item_encoder.name: 'video' reads pixels; set feature_scaling=none and feature_pca=0")
+    if config.feature_control not in ("none", "shuffled"):
+        raise ConfigError(f"feature_control: {config.feature_control!r} of pixels; choices: none, shuffled")
 
 
 def load_split(config: DatasetConfig) -> tuple[LeaveOneOut, dict[str, int]]:
@@ -168,7 +195,7 @@ def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: 
 
 def build_model(config: ModelConfig, num_items: int, max_length: int, features: FeatureArray | None) -> Recommender:
     """The recommender for a catalogue of `num_items` and the features' shape."""
-    shapes = [FeatureShape(*shape) for shape in features.shapes] if features else []
+    shapes = [FeatureShape(*shape, features.item_shape) for shape in features.shapes] if features else []
     return config.build(num_items, max_length, shapes)
 
 

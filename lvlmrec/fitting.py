@@ -3,11 +3,12 @@
 Every worker knows the whole global batch (it and its drawn negatives come from a shared seed), encodes its unique
 items and computes the loss of its own users against all of them. So negatives are gathered without communication, and
 the sum of the workers' losses is the loss of one worker: the result does not depend on the number of workers. Only the
-uniformity of queries needs those of the other workers.
+uniformity of queries needs those of the other workers, and items whose frames are encoded are shared out and gathered.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -24,17 +25,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from lvlmrec import pretrained
 from lvlmrec.batches import Batch, Positions, Shared, batches_of_epoch, item_features
 from lvlmrec.data.split import Holdout
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_targets
 from lvlmrec.experiment import TrainConfig, TrainingConfig, TrainingData, build_model
 from lvlmrec.features.compact import FeatureArray
+from lvlmrec.models.fusions.video import Video
 from lvlmrec.models.histories import pack
+from lvlmrec.models.item_features import ItemFeatures
 from lvlmrec.models.losses import LossInputs, alignment, uniformity
 from lvlmrec.models.recommender import Recommender
 
 SELECTED_BY = "hr@10"
+VIDEO_ENCODER = "item_encoder.encoder."  # what the names of its weights begin with
 ROWS_AT_ONCE = 4096
 USERS_AT_ONCE = 512
 
@@ -90,7 +95,7 @@ class Loss(nn.Module):
 
     def forward(self, shared: Shared, mine: Positions) -> Tensor:
         """Sum of the loss over this worker's positions."""
-        items = self.model.encode_items(shared.item_index, shared.features)
+        items = encode_items(self.model, shared.item_index, shared.features)
         rows = torch.searchsorted(shared.item_index, mine.inputs)
         queries = self.model.encode_sequences(functional.embedding(rows, items), mine.histories)
         popularity, num_items = self.log_popularity[shared.item_index], len(self.log_popularity) - 1
@@ -121,9 +126,20 @@ def new_state(config: TrainConfig, data: TrainingData, features: FeatureArray | 
     """A freshly initialised run; every worker gets the same weights."""
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(data.item_ids), config.dataset.max_length, features).to(device)
-    settings = config.training
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    return State(model, optimizer, {}, Progress())
+    if isinstance(model.item_encoder, Video) and config.model.item_encoder.pretrained:
+        model.item_encoder.start_from(*pretrained.read(config.model.item_encoder.pretrained))
+    return State(model, _optimizer(model, config.training), {}, Progress())
+
+
+def _optimizer(model: Recommender, settings: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW; a video encoder that is trained may have a learning rate of its own."""
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if settings.encoder_lr:
+        named = list(model.named_parameters())
+        encoder = [weight for name, weight in named if name.startswith(VIDEO_ENCODER)]
+        others = [weight for name, weight in named if not name.startswith(VIDEO_ENCODER)]
+        groups = [{"params": encoder, "lr": settings.encoder_lr}, {"params": others}]
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
 def fit(
@@ -164,7 +180,7 @@ def encode_catalogue(model: Recommender, num_items: int, features: FeatureArray 
     for start in range(1, num_items + 1, ROWS_AT_ONCE):
         index = np.arange(start, min(start + ROWS_AT_ONCE, num_items + 1))
         rows = item_features(features, index, device)
-        chunks.append(model.encode_items(torch.from_numpy(index).to(device), rows).float())
+        chunks.append(encode_items(model, torch.from_numpy(index).to(device), rows).float())
     items = torch.cat(chunks)
     return torch.cat([items.new_zeros(1, items.shape[1]), items])
 
@@ -213,6 +229,46 @@ def train_epoch(
     if world > 1:
         dist.all_reduce(total)
     return float(total) / positions
+
+
+def encode_items(model: Recommender, item_index: Tensor, features: ItemFeatures | None) -> Tensor:
+    """Embeddings [N, E] of the items at `item_index` [N], which every worker asks for alike.
+
+    Items whose frames have to be encoded are shared out: each worker encodes its part, and all get all embeddings.
+    """
+    rank, world = _rank_and_world()
+    if world == 1 or not model.reads_frames or features is None:
+        return model.encode_items(item_index, features)
+    ends = [len(item_index) * worker // world for worker in range(world + 1)]
+    mine = slice(ends[rank], ends[rank + 1])
+    own = model.encode_items(item_index[mine], features.take(mine)).float()
+    if not len(own):  # fewer items than workers: gradients are zeros, not missing
+        own = own + sum(parameter.sum() * 0.0 for parameter in model.item_encoder.parameters())
+    return _Gather.apply(own, ends)
+
+
+class _Gather(torch.autograd.Function):
+    """Every worker's rows own [n, E] -> those of all [N, E], which start at `ends`.
+
+    The sum of the workers' losses is the loss, so the gradient of a row is the sum of what all workers have for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ends: list[int]) -> Tensor:
+        ctx.ends = ends
+        sizes = [stop - start for start, stop in itertools.pairwise(ends)]
+        padded = own.new_zeros(max(sizes), own.shape[1])
+        padded[: len(own)] = own
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        rank, _ = _rank_and_world()
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed)
+        return summed[ctx.ends[rank] : ctx.ends[rank + 1]], None
 
 
 def _with_other_workers(queries: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,7 @@ class FeatureArray:
     order   int64 [I + 1], the row read for each item; None: its own (a control gives items the rows of others)
     mean, std float32 [L, D], the scaling applied by `rows`; None leaves features as they are
     projection what the features in the file were made by, None when they are as stored
+    item_shape (F, 3, H, W) of an item's frames, flat in its row; (): vectors
     """
 
     path: Path
@@ -71,6 +73,7 @@ class FeatureArray:
     mean: torch.Tensor | None = None
     std: torch.Tensor | None = None
     projection: Projection | None = None
+    item_shape: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -208,6 +211,7 @@ def compact(chosen: Sequence[tuple[FeatureSet, Sequence[str]]], item_ids: Sequen
         sets=tuple(sets),
         dtype=dtype,
         missing=np.stack([without[k] for k in sets], axis=1),
+        item_shape=_item_shape(chosen),
     )
 
 
@@ -266,8 +270,13 @@ def _find_items(feature_set: FeatureSet, item_ids: Sequence[str]) -> pd.DataFram
 
 
 def _width(feature_set: FeatureSet, name: str) -> int:
-    (width,) = feature_set.recipe.shape(parse_feature(name))
-    return width
+    return math.prod(feature_set.recipe.shape(parse_feature(name)))
+
+
+def _item_shape(chosen: Sequence[tuple[FeatureSet, Sequence[str]]]) -> tuple[int, ...]:
+    """The shape of an item's frames where they are all that was chosen."""
+    shapes = [feature_set.recipe.shape(parse_feature(name)) for feature_set, names in chosen for name in names]
+    return shapes[0] if len(shapes) == 1 and len(shapes[0]) > 1 else ()
 
 
 def _distinct_names(chosen: Sequence[tuple[FeatureSet, Sequence[str]]]) -> tuple[str, ...]:

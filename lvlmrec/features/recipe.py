@@ -22,7 +22,10 @@ FIRST_TOKEN = "first_token"  # the class token of a text or vision encoder; no t
 MERGED = "merged_"  # merged_16: the visual tokens merged down to 16, and how many each of them stands for
 NEW_MERGED = "new_merged_"  # the same of the answer's tokens
 SIZES = ".sizes"
+PIXELS = "pixels"  # no pooling: the frames themselves, of `lvlm.name=frames`
 DTYPES = ("float16", "bfloat16", "float32")
+PIXEL_DTYPE = "uint8"
+SIDE = "side"  # the video option that says how wide and high stored frames are
 PLACES = ("after", "before")
 MEDIA = ("video", "cover")
 INPUTS = (*MEDIA, "text")
@@ -69,7 +72,7 @@ class RecipeConfig:
         "how the tokens of a hidden state become one vector: visual_mean, all_mean, last_token, new_mean (of the "
         "answer), eos, prompt_eos, first_token (of an encoder); or a few: merged_16, new_merged_8",
     )
-    dtype: str = option("float16", "dtype of the stored features", choices=DTYPES)
+    dtype: str = option("float16", "dtype of the stored features; frames are uint8", choices=(*DTYPES, PIXEL_DTYPE))
     video_options: dict[str, int] = option(
         {}, "options of the family's video processor, such as packing of minicpm_v_4_5"
     )
@@ -86,6 +89,7 @@ class LVLMInfo:
     number it was made for, 0 for any; it reads them in groups of `frame_group`. `video_options` are those of its video
     processor, with their defaults. `video_form` is what it is shown of a video: `frames`, or key frames and the
     `motion` that `video_encoder` found. A model that `is_random` draws random numbers whenever it looks at a video.
+    `dtypes` are those that its features can be stored in.
     """
 
     family: str
@@ -102,6 +106,7 @@ class LVLMInfo:
     video_form: str = FRAMES
     video_encoder: str = ""
     is_random: bool = False
+    dtypes: tuple[str, ...] = DTYPES
 
 
 @dataclass(frozen=True)
@@ -174,11 +179,16 @@ class Recipe:
 
     @property
     def vector_names(self) -> tuple[FeatureName, ...]:
-        """The feature columns that hold one vector, of the width of their tap."""
+        """The feature columns that hold one vector, of the width of their tap, or all pixels of an item."""
         return tuple(name for name in self.feature_names if num_merged(name.pooling) is None)
 
     def shape(self, name: FeatureName) -> tuple[int, ...]:
-        """The shape of one item's value in a column: [D], of merged tokens [K, D], of their sizes [K]."""
+        """The shape of one item's value in a column: [D], of merged tokens [K, D], of their sizes [K].
+
+        Of pixels [F, 3, H, W].
+        """
+        if name.pooling == PIXELS:
+            return (self.frames, 3, self.video_options[SIDE], self.video_options[SIDE])
         width = (
             self.width.get(str(name.tap)) or self.width["llm" if name.tap.tower == taps.PROJECTOR else name.tap.tower]
         )
@@ -251,6 +261,8 @@ def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str
         raise ConfigError(
             f"recipe.frames: {config.frames}: this {info.family} reads frames in groups of {info.frame_group}"
         )
+    if config.dtype not in info.dtypes:
+        raise ConfigError(f"recipe.dtype: {config.dtype!r}: {info.family} is stored as {', '.join(info.dtypes)}")
     resolved_taps = taps.resolve(config.taps, info.num_layers)
     _check_poolings(config, info)
     _check_prompts(config, info)

@@ -34,7 +34,7 @@ import torch
 from lvlmrec import storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.errors import InputError
-from lvlmrec.features.recipe import ANSWER, SIZES, Recipe
+from lvlmrec.features.recipe import ANSWER, PIXEL_DTYPE, SIZES, Recipe
 from lvlmrec.taps import FeatureName
 
 INDEX = "index.parquet"
@@ -176,8 +176,15 @@ def write_rejected(uri: str, rows: Sequence[Mapping[Any, Any]], generation: int 
 
 
 def cast(values: torch.Tensor, dtype: str, name: str) -> np.ndarray:
-    """[N, D] in the stored dtype; bfloat16 as its bits in uint16. Raises `CastError` rather than store an inf."""
+    """[N, D] in the stored dtype; bfloat16 as its bits in uint16, pixels as they are.
+
+    Raises `CastError` rather than store an inf.
+    """
     values = values.detach().cpu()
+    if dtype == PIXEL_DTYPE:
+        if values.dtype != torch.uint8:
+            raise CastError(f"{name}: {values.dtype} are no pixels; use recipe.dtype=float32")
+        return values.numpy()
     if not torch.isfinite(values).all():
         raise CastError(f"{name}: the model gave a value that is not finite")
     stored = values.to(getattr(torch, dtype))
@@ -288,13 +295,14 @@ def _write_named(uri: str, folder: str, generation: int, item_ids: Sequence[str]
     digest = hashlib.blake2b("\n".join(item_ids).encode(), digest_size=10).hexdigest()
     name = f"{folder.removesuffix('s')}-{generation:06d}-{digest}.parquet"
     vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
+    # Parquet has no integers below 4 bytes: of pixels and of bfloat16 bits compression leaves what there is.
     # DuckDB does not read BYTE_STREAM_SPLIT of float16.
     split = [f"{name}.list.element" for name in vectors if dtype != "float16"]
     storage.write_table(
         storage.join(uri, folder, name),
         table,
-        # Parquet's defaults cost 5x on vectors. uint16 has no 2-byte physical type: only bfloat16 needs compression.
-        compression="zstd" if dtype == "bfloat16" or not dtype else "none",
+        # Parquet's defaults cost 5x on vectors.
+        compression="none" if dtype in ("float16", "float32") else "zstd",
         use_dictionary=False,
         write_statistics=False,
         use_byte_stream_split=split or False,

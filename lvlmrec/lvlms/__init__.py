@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from lvlmrec.config import option
 from lvlmrec.lvlms import (
     auto,
+    frames,
     gemma3,
     gemma4,
     internvl,
@@ -53,6 +54,7 @@ LVLMS: dict[str, LVLMFamily] = {
     "smolvlm": smolvlm.FAMILY,
     "video_lavit": video_lavit.FAMILY,
     "video_llama_3": video_llama_3.FAMILY,
+    "frames": frames.FAMILY,
     "image_encoder": vision_encoder.IMAGE_FAMILY,
     "text_encoder": text_encoder.FAMILY,
     "video_encoder": vision_encoder.VIDEO_FAMILY,

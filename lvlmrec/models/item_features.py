@@ -18,8 +18,8 @@ NUMBERS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 28}
 class ItemFeatures(NamedTuple):
     """Features of N items, converted and scaled only when they are read: as stored they are half the size, or less.
 
-    stored   [T, C, D] float16, bfloat16 or float32: features of all items, perhaps memory-mapped; its columns C
-             hold the L layers and perhaps others
+    stored   [T, C, D] float16, bfloat16 or float32, of frames uint8: features of all items, perhaps memory-mapped;
+             its columns C hold the L layers and perhaps others
     row      int64 [N]: the row of `stored` of each item
     columns  the column of `stored` of each layer
     mean, std [L, D]: a feature is read as (stored - mean) / std; both None: as it is stored
@@ -33,9 +33,17 @@ class ItemFeatures(NamedTuple):
     std: Tensor | None
     missing: Tensor
 
+    def take(self, items: slice) -> ItemFeatures:
+        """Those of some of the N items."""
+        return self._replace(row=self.row[items], missing=self.missing[items])
+
+    def as_stored(self, number: int) -> Tensor:
+        """One layer's features [N, D] in their own dtype, unscaled, where they are stored."""
+        return self.stored[:, self.columns[number]].index_select(0, self.row)
+
     def layer(self, number: int, dtype: torch.dtype) -> Tensor:
         """One layer's features [N, D], scaled."""
-        values = self.stored[:, self.columns[number]].index_select(0, self.row).to(dtype)
+        values = self.as_stored(number).to(dtype)
         if self.mean is None or self.std is None:
             return values
         scaled = (values - self.mean[number].to(dtype)) / self.std[number].to(dtype)

@@ -42,17 +42,23 @@ class ModelConfig:
                 f"item_encoder.name: {encoder.name!r} reads exactly 1 layer of each feature set, not {sizes}"
             )
         return Recommender(
-            encoder.build(num_items, self.embedding_dim, shapes), self.backbone.build(self.embedding_dim, max_length)
+            encoder.build(num_items, self.embedding_dim, shapes),
+            self.backbone.build(self.embedding_dim, max_length),
+            encoder.reads_frames,
         )
 
 
 class Recommender(nn.Module):
-    """Holds no features: the caller hands in the rows it needs, which may lie in a memory-mapped array."""
+    """Holds no features: the caller hands in the rows it needs, which may lie in a memory-mapped array.
 
-    def __init__(self, item_encoder: nn.Module, backbone: nn.Module) -> None:
+    `reads_frames`: encoding an item is so much work that training workers share it.
+    """
+
+    def __init__(self, item_encoder: nn.Module, backbone: nn.Module, reads_frames: bool = False) -> None:
         super().__init__()
         self.item_encoder = item_encoder
         self.backbone = backbone
+        self.reads_frames = reads_frames
 
     def encode_items(self, item_index: Tensor, features: ItemFeatures | None = None) -> Tensor:
         """item_index [N], features of the same items -> [N, E]; item 0 is padding: zero, no gradient."""

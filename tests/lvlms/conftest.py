@@ -17,7 +17,8 @@ from lvlmrec.video import Clip
 
 torch.set_num_threads(1)
 ENCODERS = sorted(name for name, entry in LVLMS.items() if isinstance(entry, TextFamily | VisionFamily))
-WITHOUT_TINY = sorted(authors_code.FAMILIES)  # they run code that is not here, see test_video_lavit.py
+# code that is not here, see test_video_lavit.py; no model at all, see test_frames.py
+WITHOUT_TINY = sorted({*authors_code.FAMILIES, "frames"})
 LVLM_FAMILIES = sorted({*LVLMS} - {*ENCODERS, *WITHOUT_TINY, "auto"})
 QUICK = {"llava_onevision", "qwen3_vl"}  # frames stacked and packed; timestamps, deepstack, multimodal positions
 

@@ -7,6 +7,7 @@ from lvlmrec.models.fusions.fusion import SingleLayerConfig
 from lvlmrec.models.fusions.id import IdConfig
 from lvlmrec.models.fusions.mean import MeanConfig
 from lvlmrec.models.fusions.replacement import ReplacementConfig
+from lvlmrec.models.fusions.video import VideoConfig
 
 FUSIONS: dict[str, type[FusionConfig]] = {
     "id": IdConfig,
@@ -15,4 +16,5 @@ FUSIONS: dict[str, type[FusionConfig]] = {
     "fusion": SingleLayerConfig,
     "mean": MeanConfig,
     "dff": DFFConfig,
+    "video": VideoConfig,
 }

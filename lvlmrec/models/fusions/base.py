@@ -21,18 +21,29 @@ from lvlmrec.models.item_features import ItemFeatures, sum_of_layers
 
 
 class FeatureShape(NamedTuple):
-    """The features of an item in one feature set."""
+    """The features of an item in one feature set; `frames` (F, 3, H, W) where they are stored pixels."""
 
     num_layers: int
     dim: int
+    frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class FusionConfig(ABC):
-    """One entry of FUSIONS. `layers` says how many layers of each feature set it reads: none, one or many."""
+    """One entry of FUSIONS.
+
+    layers       how many layers of each feature set it reads: none, one or many
+    reads_frames it encodes stored frames, which is so much work that training workers share it
+    """
 
     name: str
     layers: ClassVar[str]
+    reads_frames: ClassVar[bool] = False
+
+    @property
+    def pretrained(self) -> str:
+        """The local directory of the weights that its encoder starts from, empty where there are none."""
+        return ""
 
     @abstractmethod
     def build(self, num_items: int, embedding_dim: int, shapes: Sequence[FeatureShape]) -> nn.Module:
