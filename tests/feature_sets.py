@@ -58,3 +58,33 @@ def write_values(folder: Path, items: Sequence[str], values: torch.Tensor) -> st
     store.write_part(uri, recipe, store.feature_table(recipe, list(items), [8] * len(items), columns))
     store.commit(uri)
     return uri
+
+
+FRAMES_INFO = LVLMInfo(
+    "frames",
+    "resized",
+    "uint8",
+    {"vision": 0},
+    {"vision": 3},
+    poolings=("pixels",),
+    video_options={"side": 8},
+    dtypes=("uint8",),
+)
+
+
+def write_frames(folder: Path, items: Sequence[str]) -> str:
+    """A feature set of 2 frames of 8 x 8 for each item; colours turn a ring as the items do."""
+    prompts = {"frames": Prompt("", input="video")}
+    recipe = resolve(
+        RecipeConfig(2, taps=["vision.0"], prompts=prompts, poolings=["pixels"], dtype="uint8"), FRAMES_INFO
+    )
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.arange(len(items)) * 2 * math.pi / len(items)
+    colours = 128 + 100 * torch.stack([angle.cos(), angle.sin(), (3 * angle).cos()], dim=1)
+    pixels = colours[:, None, :, None, None] + torch.randint(-9, 10, (len(items), 2, 3, 8, 8), generator=generator)
+    uri = store.locate(str(folder), "frames", recipe)
+    store.create(uri, recipe)
+    columns = {str(recipe.feature_names[0]): pixels.flatten(1).to(torch.uint8)}
+    store.write_part(uri, recipe, store.feature_table(recipe, list(items), [2] * len(items), columns))
+    store.commit(uri)
+    return uri

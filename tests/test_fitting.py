@@ -14,6 +14,7 @@ from lvlmrec import experiment
 from lvlmrec.baselines import BASELINES
 from lvlmrec.batches import draw_negatives
 from lvlmrec.config import load
+from lvlmrec.errors import ConfigError
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
 from lvlmrec.experiment import Experiment, TrainConfig
@@ -22,7 +23,7 @@ from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.models.fusions import FUSIONS
 from lvlmrec.models.histories import pack
 from lvlmrec.models.losses import LOSSES, LossInputs, SampledLossConfig, alignment, uniformity
-from tests.toy import CPU, ITEM_IDS, Fitting, arguments, fitted, settings, train_config
+from tests.toy import CPU, ITEM_IDS, Fitting, arguments, fitted, settings, train_config, video
 
 # Sums over other numbers of rows round differently, and AdamW divides by small numbers.
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
@@ -71,6 +72,16 @@ def test_any_number_of_workers_gives_the_same_result(world: Path, tmp_path: Path
                 "training__loss__log_popularity_correction": "false",
             },
             "full softmax": {"training__loss__name": "full_softmax"},
+            # one user left in the last batch: some workers have no user, and hardly an item
+            "video": video(world, training__batch_size=149, training__encoder_lr=0.004),
+            "video, ids, uniform": video(
+                world,
+                model__item_encoder__ids="gate",
+                model__item_encoder__frozen_blocks=1,
+                training__loss__name="gbce",
+                training__loss__negatives=2,
+                training__uniformity=0.3,
+            ),
             "bpr": {"training__loss__name": "bpr", "model__item_encoder__name": "mean"},
             # the last batch has one user; the others' queries must come from nowhere
             "gbce, aligned, uniform": {
@@ -96,9 +107,13 @@ def test_any_number_of_workers_gives_the_same_result(world: Path, tmp_path: Path
                 assert ours["validation/hr@10"] == theirs["validation/hr@10"]
 
 
-@pytest.mark.parametrize(("encoder", "loss"), [("id", "in_batch_softmax"), ("dff", "in_batch_softmax"), ("id", "bpr")])
+@pytest.mark.parametrize(
+    ("encoder", "loss"),
+    [("id", "in_batch_softmax"), ("dff", "in_batch_softmax"), ("id", "bpr"), ("video", "in_batch_softmax")],
+)
 def test_a_resumed_run_ends_bit_equal(world: Path, tmp_path: Path, encoder: str, loss: str) -> None:
-    values = {"model__item_encoder__name": encoder, "training__loss__name": loss, "training__epochs": 5}
+    values: dict[str, Any] = {"model__item_encoder__name": encoder, "training__loss__name": loss, "training__epochs": 5}
+    values |= video(world, training__encoder_lr=0.004) if encoder == "video" else {}
     config = train_config(world, tmp_path, model__backbone__dropout=0.3, **values)
     prepared, undisturbed = fitted(config)
 
@@ -170,7 +185,8 @@ def popularity_hr(prepared: Experiment) -> float:
 
 @pytest.mark.parametrize("encoder", FUSIONS)
 def test_it_learns_the_walk_that_popularity_does_not_know(world: Path, tmp_path: Path, encoder: str) -> None:
-    config = train_config(world, tmp_path, model__item_encoder__name=encoder, training__epochs=25)
+    chosen: dict[str, Any] = video(world) if encoder == "video" else {"model__item_encoder__name": encoder}
+    config = train_config(world, tmp_path, **chosen, training__epochs=25)
     prepared = experiment.prepare(config)
     fitting = Fitting(prepared)
     state = fitting.run()
@@ -245,3 +261,37 @@ def test_bfloat16_learns_with_float32_weights(world: Path, tmp_path: Path) -> No
     assert rough.history[-1]["train_loss"] < rough.history[0]["train_loss"]
     assert rough.history[-1]["train_loss"] == pytest.approx(precise.history[-1]["train_loss"], rel=0.05)
     assert rough.history[-1]["train_loss"] != precise.history[-1]["train_loss"]
+
+
+def test_a_video_encoder_learns_at_a_rate_of_its_own(world: Path, tmp_path: Path) -> None:
+    """Frozen blocks stay; the rest of the encoder moves with encoder_lr, all else with lr; settings of nothing fail."""
+    frozen = "item_encoder.encoder.blocks.0."
+    moved = {}
+    for rate in (1e-9, 0.01):
+        values = video(world, model__item_encoder__frozen_blocks=1, training__encoder_lr=rate, training__epochs=1)
+        fitting = Fitting(experiment.prepare(train_config(world, tmp_path, **values)))
+        before = weights(fitting.new_state())
+        after = weights(fitting.run())
+        moved[rate] = {name: float((after[name] - before[name]).abs().max()) for name in before}
+        assert all(change == 0 for name, change in moved[rate].items() if name.startswith(frozen))
+    for name in moved[0.01]:
+        if name.startswith("item_encoder.encoder.blocks") and not name.startswith(frozen):
+            assert moved[1e-9][name] < 1e-6 < moved[0.01][name], name
+    assert moved[1e-9]["item_encoder.projection.weight"] > 1e-3
+    for wrong in (
+        {"training__encoder_lr": 0.1},
+        video(world, feature_scaling="standardize"),
+        video(world, feature_pca=3),
+        video(world, feature_control="gaussian"),
+        video(world, features=world / "features"),
+    ):
+        with pytest.raises(ConfigError):
+            Fitting(experiment.prepare(train_config(world, tmp_path, **wrong))).new_state()
+
+
+def test_how_a_video_encoder_is_run_is_no_part_of_a_runs_name(world: Path, tmp_path: Path) -> None:
+    def key(**values: Any) -> str:
+        return experiment.prepare(train_config(world, tmp_path, **video(world), **values)).key
+
+    assert key() == key(model__item_encoder__items_at_once=3) == key(training__num_workers=2)
+    assert key() != key(training__encoder_lr=0.1) != key(model__item_encoder__frozen_blocks=1)

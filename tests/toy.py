@@ -16,7 +16,7 @@ import torch
 from lvlmrec import checkpoint, config, experiment
 from lvlmrec.experiment import Experiment, TrainConfig
 from lvlmrec.fitting import State, fit, new_state
-from tests.feature_sets import recipe_of, write_set
+from tests.feature_sets import recipe_of, write_frames, write_set
 
 NUM_ITEMS = 60
 NUM_USERS = 150
@@ -38,9 +38,10 @@ def write_pairs(folder: Path, rows: list[list[str]]) -> Path:
 
 
 def write_world(folder: Path) -> Path:
-    """`folder`/interactions and `folder`/features, a store with one feature set."""
+    """`folder`/interactions, and the stores `folder`/features and `folder`/frames with one feature set each."""
     write_pairs(folder / "interactions", walks())
     write_set(folder / "features", [ITEM_IDS[:40], ITEM_IDS[40:]], recipe_of())
+    write_frames(folder / "frames", ITEM_IDS)
     return folder
 
 
@@ -66,6 +67,12 @@ def arguments(dotted: dict[str, Any]) -> list[str]:
 
 def train_config(world: Path, workspace: Path, **values: Any) -> TrainConfig:
     return config.load(TrainConfig, [], arguments(settings(world, workspace, **values)))
+
+
+def video(world: Path, **values: Any) -> dict[str, Any]:
+    """Settings of a run that trains a tiny encoder on the world's frames."""
+    tiny = {"features": str(world / "frames"), "feature_scaling": "none", "model__item_encoder__name": "video"}
+    return tiny | {"model__item_encoder__encoder__channels": 8} | values
 
 
 @dataclass

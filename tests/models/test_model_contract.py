@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -17,18 +18,23 @@ from tests.models.packing import as_stored, encode_grid
 
 NUM_ITEMS, E, LENGTH = 12, 8, 6
 DIMS = (5, 3)  # of two feature sets
+FRAMES = (2, 3, 16, 16)
 PAIRS = list(itertools.product(FUSIONS, BACKBONES))
 SEQUENCES = torch.tensor([[0, 0, 0, 4, 7, 1], [5, 3, 2, 9, 8, 12], [0, 0, 0, 0, 0, 6]])
 
 
 def shapes_of(fusion):
+    if FUSIONS[fusion].reads_frames:
+        return [FeatureShape(1, math.prod(FRAMES), FRAMES)]
     num_layers = {"none": 0, "one": 1, "many": 3}[FUSIONS[fusion].layers]
     return [FeatureShape(num_layers, dim) for dim in DIMS] if num_layers else []
 
 
 def random_features(num_items, shapes):
     """[num_items, L, D]: the layers of the feature sets one after the other, zeros behind the narrower one."""
-    parts = [torch.randn(num_items, num_layers, dim) for num_layers, dim in shapes]
+    if shapes[0].frames:
+        return torch.randint(0, 256, (num_items, 1, shapes[0].dim), dtype=torch.uint8)
+    parts = [torch.randn(num_items, num_layers, dim) for num_layers, dim, _ in shapes]
     return torch.cat([functional.pad(part, (0, max(DIMS) - part.shape[-1])) for part in parts], dim=1)
 
 
@@ -132,6 +138,7 @@ def test_features_are_not_part_of_the_state(fusion, backbone):
         ("replacement", [(0, 5)]),
         ("dff", []),
         ("mean", []),
+        ("video", [(1, 5)]),
     ],
 )
 def test_features_that_do_not_fit_the_fusion_are_the_users_fault(fusion, shapes):
