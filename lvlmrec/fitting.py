@@ -241,7 +241,7 @@ def encode_items(model: Recommender, item_index: Tensor, features: ItemFeatures 
         return model.encode_items(item_index, features)
     ends = [len(item_index) * worker // world for worker in range(world + 1)]
     mine = slice(ends[rank], ends[rank + 1])
-    own = model.encode_items(item_index[mine], features.take(mine)).float()
+    own = model.encode_items(item_index[mine], features.take(mine))
     if not len(own):  # fewer items than workers: gradients are zeros, not missing
         own = own + sum(parameter.sum() * 0.0 for parameter in model.item_encoder.parameters())
     return _Gather.apply(own, ends)

@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 from lvlmrec import experiment
 from lvlmrec.baselines import BASELINES
-from lvlmrec.batches import draw_negatives
+from lvlmrec.batches import batches_of_epoch, draw_negatives
 from lvlmrec.config import load
 from lvlmrec.errors import ConfigError
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
 from lvlmrec.experiment import Experiment, TrainConfig
-from lvlmrec.fitting import State, encode_catalogue, rank_holdout
+from lvlmrec.fitting import Loss, State, encode_catalogue, rank_holdout
 from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.models.fusions import FUSIONS
 from lvlmrec.models.histories import pack
@@ -73,11 +74,12 @@ def test_any_number_of_workers_gives_the_same_result(world: Path, tmp_path: Path
             },
             "full softmax": {"training__loss__name": "full_softmax"},
             # one user left in the last batch: some workers have no user, and hardly an item
-            "video": video(world, training__batch_size=149, training__encoder_lr=0.004),
+            "video": video(world, training__batch_size=149, training__lr=0.001, training__encoder_lr=0.0004),
             "video, ids, uniform": video(
                 world,
                 model__item_encoder__ids="gate",
                 model__item_encoder__frozen_blocks=1,
+                training__lr=0.0004,
                 training__loss__name="gbce",
                 training__loss__negatives=2,
                 training__uniformity=0.3,
@@ -105,6 +107,47 @@ def test_any_number_of_workers_gives_the_same_result(world: Path, tmp_path: Path
             for ours, theirs in zip(alone.history, history, strict=True):
                 assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
                 assert ours["validation/hr@10"] == theirs["validation/hr@10"]
+
+
+def gradients(case: Experiment) -> list[dict[str, torch.Tensor]]:
+    """What one step of each batch would follow, float64; the group of workers is the caller's."""
+    state = Fitting(case).new_state()
+    loss: torch.nn.Module = Loss(state.model.double(), case.config.training, case.data.train_counts).double()
+    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    loss = DistributedDataParallel(loss) if workers > 1 else loss
+    found = []
+    for batch in batches_of_epoch(case.config, case.data, case.features, 0, CPU, rank, workers):
+        loss.zero_grad()
+        (loss(batch.shared, batch.mine) * (workers / batch.num_positions)).backward()
+        found.append(
+            {name: weight.grad.clone() for name, weight in state.model.named_parameters() if weight.grad is not None}
+        )
+    return found
+
+
+def gradient_worker(rank: int, folder: Path, case: Experiment) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3)
+    torch.save(gradients(case), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.thorough
+def test_the_gradient_of_items_that_workers_share_is_that_of_one_worker(world: Path, tmp_path: Path) -> None:
+    values = video(world, model__item_encoder__ids="gate", training__batch_size=149, training__uniformity=0.3)
+    case = experiment.prepare(train_config(world, tmp_path, **values))
+    multiprocessing.set_forkserver_preload(["tests.test_fitting"])
+    mp.start_processes(gradient_worker, (tmp_path, case), nprocs=3, start_method="forkserver")
+    expected = gradients(case)
+    assert len(expected) == 2  # in the second batch two workers have no user
+    for rank in range(3):
+        for ours, theirs in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, gradient in theirs.items():
+                assert gradient.abs().sum() > 0, name
+                torch.testing.assert_close(
+                    ours[name], gradient, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                )
 
 
 @pytest.mark.parametrize(
