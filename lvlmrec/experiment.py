@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from lvlmrec import config as configs
-from lvlmrec import data, storage
+from lvlmrec import storage
 from lvlmrec.config import option, variant
-from lvlmrec.data import DatasetConfig
-from lvlmrec.data.split import Holdout, LeaveOneOut, leave_one_out
+from lvlmrec.data import DatasetConfig, load_split
+from lvlmrec.data.split import Holdout
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import compact, pca, store
 from lvlmrec.features.compact import FeatureArray
@@ -79,7 +79,7 @@ class TrainConfig:
 class TrainingData:
     """What training may see: no test interaction is in here.
 
-    sequences  int32 [U, L + 1], left-padded; validation: the users' next interaction
+    sequences  int32 [U, L + 1], left-padded; validation: what the split holds out for it
     """
 
     item_ids: np.ndarray
@@ -130,13 +130,6 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     if features is not None:
         tags |= {"feature_set": features.digest, "recipe": features.recipe}
     return Experiment(config, data, features, key, {**tags, "key": key}, report)
-
-
-def load_split(config: DatasetConfig) -> tuple[LeaveOneOut, dict[str, int]]:
-    """The dataset's leave-one-out split, and the counts of everything left out on the way."""
-    dataset = data.load(config)
-    split = leave_one_out(dataset.interactions, config.max_length, config.min_interactions)
-    return split, {**dataset.report, **split.report}
 
 
 def feature_uris(config: TrainConfig) -> list[str]:
