@@ -79,13 +79,14 @@ class TrainConfig:
 class TrainingData:
     """What training may see: no test interaction is in here.
 
-    sequences  int32 [U, L + 1], left-padded; validation: what the split holds out for it
+    sequences  int32 [R, L + 1], left-padded; validation: what the split holds out for it
     """
 
     item_ids: np.ndarray
     sequences: np.ndarray
     train_counts: np.ndarray
     validation: Holdout
+    num_users: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     """
     split, report = load_split(config.dataset)
     fingerprint = split.fingerprint()
-    data = TrainingData(np.asarray(split.item_ids), split.training(), split.train_counts(), split.validation())
+    sequences, counts = split.training(), split.train_counts()
+    data = TrainingData(np.asarray(split.item_ids), sequences, counts, split.validation(), split.num_users)
     features = load_features(config, data.item_ids.tolist(), every_layer=every_layer)
     trained_on = np.flatnonzero(data.train_counts)
     if features is not None and config.feature_pca:
@@ -169,7 +171,7 @@ def summary(experiment: Experiment) -> dict[str, Any]:
     """Facts of a run for its result."""
     return {
         **experiment.tags,
-        "users": len(experiment.data.sequences),
+        "users": experiment.data.num_users,
         "catalogue": len(experiment.data.item_ids),
         "feature_columns": list(experiment.features.names) if experiment.features else [],
         "items_without_features": int(experiment.features.missing[1:].any(1).sum()) if experiment.features else 0,

@@ -9,6 +9,7 @@ from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction.pipeline import ExtractConfig
 from lvlmrec.features import recipe as recipes
+from lvlmrec.features.imported import ImportConfig
 from lvlmrec.features.recipe import LVLMInfo
 from lvlmrec.features.vacuum import VacuumConfig
 from lvlmrec.models.backbones import BACKBONES
@@ -20,6 +21,7 @@ JOBS = {
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "vacuum": VacuumConfig,
+    "import_features": ImportConfig,
 }
 ROOMS = {"lvlm": "extract", "recipe": "extract", "dataset": "train", "model": "train"}
 LAYERS = sorted(CONF.rglob("*.yaml"))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lvlmrec.config import option
-from lvlmrec.data import microlens, table
+from lvlmrec.data import microlens, table, tiktok
 from lvlmrec.data.interactions import Dataset, k_core
 from lvlmrec.data.split import SPLITS, Split
 
 DATASETS = {
     "microlens": microlens.load,
     "table": table.load,
+    "tiktok": tiktok.load,
 }
 
 

@@ -44,13 +44,15 @@ class Split:
 
     user_ids   [T] str: the user of each row of `test()`
     item_ids   [I] str: item_index i+1 belongs to `item_ids[i]`, item_index 0 is padding
-    sequences  int32 [U, L+1]: of each user with training items the last of them, oldest first, padded on the left
+    sequences  int32 [R, L+1]: training items of one user each, oldest first, padded on the left
+    num_users  how many users they are of
     report     what the split dropped
     """
 
     user_ids: Ids
     item_ids: Ids
     sequences: NDArray[np.int32]
+    num_users: int
     holdouts: tuple[Holdout, Holdout]
     report: dict[str, int]
 
@@ -60,7 +62,7 @@ class Split:
         return self.sequences.shape[1] - 1
 
     def training(self) -> NDArray[np.int32]:
-        """int32 [U, L+1]: L inputs and the item after each of them."""
+        """int32 [R, L+1]: L inputs and the item after each of them."""
         return self.sequences
 
     def validation(self) -> Holdout:
@@ -232,13 +234,17 @@ def _build(
 ) -> Split:
     """The split of interactions whose `parts` [N] ascend within each user. Raises `InputError` if a part is empty.
 
-    With `every_target` each held-out item is a row after the items of earlier parts; without, the last of a part is
-    the only one, after all that stand before it.
+    With `every_target`, for items without an order in time, each held-out item is a row after the items of earlier parts,
+    and training is all items, long histories cut into sequences. Without, the last item of a part is the only target,
+    after all that stand before it, and training is the last `max_length + 1` items.
     """
     owners, starts = interactions.owners, interactions.offsets[:-1]
     ends = [starts + np.bincount(owners[parts <= part], minlength=len(starts)) for part in (TRAINING, VALIDATION, TEST)]
     trained = np.flatnonzero(ends[TRAINING] > starts)
-    sequences = _windows(interactions, starts[trained], ends[TRAINING][trained], max_length + 1)
+    of_user, sequence_ends = trained, ends[TRAINING][trained]
+    if every_target:
+        of_user, sequence_ends = _cut(starts, ends[TRAINING], max_length + 1)
+    sequences = _windows(interactions, starts[of_user], sequence_ends, max_length + 1)
     dropped = {
         "training_interactions_truncated": int((parts == TRAINING).sum() - (sequences > 0).sum()),
         "users_without_training": len(starts) - len(trained),
@@ -261,7 +267,15 @@ def _build(
         items = (interactions.items[targets] + 1).astype(np.int32)
         holdouts.append(Holdout(histories[:, -max_length:], items, histories))
     ids = interactions.user_ids[users], interactions.item_ids
-    return Split(*ids, sequences, (holdouts[0], holdouts[1]), report | dropped)
+    return Split(*ids, sequences, len(trained), (holdouts[0], holdouts[1]), report | dropped)
+
+
+def _cut(starts: NDArray[np.int64], ends: NDArray[np.int64], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The spans `starts[u]:ends[u]` cut from their ends into pieces of `width`: u and the end of each piece."""
+    pieces = -(-(ends - starts) // width)
+    of_user = np.repeat(np.arange(len(starts)), pieces)
+    number = np.arange(len(of_user)) - (np.cumsum(pieces) - pieces)[of_user]  # within the user, from the last on
+    return of_user, ends[of_user] - width * number
 
 
 def _windows(

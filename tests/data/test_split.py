@@ -116,8 +116,8 @@ def test_microlens_50k(real_data: Path) -> None:
     assert found.report["items_dropped"] == 121
     # 2,226 test targets are in nobody's training history; 35 more only in parts that the truncation cuts off
     assert int(found.is_cold(found.test().targets).sum()) == 2_261
-    whole = leave_one_out(interactions, max_length=215)
-    assert int(whole.is_cold(whole.test().targets).sum()) == 2_226
+    longer = leave_one_out(interactions, max_length=215)
+    assert int(longer.is_cold(longer.test().targets).sum()) == 2_226
 
 
 @pytest.mark.data
