@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lvlmrec.config import option
-from lvlmrec.data import microlens, table, tiktok
+from lvlmrec.data import amazon_beauty, amazon_reviews_2023, microlens, ninerec, recbole, table, tiktok
 from lvlmrec.data.interactions import Dataset, k_core
 from lvlmrec.data.split import SPLITS, Split
 
 DATASETS = {
     "microlens": microlens.load,
-    "table": table.load,
+    "ninerec": ninerec.load,
     "tiktok": tiktok.load,
+    "amazon_reviews_2023": amazon_reviews_2023.load,
+    "amazon_beauty": amazon_beauty.load,
+    "recbole": recbole.load,
+    "table": table.load,
 }
 
 

@@ -234,9 +234,9 @@ def _build(
 ) -> Split:
     """The split of interactions whose `parts` [N] ascend within each user. Raises `InputError` if a part is empty.
 
-    With `every_target`, for items without an order in time, each held-out item is a row after the items of earlier parts,
-    and training is all items, long histories cut into sequences. Without, the last item of a part is the only target,
-    after all that stand before it, and training is the last `max_length + 1` items.
+    With `every_target`, for items without an order in time, each held-out item is a row after the items of earlier
+    parts, and training is all items, long histories cut into sequences. Without, the last item of a part is the only
+    target, after all that stand before it, and training is the last `max_length + 1` items.
     """
     owners, starts = interactions.owners, interactions.offsets[:-1]
     ends = [starts + np.bincount(owners[parts <= part], minlength=len(starts)) for part in (TRAINING, VALIDATION, TEST)]

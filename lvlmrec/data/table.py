@@ -20,8 +20,8 @@ from lvlmrec.data import files
 from lvlmrec.data.interactions import Dataset, Interactions, from_columns
 from lvlmrec.errors import InputError
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-ENDINGS = (*DELIMITERS, ".parquet")
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
+ENDINGS = (".csv", ".tsv", ".parquet")
 
 
 def load(path: str) -> Dataset:

@@ -4,8 +4,8 @@ train.tsv, validation.tsv, test.tsv   header user_id, item_id
 
 Ids count from 0, and row k of the feature arrays that come with these files is item k. The files are sorted by user and
 item, and the item held out of a user is always the one with the largest id. A model that read histories in the order
-of the file would learn the split from it (a Markov chain finds nearly twice as many targets), so the rows are read in an
-order that is drawn once, the same every time.
+of the file would learn the split from it (a Markov chain finds nearly twice as many targets), so the rows are read in
+an order that is drawn once, the same every time.
 """
 
 from __future__ import annotations
