@@ -117,20 +117,18 @@ def read_item_ids(source: str, rows: int) -> list[str]:
     """The item of each row. Raises `InputError` when they are not as many as the rows, empty or not distinct."""
     if source in COUNTED:
         return [str(COUNTED[source] + row) for row in range(rows)]
+    if not source.endswith((".csv", ".parquet", ".txt")):
+        choices = f"{', '.join(COUNTED)}, a .csv or .parquet with {ITEM_ID}, or a .txt"
+        raise ConfigError(f"item_ids: {source!r}: choices: {choices}")
     try:
         content = io.BytesIO(storage.read_bytes(source))
         if source.endswith(".txt"):
             ids = [line.strip() for line in content.getvalue().decode("utf-8-sig").splitlines()]
         elif source.endswith(".parquet"):
             ids = pd.read_parquet(content, columns=[ITEM_ID])[ITEM_ID].astype(str).tolist()
-        elif source.endswith(".csv"):
-            ids = pd.read_csv(content, dtype=str, keep_default_na=False, usecols=[ITEM_ID])[ITEM_ID].tolist()
         else:
-            choices = f"{', '.join(COUNTED)}, a .csv or .parquet with {ITEM_ID}, or a .txt"
-            raise ConfigError(f"item_ids: {source!r}: choices: {choices}")
+            ids = pd.read_csv(content, dtype=str, keep_default_na=False, usecols=[ITEM_ID])[ITEM_ID].tolist()
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"item_ids: {source!r}: not readable: {' '.join(str(error).split())[:200]}") from error
     if len(ids) != rows:
         raise InputError(f"item_ids: {source!r} has {len(ids)} ids, the array {rows} rows")
