@@ -71,19 +71,18 @@ def run(config: ImportConfig) -> dict[str, Any]:
     """
     if not config.file.endswith(ARRAY_ENDINGS):
         raise ConfigError(f"file: {config.file!r}: expected a file that ends in {', '.join(ARRAY_ENDINGS)}")
-    try:
-        with storage.local_copy(config.file) as path:
-            array = open_array(path, config.tensor)
-            item_ids = read_item_ids(config.item_ids, array.shape[0])
-            recipe = recipe_of(config, array, _hash_of_file(path), item_ids)
-            uri = store.locate(config.store, config.name, recipe)
-            store.create(uri, recipe)
-            with lease.hold(uri) as held:
-                written = _write(config, uri, recipe, array, item_ids, held)
-                held.check()
-                index = store.commit(uri, held.number)
-    except FileNotFoundError as error:
-        raise InputError(f"file: {config.file!r}: no such file") from error
+    if not storage.exists(config.file):
+        raise InputError(f"file: {config.file!r}: no such file")
+    with storage.local_copy(config.file) as path:
+        array = open_array(path, config.tensor)
+        item_ids = read_item_ids(config.item_ids, array.shape[0])
+        recipe = recipe_of(config, array, _hash_of_file(path), item_ids)
+        uri = store.locate(config.store, config.name, recipe)
+        store.create(uri, recipe)
+        with lease.hold(uri) as held:
+            written = _write(config, uri, recipe, array, item_ids, held)
+            held.check()
+            index = store.commit(uri, held.number)
     rejected = store.read_rejected(uri)
     return {
         "feature_set": uri,
@@ -101,7 +100,7 @@ def open_array(path: Path, tensor: str = "") -> Array:
     """The array in a file, memory-mapped. Nothing is unpickled but tensors. Raises `InputError`."""
     try:
         array = _OPEN[path.suffix](path, tensor)
-    except (InputError, FileNotFoundError):
+    except InputError:
         raise
     except Exception as error:  # numpy, torch, pickle and safetensors each have their own
         message = " ".join(f"{type(error).__name__}: {error}".split())
