@@ -79,7 +79,10 @@ class TrainConfig:
 class TrainingData:
     """What training may see: no test interaction is in here.
 
-    sequences  int32 [R, L + 1], left-padded; validation: what the split holds out for it
+    sequences     int32 [R, L + 1], left-padded, of two items at least: of one there is nothing to predict
+    train_counts  int64 [I + 1], how often each item occurs in training, those single items included
+    validation    what the split holds out for it
+    num_users     how many users have training items
     """
 
     item_ids: np.ndarray
@@ -114,8 +117,15 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     """
     split, report = load_split(config.dataset)
     fingerprint = split.fingerprint()
-    sequences, counts = split.training(), split.train_counts()
-    data = TrainingData(np.asarray(split.item_ids), sequences, counts, split.validation(), split.num_users)
+    sequences = split.training()
+    sequences = sequences[sequences[:, -2] > 0]
+    if not len(sequences):
+        raise InputError(
+            f"dataset {config.dataset.path!r}: no user has two training items, so there is nothing to learn"
+        )
+    report |= {"training_sequences_of_one_item": len(split.training()) - len(sequences)}
+    item_ids, counts = np.asarray(split.item_ids), split.train_counts()
+    data = TrainingData(item_ids, sequences, counts, split.validation(), split.num_users)
     features = load_features(config, data.item_ids.tolist(), every_layer=every_layer)
     trained_on = np.flatnonzero(data.train_counts)
     if features is not None and config.feature_pca:

@@ -86,6 +86,16 @@ def ranks_by_hand(uri: str, published: Path) -> list[int]:
     return ranks
 
 
+def test_what_has_one_item_is_counted_and_not_learned_from(published: Path, tmp_path: Path) -> None:
+    """Batches of one sequence: each has something to predict."""
+    prepared, _ = fitted(run_config(published, tmp_path, training__batch_size=1, training__epochs=1))
+    lengths = [1 + user % 30 for user in range(NUM_USERS)]
+    alone = sum(length % 7 == 1 for length in lengths)  # what is left of a history cut into sequences of seven
+    assert prepared.report["training_sequences_of_one_item"] == alone > 0
+    assert (prepared.data.sequences > 0).sum(1).min() == 2
+    assert prepared.data.train_counts.sum() == sum(lengths) == (prepared.data.sequences > 0).sum() + alone
+
+
 @pytest.mark.parametrize("split", ["leave_one_out", "global_time"])
 def test_it_has_no_other_split_by_time(published: Path, tmp_path: Path, split: str) -> None:
     with pytest.raises(InputError, match=f"dataset.split: '{split}'.*choices: given, random"):
