@@ -30,7 +30,8 @@ class Holdout:
 
     inputs     int32 [T, L]: the last items of the history
     targets    int32 [T]
-    histories  int32 [T, H], H >= L: every item that the user is known to have, to be masked in the ranking
+    histories  int32 [T, H], H the longest, at least L: every item that the user is known to have, to be masked in the
+               ranking
     """
 
     inputs: NDArray[np.int32]
