@@ -49,11 +49,12 @@ class Positions(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """`num_positions`: the real positions of all workers."""
+    """`num_positions`: the real positions of all workers; `progress`: the share of all epochs' steps before it."""
 
     shared: Shared
     mine: Positions
     num_positions: int
+    progress: float
 
 
 def batches_of_epoch(
@@ -68,7 +69,8 @@ def batches_of_epoch(
     """The global batches of one epoch, in the order of seed and epoch, as worker `rank` of `world` sees them."""
     size, loss, num_items = config.training.batch_size, config.training.loss, len(data.item_ids)
     order = np.random.default_rng((config.seed, epoch)).permutation(len(data.sequences))
-    for number, start in enumerate(range(0, len(order), size)):
+    starts = range(0, len(order), size)
+    for number, start in enumerate(starts):
         sequences = data.sequences[order[start : start + size]].astype(np.int64)
         num_positions = int((sequences[:, :-1] > 0).sum())
         negatives = None
@@ -76,7 +78,8 @@ def batches_of_epoch(
             rng = np.random.default_rng((config.seed, epoch, number))
             negatives = draw_negatives(rng, sequences, num_items, loss.negatives)
         shared = _shared(sequences, negatives, num_items, loss.whole_catalogue, features, device)
-        yield Batch(shared, _positions(sequences, negatives, device, rank, world), num_positions)
+        progress = (epoch + number / len(starts)) / config.training.epochs
+        yield Batch(shared, _positions(sequences, negatives, device, rank, world), num_positions, progress)
 
 
 def draw_negatives(rng: np.random.Generator, sequences: np.ndarray, num_items: int, number: int) -> np.ndarray:

@@ -9,6 +9,7 @@ uniformity of queries needs those of the other workers.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -203,6 +204,8 @@ def train_epoch(
     total, positions = torch.zeros((), device=device), 0
     loss.train()
     for batch in batches:
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * learning_rate_factor(batch.progress, settings.schedule, settings.warmup)
         with autocast:
             summed = loss(batch.shared, batch.mine)
         optimizer.zero_grad(set_to_none=True)
@@ -213,6 +216,17 @@ def train_epoch(
     if world > 1:
         dist.all_reduce(total)
     return float(total) / positions
+
+
+def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
+    """The share of the highest learning rate after `progress` (0..1) of all steps.
+
+    It rises from 0 over the share `warmup` of the steps, then stays, or falls to 0 in a line or half a cosine.
+    """
+    if progress < warmup:
+        return progress / warmup
+    left = (1 - progress) / (1 - warmup) if warmup < 1 else 0.0
+    return {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]
 
 
 def _with_other_workers(queries: Tensor) -> Tensor:

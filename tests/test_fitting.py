@@ -17,7 +17,7 @@ from lvlmrec.config import load
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
 from lvlmrec.experiment import Experiment, TrainConfig
-from lvlmrec.fitting import State, encode_catalogue, rank_holdout
+from lvlmrec.fitting import State, encode_catalogue, learning_rate_factor, rank_holdout
 from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.models.fusions import FUSIONS
 from lvlmrec.models.histories import pack
@@ -245,3 +245,43 @@ def test_bfloat16_learns_with_float32_weights(world: Path, tmp_path: Path) -> No
     assert rough.history[-1]["train_loss"] < rough.history[0]["train_loss"]
     assert rough.history[-1]["train_loss"] == pytest.approx(precise.history[-1]["train_loss"], rel=0.05)
     assert rough.history[-1]["train_loss"] != precise.history[-1]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1]),
+        ("constant", 0.5, [0, 0.5, 1, 1]),
+        ("linear", 0.0, [1, 0.75, 0.5, 0.25]),
+        ("linear", 0.5, [0, 0.5, 1, 0.5]),
+        ("cosine", 0.0, [1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5]),
+        ("linear", 1.0, [0, 0.25, 0.5, 0.75]),
+    ],
+)
+def test_the_learning_rate_rises_and_falls_as_scheduled(schedule: str, warmup: float, expected: list[float]) -> None:
+    factors = [learning_rate_factor(progress, schedule, warmup) for progress in (0, 0.25, 0.5, 0.75)]
+    assert factors == pytest.approx(expected)
+
+
+def test_a_schedule_reaches_the_optimiser_and_a_resumed_run_keeps_to_it(world: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"training__schedule": "cosine", "training__warmup": 0.25, "training__epochs": 4}
+    rates: list[float] = []
+    prepared = experiment.prepare(train_config(world, tmp_path, **values))
+    undisturbed = Fitting(prepared, lambda state: rates.append(state.optimizer.param_groups[0]["lr"])).run()
+    highest = prepared.config.training.lr
+    assert rates[0] < highest and max(rates) <= highest and rates[1] > rates[2] > rates[3] > 0
+
+    def interrupt(state: State) -> None:
+        if state.progress.epoch == 2:
+            raise Interrupted
+
+    first = Fitting(prepared, interrupt)
+    state = first.new_state()
+    with pytest.raises(Interrupted):
+        first.run(state)
+    state.save(tmp_path)
+    resumed = Fitting(prepared)
+    restored = resumed.new_state()
+    restored.load(tmp_path)
+    resumed.run(restored)
+    assert_bit_equal(weights(restored), weights(undisturbed))

@@ -197,6 +197,13 @@ def _ended(client: Any, job: str) -> Any:
         ),
         ("train", ["model.item_encoder.name=dfff"], "model.item_encoder.name: 'dfff' is not one of concatenation,"),
         ("train", ["dataset.path=/nowhere"], "/nowhere"),
+        (
+            "train",
+            ["dataset.split=time"],
+            "dataset.split: 'time' is not one of given, global_time, leave_one_out, random",
+        ),
+        ("import_features", [], "file: '': expected a file that ends in .npy"),
+        ("import_features", ["file=/nowhere/a.npy"], "file: '/nowhere/a.npy': no such file"),
         ("evaluate", ["checkpoint=/nowhere"], "checkpoint '/nowhere': no checkpoint there; train first"),
         ("evaluate", ["baselines=[best]"], "baselines: 'best' is not one of item_knn, markov, popularity"),
         ("tune", ["search.trials=0"], "search.trials: 0 is below 1"),
