@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,6 @@ from tests.conftest import ROOT
 from tests.toy import Fitting, arguments, fitted, settings, train_config
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
@@ -100,7 +92,7 @@ def failing_worker(config: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(local_ray: None, world: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def undisturbed(local_ray: str, world: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The experiment, its result and its run."""
     workspace = tmp_path_factory.mktemp("undisturbed")
     run = tracking.start(tracking_uri, str(workspace), "train", {})
@@ -147,7 +139,7 @@ def test_a_killed_worker_changes_nothing(
 
 
 def test_workers_that_cannot_work_fail_the_job(
-    local_ray: None, world: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    local_ray: str, world: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "_worker", failing_worker)
     monkeypatch.setattr(training, "MAX_WORKER_FAILURES", 0)
@@ -179,8 +171,9 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 
 
 def test_a_killed_driver_started_again_ends_as_if_nothing_had_been(
-    world: Path, tmp_path: Path, tracking_uri: str
+    ray_address: str, world: Path, tmp_path: Path, tracking_uri: str
 ) -> None:
+    """The first has a Ray of its own, which dies with it; the second runs on one that is there."""
     values = settings(
         world, tmp_path, tracking_uri=tracking_uri, model__backbone__dropout=0.3, training__epochs=12, cache="./cache"
     )
@@ -193,9 +186,9 @@ def test_a_killed_driver_started_again_ends_as_if_nothing_had_been(
     assert first.returncode == -signal.SIGKILL, "".join(seen[-20:])
     assert not (tmp_path / "checkpoints").exists()
 
-    again = subprocess.run(
-        [sys.executable, script, *arguments(values)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    environment["RAY_ADDRESS"] = ray_address
+    command = [sys.executable, script, *arguments(values)]
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     result = json.loads(again.stdout.splitlines()[-1])
     assert result["epochs"] == 12
