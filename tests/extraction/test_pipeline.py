@@ -73,9 +73,7 @@ def overrides(tmp_path: Path, model: Path, videos: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    cluster: None, model: Path, videos: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Undisturbed:
+def undisturbed(cluster: None, model: Path, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The workspace and the result of an extraction of `videos` in parts of two; nothing may write there."""
     workspace = tmp_path_factory.mktemp("undisturbed")
     return workspace, extract(*overrides(workspace, model, videos), "pool.videos_per_part=2")
