@@ -101,7 +101,7 @@ def driver(address: str, log: Path, arguments: Sequence[str]) -> Iterator[Driver
             process.communicate()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
