@@ -135,16 +135,16 @@ def test_tune_on_the_sample(ray_address: str, workspace: Path, extracted: dict[s
 
 @pytest.mark.slow
 def test_a_submitted_job_ends_with_the_index_of_a_direct_run(
-    tmp_path: Path, three_videos: list[str], by_smolvlm: dict[str, Any]
+    tmp_path: Path, three_videos: list[str], by_smolvlm: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    monkeypatch.delenv("RAY_ADDRESS")  # the client would heed it more than what it is given
     ray = Path(sys.executable).parent / "ray"
     folder = tempfile.mkdtemp(prefix="ray")  # the names of sockets are short, pytest's folders are not
     output, port, deadline = tmp_path / "head.log", _free_port(), time.monotonic() + 240
     ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={_free_port()}"]
     environment = os.environ | {"RAY_TMPDIR": folder, "PATH": f"{ray.parent}{os.pathsep}{os.environ['PATH']}"}
-    del environment["RAY_ADDRESS"]  # a job's is that of the Ray it was submitted to
     with output.open("w") as log:
         head = subprocess.Popen(
             [str(ray), "start", "--head", "--block", "--port=0", "--num-cpus=2", *ports],
