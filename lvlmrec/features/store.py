@@ -24,18 +24,20 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import torch
 
 from lvlmrec import storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.errors import InputError
 from lvlmrec.features.recipe import ANSWER, SIZES, Recipe
 from lvlmrec.taps import FeatureName
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "index.parquet"
 RECIPE = "recipe.json"
@@ -177,6 +179,8 @@ def write_rejected(uri: str, rows: Sequence[Mapping[Any, Any]], generation: int 
 
 def cast(values: torch.Tensor, dtype: str, name: str) -> np.ndarray:
     """[N, D] in the stored dtype; bfloat16 as its bits in uint16. Raises `CastError` rather than store an inf."""
+    import torch  # here, for processes that only decode or write do without it
+
     values = values.detach().cpu()
     if not torch.isfinite(values).all():
         raise CastError(f"{name}: the model gave a value that is not finite")
