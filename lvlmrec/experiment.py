@@ -27,7 +27,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 # Part of every run's name: to be counted up when the same configuration comes to learn something else.
 FORMAT = 1
 # What decides where and how fast a run happens, not what it learns.
-NOT_LEARNED = ("workspace", "tracking_uri", "cache", "training.num_workers", "training.use_gpu")
+WORKERS = ("training.num_workers", "training.min_workers", "training.use_gpu")
+NOT_LEARNED = ("workspace", "tracking_uri", "cache", *WORKERS)
 SEARCH = "search."  # what a search tries decides nothing about a single one of its trials
 
 
@@ -44,6 +45,9 @@ class TrainingConfig:
     batch_size: int = option(512, "users per step, over all workers", minimum=1)
     num_workers: int = option(
         1, "data-parallel workers; they share each batch, dropout alone is drawn by each", minimum=1
+    )
+    min_workers: int = option(
+        0, "it starts, and goes on after a loss, with as few as these; 0: with num_workers alone", minimum=0
     )
     use_gpu: bool = option(False, "one GPU for each worker")
     weight_decay: float = option(0.1, "weight decay of AdamW", minimum=0)

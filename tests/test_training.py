@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lvlmrec import experiment, tracking, training
-from lvlmrec.errors import JobFailed
+from lvlmrec.errors import ConfigError, JobFailed
 from lvlmrec.experiment import Experiment
 from lvlmrec.tracking import Run
 from lvlmrec.training import _worker as product_worker
@@ -152,6 +152,20 @@ def test_a_killed_worker_changes_nothing(
     assert result["validation"] == undisturbed[1]["validation"]
     history = mlflow.MlflowClient(run.tracking_uri).get_metric_history(run.id, "validation/hr_at_10")
     assert [point.step for point in history] == [1, 2, 3, 4, 5], "it did not go on after the third"
+
+
+def test_a_cluster_that_is_too_small_trains_with_the_workers_that_fit(
+    local_ray: str, world: Path, tmp_path: Path, run: Run
+) -> None:
+    """Eight are asked for and there are CPUs for fewer; what it learns is the same."""
+    values = {"model__item_encoder__name": "dff", "training__epochs": 2}
+    many = {"training__num_workers": 8, "training__min_workers": 1}
+    result = training.run(experiment.prepare(train_config(world, tmp_path, **values, **many)), run)
+    prepared, state = fitted(train_config(world, tmp_path, **values))
+    assert ray.cluster_resources()["CPU"] < 8 and result["checkpoint"] == prepared.checkpoint
+    assert result["validation"] == pytest.approx(state.progress.best, abs=1e-9)
+    with pytest.raises(ConfigError, match=r"min_workers: 9 is more than training\.num_workers, 8"):
+        training._num_workers(replace(prepared.config.training, num_workers=8, min_workers=9))
 
 
 def test_workers_that_cannot_work_fail_the_job(

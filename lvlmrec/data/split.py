@@ -96,9 +96,6 @@ class Split:
         return digest.hexdigest()
 
 
-LeaveOneOut = Split  # the name that evaluation knows it by
-
-
 def leave_one_out(interactions: Interactions, max_length: int = 10, min_interactions: int = 5) -> Split:
     """The split of the micro-video protocol (MicroLens, https://arxiv.org/abs/2309.15379, section 4).
 
