@@ -96,11 +96,8 @@ def test_any_number_of_workers_gives_the_same_result(world: Path, tmp_path: Path
                 assert ours["validation/hr@10"] == theirs["validation/hr@10"]
 
 
-@pytest.mark.parametrize(("encoder", "loss"), [("id", "in_batch_softmax"), ("dff", "in_batch_softmax"), ("id", "bpr")])
-def test_a_resumed_run_ends_bit_equal(world: Path, tmp_path: Path, encoder: str, loss: str) -> None:
-    values = {"model__item_encoder__name": encoder, "training__loss__name": loss, "training__epochs": 5}
-    config = train_config(world, tmp_path, model__backbone__dropout=0.3, **values)
-    prepared, undisturbed = fitted(config)
+def interrupted_and_resumed(prepared: Experiment, folder: Path) -> tuple[State, list[dict[str, float]]]:
+    """Stopped after the second epoch, saved, and gone on with in a fresh state; the epochs of the second part."""
 
     def interrupt(state: State) -> None:
         if state.progress.epoch == 2:
@@ -110,14 +107,23 @@ def test_a_resumed_run_ends_bit_equal(world: Path, tmp_path: Path, encoder: str,
     state = first.new_state()
     with pytest.raises(Interrupted):
         first.run(state)
-    state.save(tmp_path)
+    state.save(folder)
     torch.manual_seed(12345)  # another process has another random state
-
     resumed = Fitting(prepared)
     restored = resumed.new_state()
-    restored.load(tmp_path)
+    restored.load(folder)
     resumed.run(restored)
-    assert [metrics["epoch"] for metrics in resumed.history] == [3, 4, 5]
+    return restored, resumed.history
+
+
+@pytest.mark.parametrize(("encoder", "loss"), [("id", "in_batch_softmax"), ("dff", "in_batch_softmax"), ("id", "bpr")])
+def test_a_resumed_run_ends_bit_equal(world: Path, tmp_path: Path, encoder: str, loss: str) -> None:
+    values = {"model__item_encoder__name": encoder, "training__loss__name": loss, "training__epochs": 5}
+    config = train_config(world, tmp_path, model__backbone__dropout=0.3, **values)
+    prepared, undisturbed = fitted(config)
+
+    restored, history = interrupted_and_resumed(prepared, tmp_path)
+    assert [metrics["epoch"] for metrics in history] == [3, 4, 5]
     assert_bit_equal(weights(restored), weights(undisturbed))
     assert_bit_equal(restored.best_weights, undisturbed.best_weights)
     assert restored.progress.best == undisturbed.progress.best
@@ -271,17 +277,5 @@ def test_a_schedule_reaches_the_optimiser_and_a_resumed_run_keeps_to_it(world: P
     highest = prepared.config.training.lr
     assert rates[0] < highest and max(rates) <= highest and rates[1] > rates[2] > rates[3] > 0
 
-    def interrupt(state: State) -> None:
-        if state.progress.epoch == 2:
-            raise Interrupted
-
-    first = Fitting(prepared, interrupt)
-    state = first.new_state()
-    with pytest.raises(Interrupted):
-        first.run(state)
-    state.save(tmp_path)
-    resumed = Fitting(prepared)
-    restored = resumed.new_state()
-    restored.load(tmp_path)
-    resumed.run(restored)
+    restored, _ = interrupted_and_resumed(prepared, tmp_path)
     assert_bit_equal(weights(restored), weights(undisturbed))
