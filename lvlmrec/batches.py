@@ -7,6 +7,7 @@ reads, N negatives of a position.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +81,15 @@ def batches_of_epoch(
         shared = _shared(sequences, negatives, num_items, loss.whole_catalogue, features, device)
         progress = (epoch + number / len(starts)) / config.training.epochs
         yield Batch(shared, _positions(sequences, negatives, device, rank, world), num_positions, progress)
+
+
+def made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each made by a thread while the one before is in use: features are read meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 def draw_negatives(rng: np.random.Generator, sequences: np.ndarray, num_items: int, number: int) -> np.ndarray:

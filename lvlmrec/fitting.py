@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from lvlmrec.batches import Batch, Positions, Shared, batches_of_epoch, item_features
+from lvlmrec.batches import Batch, Positions, Shared, batches_of_epoch, item_features, made_ahead
 from lvlmrec.data.split import Holdout
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_targets
@@ -146,7 +146,7 @@ def fit(
         started = time.perf_counter()
         torch.manual_seed(int(np.random.SeedSequence((config.seed, epoch, rank)).generate_state(1)[0]))
         batches = batches_of_epoch(config, data, features, epoch, device, rank, world)
-        train_loss = train_epoch(config.training, batches, loss, state.optimizer, device)
+        train_loss = train_epoch(config.training, made_ahead(batches), loss, state.optimizer, device)
         seconds = time.perf_counter() - started
         validation = _validate(state.model, data, features, device)
         progress = state.progress

@@ -1,6 +1,7 @@
 """The training loop: the same result whatever the workers and the interruptions, early stopping, learning."""
 
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.multiprocessing as mp
 
 from lvlmrec import experiment
 from lvlmrec.baselines import BASELINES
-from lvlmrec.batches import draw_negatives
+from lvlmrec.batches import draw_negatives, made_ahead
 from lvlmrec.config import load
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
@@ -279,3 +280,22 @@ def test_a_schedule_reaches_the_optimiser_and_a_resumed_run_keeps_to_it(world: P
 
     restored, _ = interrupted_and_resumed(prepared, tmp_path)
     assert_bit_equal(weights(restored), weights(undisturbed))
+
+
+def test_batches_made_ahead_are_the_same_and_an_error_in_making_one_is_raised() -> None:
+    made: list[int] = []
+
+    def batches() -> Iterator[Any]:
+        for number in range(4):
+            if number == 3:
+                raise OSError("the disk is gone")
+            made.append(number)
+            yield number
+
+    used = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for batch in made_ahead(batches()):
+            used.append(batch)
+    assert used == made == [0, 1, 2]
+    first = next(made_ahead(iter([5, 6])))
+    assert first == 5
