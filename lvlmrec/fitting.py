@@ -124,6 +124,8 @@ def new_state(config: TrainConfig, data: TrainingData, features: FeatureArray | 
     model = build_model(config.model, len(data.item_ids), config.dataset.max_length, features).to(device)
     settings = config.training
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    for group in optimizer.param_groups:
+        group["highest_lr"] = group["lr"]
     return State(model, optimizer, {}, Progress())
 
 
@@ -205,7 +207,7 @@ def train_epoch(
     loss.train()
     for batch in batches:
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * learning_rate_factor(batch.progress, settings.schedule, settings.warmup)
+            group["lr"] = group["highest_lr"] * learning_rate_factor(batch.progress, settings.schedule, settings.warmup)
         with autocast:
             summed = loss(batch.shared, batch.mine)
         optimizer.zero_grad(set_to_none=True)
