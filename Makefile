@@ -25,7 +25,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
-	$(BIN)/python -m pytest -m "slow or gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or gpu"
 
 test-fast: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not thorough"

@@ -1,6 +1,6 @@
 """Claim: an epoch and an evaluation cost a fraction of what others take, and DFF's layers next to nothing.
 
-    python benchmarks/training.py [--folder DIR] [--rounds 7] [--cases NAME ...] [--no-memory] [--save]
+    python benchmarks/training.py [--folder DIR] [--rounds 7] [--cases NAME ...] [--recbole PYTHON] [--save]
 
 MicroLens-50K (LVLMREC_DATA), 10 items of history, 512 users a step; SASRec of 2 blocks, 2 heads, FFN 4d; one thread.
 Every case's epoch is cut into `--rounds` parts and the cases take turns, a part each, after one batch that does not
@@ -12,6 +12,7 @@ full_64, bce_64                    softmax over the catalogue; binary cross-entr
 dff_raw_512                        DFF over 28 layers of 3584 dims, float16, standardised: random numbers, 3.8 GB
 dff_pca_512                        DFF over 28 layers of 512 dims, float32, the form that feature_pca leaves: random
 
+Beside them, after the last round: RecBole's SASRec (training_recbole.py) with the Python of its environment.
 Memory: each of the 512-wide cases alone in a process, ten batches; the peak of what is not a page of a mapped file.
 The last line of stdout is a JSON object.
 """
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--folder", default="", help="where random features are kept; a temporary folder otherwise")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--recbole", default="", help="the Python of an environment that has RecBole")
     parser.add_argument("--measure-memory", default="", help=argparse.SUPPRESS)
     parser.add_argument("--save", action="store_true", help="write a dated result under benchmarks/results")
     arguments = parser.parse_args()
@@ -120,8 +121,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary).resolve()
         result = measure(arguments.cases, folder, arguments.rounds)
-        if not arguments.no_memory:
-            result["peak_mb"] = {name: memory_of(name, folder) for name in WITH_MEMORY if name in arguments.cases}
+        result["peak_mb"] = {name: memory_of(name, folder) for name in WITH_MEMORY if name in arguments.cases}
+        if arguments.recbole:
+            result["recbole_cpu_s"] = recbole(arguments.recbole)
     text = report(result)
     print(text)
     if arguments.save:
@@ -179,6 +181,13 @@ def random_features(folder: Path, name: str, num_items: int) -> FeatureArray:
     )
 
 
+def recbole(python: str) -> dict[str, float]:
+    """Epoch and evaluation of RecBole, in a process of its own environment."""
+    pairs = real_data() / "microlens_50k" / "MicroLens-50k_pairs.tsv"
+    command = [python, str(Path(__file__).with_name("training_recbole.py")), str(pairs)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
 def memory_of(name: str, folder: Path) -> int:
     command = [sys.executable, __file__, "--measure-memory", name, "--folder", str(folder)]
     return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
@@ -203,10 +212,13 @@ def peak_memory(name: str, folder: Path) -> int:
 
 
 def report(result: dict[str, Any]) -> str:
-    peaks = result.get("peak_mb", {})
+    peaks = result["peak_mb"]
     rows = [[name, f"{seconds:.1f}", str(peaks.get(name, ""))] for name, seconds in result["epoch_cpu_s"].items()]
     text = table(["epoch", "CPU s", "peak MB"], rows)
     text += "\n\n" + table(["evaluation, d", "CPU s"], [[d, f"{s:.1f}"] for d, s in result["evaluate_cpu_s"].items()])
+    for name, theirs in result.get("recbole_cpu_s", {}).items():
+        ours = result["evaluate_cpu_s"]["64"] if name == "evaluate_64" else result["epoch_cpu_s"].get(name)
+        text += f"\n\nRecBole, {name}: {theirs:.1f} s; ours takes {ours / theirs:.3f} of it" if ours else ""
     return text + "".join(f"\n\nDFF over ids, {name}: {ratio:.3f}" for name, ratio in result["dff_over_id"].items())
 
 

@@ -7,6 +7,7 @@ reads, N negatives of a position.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -49,11 +50,12 @@ class Positions(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """`num_positions`: the real positions of all workers."""
+    """`num_positions`: the real positions of all workers; `progress`: the share of all epochs' steps before it."""
 
     shared: Shared
     mine: Positions
     num_positions: int
+    progress: float
 
 
 def batches_of_epoch(
@@ -68,7 +70,8 @@ def batches_of_epoch(
     """The global batches of one epoch, in the order of seed and epoch, as worker `rank` of `world` sees them."""
     size, loss, num_items = config.training.batch_size, config.training.loss, len(data.item_ids)
     order = np.random.default_rng((config.seed, epoch)).permutation(len(data.sequences))
-    for number, start in enumerate(range(0, len(order), size)):
+    starts = range(0, len(order), size)
+    for number, start in enumerate(starts):
         sequences = data.sequences[order[start : start + size]].astype(np.int64)
         num_positions = int((sequences[:, :-1] > 0).sum())
         negatives = None
@@ -76,7 +79,17 @@ def batches_of_epoch(
             rng = np.random.default_rng((config.seed, epoch, number))
             negatives = draw_negatives(rng, sequences, num_items, loss.negatives)
         shared = _shared(sequences, negatives, num_items, loss.whole_catalogue, features, device)
-        yield Batch(shared, _positions(sequences, negatives, device, rank, world), num_positions)
+        progress = (epoch + number / len(starts)) / config.training.epochs
+        yield Batch(shared, _positions(sequences, negatives, device, rank, world), num_positions, progress)
+
+
+def made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each made by a thread while the one before is in use: features are read meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 def draw_negatives(rng: np.random.Generator, sequences: np.ndarray, num_items: int, number: int) -> np.ndarray:

@@ -91,6 +91,22 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+def changed(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values that are not the defaults of the dataclass that holds them, and every part's `name`.
+
+    A default that refers to another key, as `${workspace}/cache`, is a value like any other once it is resolved.
+    """
+    for each in dataclasses.fields(config):
+        value, default = getattr(config, each.name), each.default
+        if dataclasses.is_dataclass(value):
+            yield from changed(value, f"{prefix}{each.name}.")
+            continue
+        if each.default_factory is not dataclasses.MISSING:
+            default = each.default_factory()
+        if each.name == "name" or value != default:
+            yield f"{prefix}{each.name}", value
+
+
 def describe(schema: type) -> str:
     """The schema with defaults, for `--help`."""
     lines: list[str] = []

@@ -18,7 +18,8 @@ from lvlmrec.baselines.base import Baseline
 from lvlmrec.checkpoint import Checkpoint, load_checkpoint
 from lvlmrec.columns import COLD, ITEM_ID, ITEM_RANK, USER_ID
 from lvlmrec.config import option
-from lvlmrec.data.split import Holdout, LeaveOneOut
+from lvlmrec.data import load_split
+from lvlmrec.data.split import Holdout, Split
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
 from lvlmrec.evaluation.lists import top_from_scores, top_items
@@ -26,7 +27,6 @@ from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores, rank_targets
 from lvlmrec.evaluation.significance import holm, paired_test
 from lvlmrec.evaluation.slices import by_coldness, by_history_length, by_popularity, slice_metrics
-from lvlmrec.experiment import load_split
 from lvlmrec.fitting import encode_catalogue, encode_users
 
 USERS_AT_ONCE = 512
@@ -96,7 +96,7 @@ def _others(against: Any) -> list[str]:
     return list(dict.fromkeys(storage.absolute(uri) for uri in others))
 
 
-def _load(config: EvaluateConfig) -> tuple[Checkpoint, LeaveOneOut]:
+def _load(config: EvaluateConfig) -> tuple[Checkpoint, Split]:
     """The checkpoint, and the split that it was trained on. Raises `InputError`."""
     overrides = {"dataset.path": config.dataset_path, "features": config.features, "workspace": config.workspace}
     if not storage.is_remote(config.workspace):
@@ -112,9 +112,7 @@ def _load(config: EvaluateConfig) -> tuple[Checkpoint, LeaveOneOut]:
     return checkpoint, split
 
 
-def measure(
-    split: LeaveOneOut, holdout: Holdout, ranks: np.ndarray, lists: np.ndarray, ks: Sequence[int]
-) -> dict[str, Any]:
+def measure(split: Split, holdout: Holdout, ranks: np.ndarray, lists: np.ndarray, ks: Sequence[int]) -> dict[str, Any]:
     """Everything that is said of a run or a baseline: metrics, the same by slice, and beyond accuracy."""
     counts = split.train_counts()
     slices = {
@@ -137,7 +135,7 @@ def layer_weights(checkpoint: Checkpoint) -> dict[str, float]:
     return dict(zip(checkpoint.features.names, weigh().tolist(), strict=True))
 
 
-def write_ranks(uri: str, split: LeaveOneOut, holdout: Holdout, ranks: np.ndarray) -> None:
+def write_ranks(uri: str, split: Split, holdout: Holdout, ranks: np.ndarray) -> None:
     """user_id, item_id (the target), item_rank, cold: what any two runs can be compared by."""
     targets = np.asarray(split.item_ids)[holdout.targets - 1]
     cold = split.is_cold(holdout.targets)
@@ -180,7 +178,7 @@ def _compare(own: pd.DataFrame, ours: str, other: str, seed: int) -> dict[str, d
     }
 
 
-def _baselines(names: list[str], split: LeaveOneOut, folder: str, ks: Sequence[int]) -> dict[str, Any]:
+def _baselines(names: list[str], split: Split, folder: str, ks: Sequence[int]) -> dict[str, Any]:
     """The same of the baselines, and their metrics on validation; their ranks stand beside the run's."""
     results = {}
     for name in names:

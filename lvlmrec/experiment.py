@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from lvlmrec import config as configs
-from lvlmrec import data, pretrained, storage
+from lvlmrec import pretrained, storage
 from lvlmrec.config import option, variant
-from lvlmrec.data import DatasetConfig
-from lvlmrec.data.split import Holdout, LeaveOneOut, leave_one_out
+from lvlmrec.data import DatasetConfig, load_split
+from lvlmrec.data.split import Holdout
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import compact, pca, store
 from lvlmrec.features.compact import FeatureArray
@@ -23,16 +23,13 @@ from lvlmrec.models.fusions.base import FeatureShape
 from lvlmrec.models.losses import LOSSES, LossConfig
 from lvlmrec.models.recommender import ModelConfig, Recommender
 
+SCHEDULES = ("constant", "linear", "cosine")
+# Part of every run's name: to be counted up when the same configuration comes to learn something else.
+FORMAT = 1
 # What decides where and how fast a run happens, not what it learns.
-NOT_LEARNED = (
-    "workspace",
-    "tracking_uri",
-    "cache",
-    "training.num_workers",
-    "training.use_gpu",
-    "model.item_encoder.items_at_once",
-    "model.item_encoder.gradient_checkpointing",
-)
+WORKERS = ("training.num_workers", "training.min_workers", "training.use_gpu")
+CHUNKS = ("model.item_encoder.items_at_once", "model.item_encoder.gradient_checkpointing")
+NOT_LEARNED = ("workspace", "tracking_uri", "cache", *WORKERS, *CHUNKS)
 SEARCH = "search."  # what a search tries decides nothing about a single one of its trials
 
 
@@ -41,11 +38,18 @@ class TrainingConfig:
     """The optimisation, with the protocol's values as defaults."""
 
     epochs: int = option(40, "passes over the training users, at most", minimum=1)
-    lr: float = option(2e-3, "learning rate of AdamW, constant", minimum=0)
+    lr: float = option(2e-3, "learning rate of AdamW, at its highest", minimum=0)
     encoder_lr: float = option(0.0, "that of a video encoder that is trained; 0: the same", minimum=0)
+    schedule: str = option(
+        "constant", "the learning rate after its warm-up: constant, or down to 0 at the last epoch", choices=SCHEDULES
+    )
+    warmup: float = option(0.0, "share of all steps in which the learning rate rises from 0", minimum=0)
     batch_size: int = option(512, "users per step, over all workers", minimum=1)
     num_workers: int = option(
         1, "data-parallel workers; they share each batch, dropout alone is drawn by each", minimum=1
+    )
+    min_workers: int = option(
+        0, "it starts, and goes on after a loss, with as few as these; 0: with num_workers alone", minimum=0
     )
     use_gpu: bool = option(False, "one GPU for each worker")
     weight_decay: float = option(0.1, "weight decay of AdamW", minimum=0)
@@ -88,13 +92,17 @@ class TrainConfig:
 class TrainingData:
     """What training may see: no test interaction is in here.
 
-    sequences  int32 [U, L + 1], left-padded; validation: the users' next interaction
+    sequences     int32 [R, L + 1], left-padded, of two items at least: of one there is nothing to predict
+    train_counts  int64 [I + 1], how often each item occurs in training, those single items included
+    validation    what the split holds out for it
+    num_users     how many users have training items
     """
 
     item_ids: np.ndarray
     sequences: np.ndarray
     train_counts: np.ndarray
     validation: Holdout
+    num_users: int
 
 
 @dataclass(frozen=True)
@@ -123,22 +131,29 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     _check_video(config)
     split, report = load_split(config.dataset)
     fingerprint = split.fingerprint()
-    data = TrainingData(np.asarray(split.item_ids), split.training(), split.train_counts(), split.validation())
+    sequences = split.training()
+    sequences = sequences[sequences[:, -2] > 0]
+    if not len(sequences):
+        raise InputError(
+            f"dataset {config.dataset.path!r}: no user has two training items, so there is nothing to learn"
+        )
+    report |= {"training_sequences_of_one_item": len(split.training()) - len(sequences)}
+    item_ids, counts = np.asarray(split.item_ids), split.train_counts()
+    data = TrainingData(item_ids, sequences, counts, split.validation(), split.num_users)
     features = load_features(config, data.item_ids.tolist(), every_layer=every_layer)
     trained_on = np.flatnonzero(data.train_counts)
     if features is not None and config.feature_pca:
         features = pca.reduce(features, trained_on, config.feature_pca)
     if features is not None and config.feature_scaling == "standardize":
         features = features.standardized(trained_on)
-    flat = configs.flatten(configs.to_dict(config))
+    # Defaults do not count: a new option leaves the names of earlier runs as they were.
+    flat = configs.changed(config)
     learned = {k: v for k, v in flat if k not in NOT_LEARNED and not k.startswith(SEARCH)}
     if features is None:  # what is asked of features changes no run without them
         learned = {k: v for k, v in learned.items() if not k.startswith("feature")}
-    if not config.training.encoder_lr:  # so that runs from before this key keep their names
-        del learned["training.encoder_lr"]
-    if config.model.item_encoder.pretrained:
+    if config.model.item_encoder.pretrained:  # what the weights are, not where they lie
         learned["model.item_encoder.encoder_weights"] = pretrained.digest(config.model.item_encoder.pretrained)
-    learned |= {"dataset.path": fingerprint, "features": features.digest if features else ""}
+    learned |= {"format": FORMAT, "dataset.path": fingerprint, "features": features.digest if features else ""}
     key = hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
     tags = {"dataset": fingerprint, "feature_set": "none", "recipe": "none"}
     if features is not None:
@@ -157,13 +172,6 @@ def _check_video(config: TrainConfig) -> None:
         raise ConfigError("item_encoder.name: 'video' reads pixels; set feature_scaling=none and feature_pca=0")
     if config.feature_control not in ("none", "shuffled"):
         raise ConfigError(f"feature_control: {config.feature_control!r} of pixels; choices: none, shuffled")
-
-
-def load_split(config: DatasetConfig) -> tuple[LeaveOneOut, dict[str, int]]:
-    """The dataset's leave-one-out split, and the counts of everything left out on the way."""
-    dataset = data.load(config)
-    split = leave_one_out(dataset.interactions, config.max_length, config.min_interactions)
-    return split, {**dataset.report, **split.report}
 
 
 def feature_uris(config: TrainConfig) -> list[str]:
@@ -203,7 +211,7 @@ def summary(experiment: Experiment) -> dict[str, Any]:
     """Facts of a run for its result."""
     return {
         **experiment.tags,
-        "users": len(experiment.data.sequences),
+        "users": experiment.data.num_users,
         "catalogue": len(experiment.data.item_ids),
         "feature_columns": list(experiment.features.names) if experiment.features else [],
         "items_without_features": int(experiment.features.missing[1:].any(1).sum()) if experiment.features else 0,

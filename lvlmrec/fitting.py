@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -26,7 +27,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from lvlmrec import pretrained
-from lvlmrec.batches import Batch, Positions, Shared, batches_of_epoch, item_features
+from lvlmrec.batches import Batch, Positions, Shared, batches_of_epoch, item_features, made_ahead
 from lvlmrec.data.split import Holdout
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_targets
@@ -139,7 +140,10 @@ def _optimizer(model: Recommender, settings: TrainingConfig) -> torch.optim.Opti
         encoder = [weight for name, weight in named if name.startswith(VIDEO_ENCODER)]
         others = [weight for name, weight in named if not name.startswith(VIDEO_ENCODER)]
         groups = [{"params": encoder, "lr": settings.encoder_lr}, {"params": others}]
-    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    for group in optimizer.param_groups:
+        group["highest_lr"] = group["lr"]
+    return optimizer
 
 
 def fit(
@@ -161,7 +165,7 @@ def fit(
         started = time.perf_counter()
         torch.manual_seed(int(np.random.SeedSequence((config.seed, epoch, rank)).generate_state(1)[0]))
         batches = batches_of_epoch(config, data, features, epoch, device, rank, world)
-        train_loss = train_epoch(config.training, batches, loss, state.optimizer, device)
+        train_loss = train_epoch(config.training, made_ahead(batches), loss, state.optimizer, device)
         seconds = time.perf_counter() - started
         validation = _validate(state.model, data, features, device)
         progress = state.progress
@@ -219,6 +223,8 @@ def train_epoch(
     total, positions = torch.zeros((), device=device), 0
     loss.train()
     for batch in batches:
+        for group in optimizer.param_groups:
+            group["lr"] = group["highest_lr"] * learning_rate_factor(batch.progress, settings.schedule, settings.warmup)
         with autocast:
             summed = loss(batch.shared, batch.mine)
         optimizer.zero_grad(set_to_none=True)
@@ -229,6 +235,17 @@ def train_epoch(
     if world > 1:
         dist.all_reduce(total)
     return float(total) / positions
+
+
+def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
+    """The share of the highest learning rate after `progress` (0..1) of all steps.
+
+    It rises from 0 over the share `warmup` of the steps, then stays, or falls to 0 in a line or half a cosine.
+    """
+    if progress < warmup:
+        return progress / warmup
+    left = (1 - progress) / (1 - warmup) if warmup < 1 else 0.0
+    return {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]
 
 
 def encode_items(model: Recommender, item_index: Tensor, features: ItemFeatures | None) -> Tensor:

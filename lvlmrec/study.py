@@ -126,7 +126,7 @@ def _start(study: Study, step: Step) -> ObjectRef:
     run = tracking.start(study.parent.tracking_uri, config.workspace, _name(study, step), tags, study.parent)
     run.log_config(configs.to_dict(config))
     study.children[step.trial] = run
-    return task(train).remote(config, run, threads)
+    return task(train).remote(config, run, threads, _name(study, step))
 
 
 def _take(study: Study, task: ObjectRef) -> None:
@@ -152,7 +152,7 @@ def _take(study: Study, task: ObjectRef) -> None:
     print(f"study: {step.action} {_name(study, step)}: {said}; {left} steps known to be left", file=sys.stderr)
 
 
-def train(config: TrainConfig, run: Run, threads: int) -> dict[str, Any]:
+def train(config: TrainConfig, run: Run, threads: int, name: str) -> dict[str, Any]:
     """One run, in this process: as the train job with one worker, down to the checkpoint's name."""
     torch.set_num_threads(threads)
     prepared = experiment.prepare(config)
@@ -161,7 +161,13 @@ def train(config: TrainConfig, run: Run, threads: int) -> dict[str, Any]:
     if done is not None:
         return done | {"checkpoint": prepared.checkpoint, "reused": True}
     saved = storage.join(storage.absolute(config.workspace), "runs", f"study-{prepared.key}.tar")
-    state = _fit(prepared, saved, lambda metrics, epoch: run.log_metrics(metrics, step=epoch))
+
+    def tell(metrics: dict[str, float], epoch: int) -> None:
+        run.log_metrics(metrics, step=epoch)
+        rate = metrics[f"validation/{SELECTED_BY}"]
+        print(f"study: {name}: epoch {epoch}, validation {SELECTED_BY.upper()} {rate:.4f}", file=sys.stderr)
+
+    state = _fit(prepared, saved, tell)
     result = training.publish(prepared, state.best_weights, state.progress)
     storage.remove(saved)
     return result | {"checkpoint": prepared.checkpoint, "reused": False}

@@ -16,14 +16,14 @@ from typing import Any, cast
 import ray
 from ray.train import Checkpoint as RayCheckpoint
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.collective import broadcast_from_rank_zero
+from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lvlmrec import checkpoint, storage
-from lvlmrec.errors import JobFailed
-from lvlmrec.experiment import Experiment, load_features, summary
+from lvlmrec.errors import ConfigError, JobFailed
+from lvlmrec.experiment import Experiment, TrainingConfig, load_features, summary
 from lvlmrec.features import pca
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.fitting import Progress, State, fit, new_state
@@ -56,7 +56,7 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
         _worker,
         # Through the object store once, not into every worker's configuration.
         train_loop_config={"experiment": ray.put(experiment), "tracking": tracking},
-        scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=settings.use_gpu),
+        scaling_config=ScalingConfig(num_workers=_num_workers(settings), use_gpu=settings.use_gpu),
         run_config=RunConfig(  # type: ignore[call-arg]  # the checker sees the older class of this name
             name=experiment.key,  # the same run started again goes on from its last checkpoint
             storage_path=storage.join(storage.absolute(experiment.config.workspace), "runs"),
@@ -71,6 +71,17 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
         raise JobFailed(f"training {experiment.key}: {' '.join(str(error).split())[-500:]}") from error
 
 
+def _num_workers(settings: TrainingConfig) -> Any:
+    """A number, or from how many to how many: the loss is the same, so it may change between two checkpoints.
+
+    Raises `ConfigError`.
+    """
+    fewest, most = settings.min_workers, settings.num_workers
+    if fewest > most:
+        raise ConfigError(f"training.min_workers: {fewest} is more than training.num_workers, {most}")
+    return (fewest, most) if fewest else most
+
+
 def _worker(config: dict[str, Any]) -> None:
     """What each worker runs: restore, fit, report a checkpoint from time to time and at the end."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report
@@ -79,6 +90,9 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     leads = context.get_world_rank() == 0
     device = get_device()
+    if context.get_local_rank() == 0:
+        _local_features(experiment)  # made once on each machine, found by its other workers
+    barrier()
     features = _local_features(experiment)
     state = new_state(experiment.config, experiment.data, features, device)
     resumed = ray.train.get_checkpoint()

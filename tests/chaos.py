@@ -20,14 +20,14 @@ ROOT = Path(__file__).parent.parent
 DETECTION = {  # a dead raylet is noticed within seconds, not half a minute
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 1000,
+    "health_check_timeout_ms": 10_000,  # a live one may be slow on a busy machine; a dead one refuses at once
     "health_check_failure_threshold": 3,
 }
 
 
 @contextmanager
-def raylets(num_workers: int = 2, cpus: float = 2) -> Iterator[Any]:
-    """A `ray.cluster_utils.Cluster`: a head without CPUs and workers with `cpus` each.
+def raylets(num_workers: int = 2, cpus: float = 2, head_cpus: float = 0) -> Iterator[Any]:
+    """A `ray.cluster_utils.Cluster`: a head with `head_cpus` and workers with `cpus` each.
 
     Its processes have this process's environment: set AWS_* before. `cluster.remove_node(node, allow_graceful=False)`
     kills a node, `cluster.add_node(num_cpus=...)` brings another.
@@ -38,7 +38,7 @@ def raylets(num_workers: int = 2, cpus: float = 2) -> Iterator[Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), path]) if path else str(ROOT)
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": DETECTION},
+        head_node_args={"num_cpus": head_cpus, "include_dashboard": False, "_system_config": DETECTION},
     )
     try:
         for _ in range(num_workers):
@@ -101,7 +101,7 @@ def driver(address: str, log: Path, arguments: Sequence[str]) -> Iterator[Driver
             process.communicate()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"

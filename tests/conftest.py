@@ -1,8 +1,12 @@
-"""Shared by all tests: Ray without tokens, one torch thread, real and toy data, an S3 server, a tracking database."""
+"""Shared by all tests: a Ray, one torch thread, real and toy data, an S3 server, a tracking database."""
 
 import os
 
-os.environ["RAY_AUTH_MODE"] = "disabled"  # before anything imports ray
+# before anything imports ray
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_ADDRESS"] = "local"  # else `ray.init()` joins whatever Ray was started last on this machine
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for every group of workers
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon Ray Train notices that a worker is done or dead
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import socket
@@ -15,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.chaos import raylets
 from tests.toy import write_world
 
 torch.set_num_threads(1)
@@ -28,6 +33,23 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data: {folder} is not there; set LVLMREC_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """The address of a Ray with 4 CPUs that tests share where its start is not their subject."""
+    with raylets(num_workers=0, head_cpus=4) as cluster:
+        yield cluster.address
+
+
+@pytest.fixture(scope="module")
+def local_ray(ray_address: str) -> Iterator[str]:
+    """The module's tests are drivers of the shared Ray; gives its address."""
+    import ray
+
+    ray.init(ray_address, log_to_driver=False)
+    yield ray_address
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -56,18 +78,23 @@ def s3_server() -> Iterator[str]:
         server.wait(timeout=20)
 
 
-@pytest.fixture
-def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A fresh bucket on the S3 server, as `s3://name`; the environment points to the server."""
-    import boto3
-
-    for name, value in {
+def credentials(s3_server: str) -> dict[str, str]:
+    """What the environment must hold for the S3 server to be used."""
+    return {
         "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
+    }
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh bucket on the S3 server, as `s3://name`; the environment points to the server."""
+    import boto3
+
+    for name, value in credentials(s3_server).items():
         monkeypatch.setenv(name, value)
     name = f"bucket-{time.monotonic_ns()}"
     boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)

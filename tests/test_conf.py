@@ -9,6 +9,7 @@ from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction.pipeline import ExtractConfig
 from lvlmrec.features import recipe as recipes
+from lvlmrec.features.imported import ImportConfig
 from lvlmrec.features.recipe import LVLMInfo
 from lvlmrec.features.vacuum import VacuumConfig
 from lvlmrec.grid import StudyConfig
@@ -22,6 +23,7 @@ JOBS = {
     "evaluate": EvaluateConfig,
     "vacuum": VacuumConfig,
     "study": StudyConfig,
+    "import_features": ImportConfig,
 }
 ROOMS = {"lvlm": "extract", "recipe": "extract", "dataset": "train", "model": "train", "study": "study"}
 LAYERS = sorted(CONF.rglob("*.yaml"))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lvlmrec.config import describe, flatten, from_arguments, load, option, to_dict, variant
+from lvlmrec.config import changed, describe, flatten, from_arguments, load, option, to_dict, variant
 from lvlmrec.errors import ConfigError
 
 
@@ -108,6 +108,24 @@ def test_an_unreadable_layer_is_named(content: str, tmp_path: Path) -> None:
     layer.write_text(content)
     with pytest.raises(ConfigError, match=r"layer\.yaml"):
         load(Config, [layer])
+
+
+def test_what_is_changed_are_the_names_of_parts_and_the_values_that_are_no_defaults() -> None:
+    assert dict(changed(Config())) == {"backbone.name": "attention"}
+    given = load(Config, [], ["backbone.name=recurrent", "backbone.layers=1", "dtype=float32", "taps=[llm.0]"])
+    assert dict(changed(given)) == {
+        "input": "./workspace/videos",
+        "backbone.name": "recurrent",
+        "dtype": "float32",
+    }
+    more = load(Config, [], ["backbone.heads=4", "taps=[llm.1]", "prompts={}"])
+    assert dict(changed(more)) == {
+        "input": "./workspace/videos",
+        "backbone.name": "attention",
+        "backbone.heads": 4,
+        "taps": ["llm.1"],
+        "prompts": {},
+    }
 
 
 def test_help_shows_every_key_with_default_and_choices() -> None:

@@ -16,12 +16,12 @@ from lvlmrec.baselines import BASELINES
 from lvlmrec.baselines.base import without_padding
 from lvlmrec.baselines.popularity import Popularity
 from lvlmrec.checkpoint import load_checkpoint
+from lvlmrec.data import load_split
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.significance import holm, paired_test
-from lvlmrec.experiment import load_split
 from lvlmrec.fitting import encode_catalogue
 from lvlmrec.models.histories import pack
 from lvlmrec.report.evaluation import evaluation

@@ -8,7 +8,7 @@ import pytest
 
 from lvlmrec import experiment
 from lvlmrec.checkpoint import load_checkpoint
-from lvlmrec.data.split import Holdout, LeaveOneOut
+from lvlmrec.data.split import Holdout, Split
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.experiment import TrainConfig
 from tests.feature_sets import captions_recipe, recipe_of, write_set
@@ -167,10 +167,10 @@ def test_features_that_are_no_uris_are_the_users_fault(world: Path, tmp_path: Pa
 
 
 def test_training_never_opens_the_test_split(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def closed(self: LeaveOneOut) -> Holdout:
+    def closed(self: Split) -> Holdout:
         raise AssertionError("the test split was opened")
 
-    monkeypatch.setattr(LeaveOneOut, "test", closed)
+    monkeypatch.setattr(Split, "test", closed)
     Fitting(experiment.prepare(train_config(world, tmp_path, model__item_encoder__name="dff"))).run()
 
 

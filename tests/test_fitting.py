@@ -1,6 +1,7 @@
 """The training loop: the same result whatever the workers and the interruptions, early stopping, learning."""
 
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lvlmrec import experiment
 from lvlmrec.baselines import BASELINES
-from lvlmrec.batches import batches_of_epoch, draw_negatives
+from lvlmrec.batches import batches_of_epoch, draw_negatives, made_ahead
 from lvlmrec.config import load
 from lvlmrec.errors import ConfigError
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
 from lvlmrec.experiment import Experiment, TrainConfig
-from lvlmrec.fitting import Loss, State, encode_catalogue, rank_holdout
+from lvlmrec.fitting import Loss, State, encode_catalogue, learning_rate_factor, rank_holdout
 from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.models.fusions import FUSIONS
 from lvlmrec.models.histories import pack
@@ -150,6 +151,26 @@ def test_the_gradient_of_items_that_workers_share_is_that_of_one_worker(world: P
                 )
 
 
+def interrupted_and_resumed(prepared: Experiment, folder: Path) -> tuple[State, list[dict[str, float]]]:
+    """Stopped after the second epoch, saved, and gone on with in a fresh state; the epochs of the second part."""
+
+    def interrupt(state: State) -> None:
+        if state.progress.epoch == 2:
+            raise Interrupted
+
+    first = Fitting(prepared, interrupt)
+    state = first.new_state()
+    with pytest.raises(Interrupted):
+        first.run(state)
+    state.save(folder)
+    torch.manual_seed(12345)  # another process has another random state
+    resumed = Fitting(prepared)
+    restored = resumed.new_state()
+    restored.load(folder)
+    resumed.run(restored)
+    return restored, resumed.history
+
+
 @pytest.mark.parametrize(
     ("encoder", "loss"),
     [("id", "in_batch_softmax"), ("dff", "in_batch_softmax"), ("id", "bpr"), ("video", "in_batch_softmax")],
@@ -160,22 +181,8 @@ def test_a_resumed_run_ends_bit_equal(world: Path, tmp_path: Path, encoder: str,
     config = train_config(world, tmp_path, model__backbone__dropout=0.3, **values)
     prepared, undisturbed = fitted(config)
 
-    def interrupt(state: State) -> None:
-        if state.progress.epoch == 2:
-            raise Interrupted
-
-    first = Fitting(prepared, interrupt)
-    state = first.new_state()
-    with pytest.raises(Interrupted):
-        first.run(state)
-    state.save(tmp_path)
-    torch.manual_seed(12345)  # another process has another random state
-
-    resumed = Fitting(prepared)
-    restored = resumed.new_state()
-    restored.load(tmp_path)
-    resumed.run(restored)
-    assert [metrics["epoch"] for metrics in resumed.history] == [3, 4, 5]
+    restored, history = interrupted_and_resumed(prepared, tmp_path)
+    assert [metrics["epoch"] for metrics in history] == [3, 4, 5]
     assert_bit_equal(weights(restored), weights(undisturbed))
     assert_bit_equal(restored.best_weights, undisturbed.best_weights)
     assert restored.progress.best == undisturbed.progress.best
@@ -338,3 +345,50 @@ def test_how_a_video_encoder_is_run_is_no_part_of_a_runs_name(world: Path, tmp_p
 
     assert key() == key(model__item_encoder__items_at_once=3) == key(training__num_workers=2)
     assert key() != key(training__encoder_lr=0.1) != key(model__item_encoder__frozen_blocks=1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1]),
+        ("constant", 0.5, [0, 0.5, 1, 1]),
+        ("linear", 0.0, [1, 0.75, 0.5, 0.25]),
+        ("linear", 0.5, [0, 0.5, 1, 0.5]),
+        ("cosine", 0.0, [1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5]),
+        ("linear", 1.0, [0, 0.25, 0.5, 0.75]),
+    ],
+)
+def test_the_learning_rate_rises_and_falls_as_scheduled(schedule: str, warmup: float, expected: list[float]) -> None:
+    factors = [learning_rate_factor(progress, schedule, warmup) for progress in (0, 0.25, 0.5, 0.75)]
+    assert factors == pytest.approx(expected)
+
+
+def test_a_schedule_reaches_the_optimiser_and_a_resumed_run_keeps_to_it(world: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"training__schedule": "cosine", "training__warmup": 0.25, "training__epochs": 4}
+    rates: list[float] = []
+    prepared = experiment.prepare(train_config(world, tmp_path, **values))
+    undisturbed = Fitting(prepared, lambda state: rates.append(state.optimizer.param_groups[0]["lr"])).run()
+    highest = prepared.config.training.lr
+    assert rates[0] < highest and max(rates) <= highest and rates[1] > rates[2] > rates[3] > 0
+
+    restored, _ = interrupted_and_resumed(prepared, tmp_path)
+    assert_bit_equal(weights(restored), weights(undisturbed))
+
+
+def test_batches_made_ahead_are_the_same_and_an_error_in_making_one_is_raised() -> None:
+    made: list[int] = []
+
+    def batches() -> Iterator[Any]:
+        for number in range(4):
+            if number == 3:
+                raise OSError("the disk is gone")
+            made.append(number)
+            yield number
+
+    used = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for batch in made_ahead(batches()):
+            used.append(batch)
+    assert used == made == [0, 1, 2]
+    first = next(made_ahead(iter([5, 6])))
+    assert first == 5

@@ -5,14 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pandas as pd
 import pytest
-import ray
 import torch
 
 from lvlmrec import checkpoint, experiment, grid, study, tracking
@@ -76,17 +74,10 @@ def test_what_does_not_fit_is_told_before_any_run(world: Path, tmp_path: Path) -
         study.check(wrong, grid.make_plan(wrong))
 
 
-@pytest.fixture
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
-
-
-def failing_train(config: Any, run: Run, threads: int) -> dict[str, Any]:
+def failing_train(config: Any, run: Run, threads: int, name: str) -> dict[str, Any]:
     if config.model.item_encoder.name == "dff" and config.training.lr == 0.02:
         raise RuntimeError("the loss is gone")
-    return product_train(config, run, threads)
+    return product_train(config, run, threads, name)
 
 
 def children(parent: Run) -> list[mlflow.entities.Run]:
@@ -98,7 +89,7 @@ def children(parent: Run) -> list[mlflow.entities.Run]:
 
 @pytest.mark.slow
 def test_a_failed_run_is_told_and_the_rest_is_done(
-    local_ray: None, world: Path, tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+    local_ray: str, world: Path, tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study, "train", failing_train)
     config = study_config(world, tmp_path, study__seeds=[0])

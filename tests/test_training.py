@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,15 @@ import torch
 from safetensors.torch import load_file
 
 from lvlmrec import experiment, tracking, training
-from lvlmrec.errors import JobFailed
+from lvlmrec.errors import ConfigError, JobFailed
 from lvlmrec.experiment import Experiment
 from lvlmrec.tracking import Run
 from lvlmrec.training import _worker as product_worker
+from tests import chaos
 from tests.conftest import ROOT
 from tests.toy import Fitting, arguments, fitted, settings, train_config
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
@@ -63,29 +56,43 @@ def two_workers(world: Path, workspace: Path) -> Experiment:
     return experiment.prepare(config)
 
 
-def saving_worker(config: dict[str, Any]) -> None:
-    """A checkpoint after every epoch, and epochs long enough to be interrupted."""
+def pausing_worker(config: dict[str, Any]) -> None:
+    """A checkpoint after every epoch; after the fourth it waits to be killed."""
     training.CHECKPOINT_SECONDS = 0.0
     tell = training._tell
 
-    def slow_tell(metrics: dict[str, float], epochs: int) -> None:
+    def pausing_tell(metrics: dict[str, float], epochs: int) -> None:
+        if metrics["epoch"] == 5:
+            time.sleep(600)
         tell(metrics, epochs)
-        time.sleep(0.3)
 
-    training._tell = slow_tell
+    training._tell = pausing_tell
     product_worker(config)
+
+
+def wait_until_noted(workspace: Path, epoch: int) -> None:
+    """Wait until Ray Train has taken note of an epoch's checkpoint: some time after a worker has reported it."""
+    snapshots = Path(workspace, "runs")
+    chaos.wait_for(
+        lambda: any(
+            f'"epoch":{epoch},' in file.read_text() for file in snapshots.rglob("checkpoint_manager_snapshot.json")
+        ),
+        timeout_s=200,
+    )
 
 
 def dying_worker(config: dict[str, Any]) -> None:
     """A checkpoint after every epoch; once, after the third, a worker that does not lead is killed."""
     training.CHECKPOINT_SECONDS = 0.0
-    marker = Path(ray.get(config["experiment"]).config.workspace, "killed")
+    workspace = Path(ray.get(config["experiment"]).config.workspace)
+    marker = workspace / "killed"
     fit = training.fit
 
     def deadly_fit(config: Any, data: Any, features: Any, state: Any, report: Any, device: Any) -> None:
         def deadly_report(metrics: dict[str, float], state: Any) -> None:
             report(metrics, state)
             if metrics["epoch"] == 3 and ray.train.get_context().get_world_rank() == 1 and not marker.exists():
+                wait_until_noted(workspace, 3)
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -100,7 +107,7 @@ def failing_worker(config: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(local_ray: None, world: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def undisturbed(local_ray: str, world: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The experiment, its result and its run."""
     workspace = tmp_path_factory.mktemp("undisturbed")
     run = tracking.start(tracking_uri, str(workspace), "train", {})
@@ -143,11 +150,26 @@ def test_a_killed_worker_changes_nothing(
     assert prepared.key == undisturbed[0].key
     assert_bit_equal(weights(prepared), weights(undisturbed[0]))
     assert result["validation"] == undisturbed[1]["validation"]
-    assert set(hit_rates(run)) == {1, 2, 3, 4, 5}
+    history = mlflow.MlflowClient(run.tracking_uri).get_metric_history(run.id, "validation/hr_at_10")
+    assert [point.step for point in history] == [1, 2, 3, 4, 5], "it did not go on after the third"
+
+
+def test_a_cluster_that_is_too_small_trains_with_the_workers_that_fit(
+    local_ray: str, world: Path, tmp_path: Path, run: Run
+) -> None:
+    """Eight are asked for and there are CPUs for fewer; what it learns is the same."""
+    values = {"model__item_encoder__name": "dff", "training__epochs": 2}
+    many = {"training__num_workers": 8, "training__min_workers": 1}
+    result = training.run(experiment.prepare(train_config(world, tmp_path, **values, **many)), run)
+    prepared, state = fitted(train_config(world, tmp_path, **values))
+    assert ray.cluster_resources()["CPU"] < 8 and result["checkpoint"] == prepared.checkpoint
+    assert result["validation"] == pytest.approx(state.progress.best, abs=1e-9)
+    with pytest.raises(ConfigError, match=r"min_workers: 9 is more than training\.num_workers, 8"):
+        training._num_workers(replace(prepared.config.training, num_workers=8, min_workers=9))
 
 
 def test_workers_that_cannot_work_fail_the_job(
-    local_ray: None, world: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    local_ray: str, world: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "_worker", failing_worker)
     monkeypatch.setattr(training, "MAX_WORKER_FAILURES", 0)
@@ -168,19 +190,20 @@ def test_a_machine_without_the_array_makes_the_same(world: Path, tmp_path: Path,
     assert torch.equal(ours.rows(np.arange(61)), features.rows(np.arange(61)))
 
 
-# The job's own script, but with a checkpoint after every epoch.
+# The job's own script, but with a checkpoint after every epoch, and a pause.
 DRIVER = """
 import runpy, sys
 from lvlmrec import training
-from tests.test_training import saving_worker
-training._worker = saving_worker
+from tests.test_training import pausing_worker
+training._worker = pausing_worker
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
 def test_a_killed_driver_started_again_ends_as_if_nothing_had_been(
-    world: Path, tmp_path: Path, tracking_uri: str
+    ray_address: str, world: Path, tmp_path: Path, tracking_uri: str
 ) -> None:
+    """The first has a Ray of its own, which dies with it; the second runs on one that is there."""
     values = settings(
         world, tmp_path, tracking_uri=tracking_uri, model__backbone__dropout=0.3, training__epochs=12, cache="./cache"
     )
@@ -189,25 +212,25 @@ def test_a_killed_driver_started_again_ends_as_if_nothing_had_been(
     command = [sys.executable, "-c", DRIVER, script, *arguments(values)]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as first:
         assert first.stderr is not None
-        seen = [line for line in iter(first.stderr.readline, "") if not wait_for_epoch(line, 4, first)]
+        seen = []
+        for line in iter(first.stderr.readline, ""):
+            seen.append(line)
+            if "epoch 4/12" in line:
+                try:
+                    wait_until_noted(tmp_path, 4)
+                finally:
+                    first.kill()
     assert first.returncode == -signal.SIGKILL, "".join(seen[-20:])
     assert not (tmp_path / "checkpoints").exists()
 
-    again = subprocess.run(
-        [sys.executable, script, *arguments(values)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    environment["RAY_ADDRESS"] = ray_address
+    command = [sys.executable, script, *arguments(values)]
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     result = json.loads(again.stdout.splitlines()[-1])
     assert result["epochs"] == 12
-    assert "epoch 12/12" in again.stderr
-    assert "epoch 1/12" not in again.stderr, "it did not resume, it started over"
+    assert "epoch 5/12" in again.stderr and "epoch 12/12" in again.stderr
+    assert "epoch 4/12" not in again.stderr, "it started over"
     _, state = fitted(train_config(world, tmp_path, model__backbone__dropout=0.3, training__epochs=12))
     assert result["validation"] == state.progress.best
     assert_bit_equal(load_file(Path(result["checkpoint"], "model.safetensors")), state.best_weights)
-
-
-def wait_for_epoch(line: str, epoch: int, process: subprocess.Popen) -> bool:
-    """Kill `process` when it tells of `epoch`."""
-    if f"epoch {epoch}/" in line:
-        process.kill()
-    return False

@@ -1,13 +1,11 @@
 """The search: every trial a child run that says how it ended, the best chosen on validation, nothing done twice."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
-import ray
 
 from lvlmrec import config, experiment, tracking, tuning
 from lvlmrec.errors import InputError, JobFailed
@@ -100,13 +98,6 @@ def test_the_search_itself_does_not_name_its_trials(world: Path, tmp_path: Path)
     assert len(keys) == 1
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
 def parent(tracking_uri: str, tmp_path: Path) -> Run:
     return tracking.start(tracking_uri, str(tmp_path), "tune", {})
@@ -157,7 +148,7 @@ def replaying_trial(sampled: dict[str, Any], experiment: Experiment, folder: str
 
 @pytest.mark.slow
 def test_each_trial_is_a_child_run_and_the_best_is_chosen_on_validation(
-    local_ray: None, world: Path, tmp_path: Path, parent: Run, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+    local_ray: str, world: Path, tmp_path: Path, parent: Run, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Seed 0 draws learning rates of about 0.03, 1e-4 and 2e-6: the last two hardly move and are behind at once.
     settings = tune_config(
@@ -197,7 +188,7 @@ def test_each_trial_is_a_child_run_and_the_best_is_chosen_on_validation(
 
 @pytest.mark.slow
 def test_a_failing_trial_is_failed_and_the_search_goes_on(
-    local_ray: None, world: Path, tmp_path: Path, parent: Run, monkeypatch: pytest.MonkeyPatch
+    local_ray: str, world: Path, tmp_path: Path, parent: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "_trial", failing_trial)
     settings = tune_config(
@@ -220,7 +211,7 @@ def test_a_failing_trial_is_failed_and_the_search_goes_on(
 
 @pytest.mark.slow
 def test_a_search_without_a_trial_that_ends_fails(
-    local_ray: None, world: Path, tmp_path: Path, parent: Run, monkeypatch: pytest.MonkeyPatch
+    local_ray: str, world: Path, tmp_path: Path, parent: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "_trial", failing_trial)
     settings = tune_config(
@@ -233,7 +224,7 @@ def test_a_search_without_a_trial_that_ends_fails(
 
 @pytest.mark.slow
 def test_an_interrupted_search_leaves_killed_trials(
-    local_ray: None, world: Path, tmp_path: Path, parent: Run, monkeypatch: pytest.MonkeyPatch
+    local_ray: str, world: Path, tmp_path: Path, parent: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: Any, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         raise KeyboardInterrupt

@@ -54,15 +54,19 @@ def write_video(
     return path
 
 
-def decode_all(path: Path, num_frames: int) -> tuple[np.ndarray, int]:
+def decode_all(path: Path, num_frames: int, total: int | None = None) -> tuple[np.ndarray, int]:
     """The reference: decode everything, count, keep `num_frames`. uint8 [F, H, W, 3] and the count.
 
-    Two passes with one thread, so that a long video is never held in memory; unrotated, in its own size.
+    Frames are chosen for a video of `total`, by default counted in a pass of its own, so that a long video is never
+    held in memory. With one thread, unrotated, in its own size.
     """
-    total = sum(1 for _ in _frames(path))
-    indices = (np.arange(num_frames) * total // num_frames).tolist()
-    kept = {i: frame.to_ndarray(format="rgb24") for i, frame in enumerate(_frames(path)) if i in set(indices)}
-    return np.stack([kept[i] for i in indices]), total
+    chosen = sum(1 for _ in _frames(path)) if total is None else total
+    indices = (np.arange(num_frames) * chosen // num_frames).tolist()
+    kept, count = {}, 0
+    for count, frame in enumerate(_frames(path), start=1):
+        if count - 1 in indices:
+            kept[count - 1] = frame.to_ndarray(format="rgb24")
+    return np.stack([kept[i] for i in indices if i in kept]), count
 
 
 def _frames(path: Path) -> Any:

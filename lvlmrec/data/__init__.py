@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lvlmrec.config import option
-from lvlmrec.data import microlens, table
-from lvlmrec.data.interactions import Dataset
+from lvlmrec.data import amazon_beauty, amazon_reviews_2023, microlens, ninerec, recbole, table, tiktok
+from lvlmrec.data.interactions import Dataset, k_core
+from lvlmrec.data.split import SPLITS, Split
 
 DATASETS = {
     "microlens": microlens.load,
+    "ninerec": ninerec.load,
+    "tiktok": tiktok.load,
+    "amazon_reviews_2023": amazon_reviews_2023.load,
+    "amazon_beauty": amazon_beauty.load,
+    "recbole": recbole.load,
     "table": table.load,
 }
 
@@ -20,10 +26,30 @@ class DatasetConfig:
 
     name: str = option("microlens", "format of the interactions", choices=DATASETS)
     path: str = option("${workspace}/sample/interactions", "the interaction file, or the folder that holds one")
+    split: str = option(
+        "leave_one_out",
+        "what is training, validation and test: the last two items of each user, two points in time, a draw, or as the "
+        "dataset is published",
+        choices=SPLITS,
+    )
     max_length: int = option(10, "items of a user's history that a model reads", minimum=1)
-    min_interactions: int = option(5, "users with fewer interactions are dropped", minimum=3)
+    min_interactions: int = option(5, "users with fewer interactions are dropped", minimum=1)
+    core: int = option(
+        0, "users and items with fewer interactions are dropped, again and again until there are none", minimum=0
+    )
 
 
 def load(config: DatasetConfig) -> Dataset:
     """The dataset that `config` names. Raises `InputError`."""
-    return DATASETS[config.name](config.path)
+    dataset = DATASETS[config.name](config.path)
+    if not config.core:
+        return dataset
+    core = k_core(dataset.interactions, config.core)
+    return replace(dataset, interactions=core, report=dataset.report | core.report)
+
+
+def load_split(config: DatasetConfig) -> tuple[Split, dict[str, int]]:
+    """The split of the dataset, and the counts of everything left out on the way. Raises `InputError`."""
+    dataset = load(config)
+    split = SPLITS[config.split](dataset.interactions, config.max_length, config.min_interactions)
+    return split, {**dataset.report, **split.report}

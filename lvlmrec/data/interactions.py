@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lvlmrec.errors import InputError
 
 Ids = NDArray[np.object_]  # external ids, each a `str`
+TRAINING, VALIDATION, TEST = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Interactions:
     offsets   int64 [U+1]: user u has `items[offsets[u]:offsets[u + 1]]`
     items     int64 [N]: positions into `item_ids`, oldest first; a user meets an item once
     report    how many lines, users or interactions were dropped or repaired, by reason
+    timestamps [N], sortable, of any one unit; None where the dataset has none
+    parts     int8 [N], TRAINING, VALIDATION or TEST, ascending for each user, of a dataset that is published split; its
+              items have no order in time
     """
 
     user_ids: Ids
@@ -32,11 +36,18 @@ class Interactions:
     offsets: NDArray[np.int64]
     items: NDArray[np.int64]
     report: dict[str, int]
+    timestamps: NDArray[Any] | None = None
+    parts: NDArray[np.int8] | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Interactions per user, int64 [U]."""
         return np.diff(self.offsets)
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """The user of each interaction, int64 [N]."""
+        return np.repeat(np.arange(len(self.user_ids)), self.lengths)
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,9 @@ def from_columns(
     item_ids: Iterable[str],
     timestamps: NDArray[Any] | None = None,
     report: Mapping[str, int] | None = None,
+    parts: NDArray[np.int8] | None = None,
 ) -> Interactions:
-    """Interactions from three columns of N rows: oldest first by timestamp, by row on ties or without timestamps.
+    """Interactions from columns of N rows: oldest first by timestamp, by row on ties or without timestamps.
 
     A second meeting of the same user and item is dropped and counted as `duplicate_interactions`: evaluation masks
     a user's history, so a repeated item could never be found. Raises `InputError` on columns without rows.
@@ -66,7 +78,7 @@ def from_columns(
     if not len(users):
         raise InputError("interactions: none; expected at least one user and item")
     # lexsort is stable, so ties keep the order of their rows
-    order = np.lexsort((users,) if timestamps is None else (timestamps, users))
+    order = np.lexsort([column for column in (timestamps, parts, users) if column is not None])
     users, items = users[order], items[order]
     _, first = np.unique(users * len(item_names) + items, return_index=True)
     first.sort()
@@ -77,7 +89,47 @@ def from_columns(
         offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
         items=items[first],
         report={**(report or {}), "duplicate_interactions": len(users) - len(first)},
+        timestamps=None if timestamps is None else timestamps[order][first],
+        parts=None if parts is None else parts[order][first],
     )
+
+
+def restrict(interactions: Interactions, kept: NDArray[np.bool_]) -> Interactions:
+    """The interactions `kept` [N], with the users and items that they leave."""
+    users, counts = np.unique(interactions.owners[kept], return_counts=True)
+    items, dense = np.unique(interactions.items[kept], return_inverse=True)
+    return Interactions(
+        user_ids=interactions.user_ids[users],
+        item_ids=interactions.item_ids[items],
+        offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+        items=dense,
+        report=interactions.report,
+        timestamps=None if interactions.timestamps is None else interactions.timestamps[kept],
+        parts=None if interactions.parts is None else interactions.parts[kept],
+    )
+
+
+def k_core(interactions: Interactions, k: int) -> Interactions:
+    """What is left when users and items with fewer than `k` interactions are dropped until there are none.
+
+    Raises `InputError` when nothing is left.
+    """
+    owners, items = interactions.owners, interactions.items
+    kept, before = np.ones(len(items), dtype=bool), -1
+    while kept.sum() != before:
+        before = kept.sum()
+        of_user = np.bincount(owners[kept], minlength=len(interactions.user_ids))
+        of_item = np.bincount(items[kept], minlength=len(interactions.item_ids))
+        kept &= (of_user[owners] >= k) & (of_item[items] >= k)
+    if not before:
+        raise InputError(f"dataset.core: {k}: no users and items have {k} interactions with each other")
+    found = restrict(interactions, kept)
+    report = {
+        "users_outside_core": len(interactions.user_ids) - len(found.user_ids),
+        "items_outside_core": len(interactions.item_ids) - len(found.item_ids),
+        "interactions_outside_core": len(items) - int(before),
+    }
+    return replace(found, report={**interactions.report, **report})
 
 
 def _number(ids: Iterable[str]) -> tuple[NDArray[np.int64], Ids]:

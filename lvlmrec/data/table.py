@@ -20,8 +20,8 @@ from lvlmrec.data import files
 from lvlmrec.data.interactions import Dataset, Interactions, from_columns
 from lvlmrec.errors import InputError
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-ENDINGS = (*DELIMITERS, ".parquet")
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
+ENDINGS = (".csv", ".tsv", ".parquet")
 
 
 def load(path: str) -> Dataset:
@@ -43,8 +43,24 @@ def with_titles(interactions: Interactions, path: str, ending: str) -> Dataset:
     return Dataset(interactions, titles, interactions.report | report)
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Users and items [N] str, sortable times [N] if there are some, and how many rows were malformed."""
+
+    users: NDArray[np.object_]
+    items: NDArray[np.object_]
+    times: NDArray[Any] | None
+    malformed: int
+
+
 def read(path: str, names: Sequence[str] = (USER_ID, ITEM_ID, TIMESTAMP)) -> Interactions:
-    """The interactions of one table whose user, item and timestamp columns have these names.
+    """The interactions of one table whose columns have these names. Raises `InputError` as `read_columns`."""
+    columns = read_columns(path, names)
+    return from_columns(columns.users, columns.items, columns.times, {"malformed_lines": columns.malformed})
+
+
+def read_columns(path: str, names: Sequence[str] = (USER_ID, ITEM_ID, TIMESTAMP)) -> Columns:
+    """The rows of one table whose user, item and timestamp columns have these names.
 
     Timestamps are numbers of any one unit or ISO 8601 dates. A row without user, item or readable timestamp is
     malformed; more than 1 % of them is an `InputError`.
@@ -63,7 +79,7 @@ def read(path: str, names: Sequence[str] = (USER_ID, ITEM_ID, TIMESTAMP)) -> Int
     expected = f"{names[0]}, {names[1]} and a number or ISO date as {names[2]}"
     files.check_malformed(path, malformed, len(usable) + rows.malformed, example, expected)
     kept = [column.to_numpy(zero_copy_only=False)[usable] for column in (users, items)]
-    return from_columns(kept[0], kept[1], times, {"malformed_lines": malformed})
+    return Columns(kept[0], kept[1], times, malformed)
 
 
 @dataclass(frozen=True)

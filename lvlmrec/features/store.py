@@ -24,18 +24,20 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import torch
 
 from lvlmrec import storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.errors import InputError
 from lvlmrec.features.recipe import ANSWER, PIXEL_DTYPE, SIZES, Recipe
 from lvlmrec.taps import FeatureName
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "index.parquet"
 RECIPE = "recipe.json"
@@ -180,6 +182,8 @@ def cast(values: torch.Tensor, dtype: str, name: str) -> np.ndarray:
 
     Raises `CastError` rather than store an inf.
     """
+    import torch  # here, for processes that only decode or write do without it
+
     values = values.detach().cpu()
     if dtype == PIXEL_DTYPE:
         if values.dtype != torch.uint8:

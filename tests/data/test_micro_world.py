@@ -14,7 +14,7 @@ from lvlmrec.data import DatasetConfig, load, micro_videos, micro_world
 from lvlmrec.data.interactions import from_columns
 from lvlmrec.data.micro_videos import Scene
 from lvlmrec.data.micro_world import FACTORS, MicroWorldConfig, World
-from lvlmrec.data.split import LeaveOneOut, leave_one_out
+from lvlmrec.data.split import Split, leave_one_out
 from lvlmrec.errors import InputError
 
 SMALL = MicroWorldConfig(num_items=40, num_users=80, seed=3, frame_side=32, fps=4, clip_seconds=1.0)
@@ -24,7 +24,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def splitted(world: World) -> LeaveOneOut:
+def splitted(world: World) -> Split:
     users = [str(user) for user, history in enumerate(world.histories) for _ in history]
     return leave_one_out(from_columns(users, [world.item_ids[item] for items in world.histories for item in items]))
 

@@ -7,13 +7,18 @@ import pytest
 
 from lvlmrec.data import microlens
 from lvlmrec.data.interactions import from_columns
-from lvlmrec.data.split import LeaveOneOut, leave_one_out
+from lvlmrec.data.split import Split, leave_one_out
 from lvlmrec.errors import InputError
 
 
-def split(histories: dict[str, str], max_length: int = 2, min_interactions: int = 5) -> LeaveOneOut:
+def split(histories: dict[str, str], max_length: int = 2, min_interactions: int = 5) -> Split:
     users = [user for user, items in histories.items() for _ in items]
     return leave_one_out(from_columns(users, "".join(histories.values())), max_length, min_interactions)
+
+
+def whole(found: Split) -> np.ndarray:
+    """[U, L + 3]: what leave-one-out keeps of each user."""
+    return np.column_stack([found.training(), found.validation().targets, found.test().targets])
 
 
 # y occurs only in a history that is too short, x only in what is cut off; L = 2 keeps the last 5 items
@@ -24,9 +29,9 @@ def test_by_hand() -> None:
     found = split(BY_HAND)
     assert found.user_ids.tolist() == ["u", "w"]
     assert found.item_ids.tolist() == ["a", "b", "c", "d", "e", "f"]
-    assert found.sequences.tolist() == [[1, 2, 3, 4, 5], [4, 3, 2, 1, 6]]
+    assert whole(found).tolist() == [[1, 2, 3, 4, 5], [4, 3, 2, 1, 6]]
     assert found.sequences.dtype == np.int32
-    assert found.report == {
+    assert {reason: count for reason, count in found.report.items() if count} == {
         "users_too_short": 1,
         "interactions_of_short_users": 3,
         "interactions_truncated": 2,
@@ -48,7 +53,7 @@ def test_by_hand() -> None:
 
 def test_short_histories_are_padded_on_the_left() -> None:
     found = split({"u": "abcde"}, max_length=10)
-    assert found.sequences.tolist() == [[0] * 8 + [1, 2, 3, 4, 5]]
+    assert whole(found).tolist() == [[0] * 8 + [1, 2, 3, 4, 5]]
     assert found.training().shape == (1, 11)
     assert found.validation().inputs.tolist() == [[0] * 7 + [1, 2, 3]]
     assert found.test().inputs.tolist() == [[0] * 6 + [1, 2, 3, 4]]
@@ -87,11 +92,11 @@ def test_properties(seed: int) -> None:
     found = leave_one_out(from_columns(*map(list, zip(*columns, strict=True))), length, least)  # type: ignore[arg-type]
     names = np.concatenate([["-"], found.item_ids])
     assert set(found.user_ids) == {user for user, items in histories.items() if len(items) >= least}
-    for user, sequence in zip(found.user_ids, found.sequences, strict=True):
+    for user, sequence in zip(found.user_ids, whole(found), strict=True):
         kept = histories[user][-(length + 3) :]
         assert names[sequence[sequence > 0]].tolist() == kept
         assert not sequence[: len(sequence) - len(kept)].any()
-    assert set(np.unique(found.sequences)) - {0} == set(range(1, len(found.item_ids) + 1))
+    assert set(np.unique(whole(found))) - {0} == set(range(1, len(found.item_ids) + 1))
     for holdout in (found.validation(), found.test()):
         assert holdout.inputs.shape == (len(found.user_ids), length)
         assert not (holdout.histories == holdout.targets[:, None]).any()
@@ -106,13 +111,13 @@ def test_properties(seed: int) -> None:
 def test_microlens_50k(real_data: Path) -> None:
     interactions = microlens.load(str(real_data / "microlens_50k")).interactions
     found = leave_one_out(interactions)
-    assert found.sequences.shape == (50_000, 13)
+    assert whole(found).shape == (50_000, 13)
     assert len(found.item_ids) == 19_099
     assert found.report["items_dropped"] == 121
     # 2,226 test targets are in nobody's training history; 35 more only in parts that the truncation cuts off
     assert int(found.is_cold(found.test().targets).sum()) == 2_261
-    whole = leave_one_out(interactions, max_length=215)
-    assert int(whole.is_cold(whole.test().targets).sum()) == 2_226
+    longer = leave_one_out(interactions, max_length=215)
+    assert int(longer.is_cold(longer.test().targets).sum()) == 2_226
 
 
 @pytest.mark.data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,50 +18,17 @@ from lvlmrec.extraction.pipeline import ExtractConfig, Plan
 from lvlmrec.features import lease, store
 from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.protocol import Item
+from tests.extraction import deadly
 from tests.extraction.test_pipeline import rows_of
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
-class Deadly:
-    """The text encoder, whose process dies when a title says so."""
-
-    def __init__(self, family: Any) -> None:
-        self.family = family
-        self.name = family.name
-
-    def inspect(self, config: Any) -> Any:
-        return self.family.inspect(config)
-
-    def load(self, config: Any, recipe: Any) -> Any:
-        model = self.family.load(config, recipe)
-        prepare = model.prepare
-
-        def die(items: Any) -> Any:
-            if any("deadly" in item.texts["title"] for item in items):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return prepare(items)
-
-        model.prepare = die
-        return model
-
-
-def register() -> None:
-    """First thing in each of Ray's workers."""
-    from lvlmrec import lvlms
-    from tests.extraction.test_faults import Deadly
-
-    lvlms.LVLMS["text_encoder"] = Deadly(lvlms.LVLMS["text_encoder"])  # type: ignore[index]
-
-
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(ray_address: str) -> Iterator[None]:
     import ray
 
-    environment = {"worker_process_setup_hook": register, "env_vars": {"PYTHONPATH": str(ROOT)}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    ray.init(ray_address, log_to_driver=False, runtime_env={"worker_process_setup_hook": deadly.register})
     yield
     ray.shutdown()
 

@@ -1,5 +1,6 @@
 """The whole extraction on a local Ray: real videos, a tiny model, real actors."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,19 @@ from lvlmrec.features import store
 from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import sample_clip
+from tests.conftest import credentials
 from tests.videos import write_video
 
 GOOD = [f"good{i}" for i in range(6)]
+Undisturbed = tuple[Path, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(ray_address: str, s3_server: str) -> Iterator[None]:
+    """A driver of the shared Ray, whose workers can reach the S3 server."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(ray_address, log_to_driver=False, runtime_env={"env_vars": credentials(s3_server)})
     yield
     ray.shutdown()
 
@@ -64,20 +68,22 @@ def rows_of(uri: str) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def overrides(tmp_path: Path, model: Path, videos: Path) -> list[str]:
+    return [f"workspace={tmp_path}", f"input={videos}", f"lvlm.model={model}", "recipe.frames=8", "recipe.taps=[llm.*]"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: None, model: Path, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The workspace and the result of an extraction of `videos` in parts of two; nothing may write there."""
+    workspace = tmp_path_factory.mktemp("undisturbed")
+    return workspace, extract(*overrides(workspace, model, videos), "pool.videos_per_part=2")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 class TestExtraction:
-    def overrides(self, tmp_path: Path, model: Path, videos: Path) -> list[str]:
-        return [
-            f"workspace={tmp_path}",
-            f"input={videos}",
-            f"lvlm.model={model}",
-            "recipe.frames=8",
-            "recipe.taps=[llm.*]",
-        ]
-
-    def test_every_video_is_written_or_rejected_with_a_reason(self, tmp_path: Path, model: Path, videos: Path) -> None:
-        result = extract(*self.overrides(tmp_path, model, videos))
+    def test_every_video_is_written_or_rejected_with_a_reason(self, undisturbed: Undisturbed) -> None:
+        _, result = undisturbed
         assert {key: result[key] for key in ("items", "written", "skipped", "rejected")} == {
             "items": 9,
             "written": 6,
@@ -93,7 +99,7 @@ class TestExtraction:
         assert rows["good5"]["num_distinct_frames"] == 8
 
     def test_the_features_are_those_of_the_adapter(self, tmp_path: Path, model: Path, videos: Path) -> None:
-        config = load(ExtractConfig, [], [*self.overrides(tmp_path, model, videos), "recipe.dtype=float32"])
+        config = load(ExtractConfig, [], [*overrides(tmp_path, model, videos), "recipe.dtype=float32"])
         plan = pipeline.plan(config)
         result = pipeline.run(plan, lambda metrics, step: None)
         lvlm = LVLMS["llava_onevision"].load(config.lvlm, plan.recipe)
@@ -103,57 +109,53 @@ class TestExtraction:
             for name, values in lvlm.extract(lvlm.prepare([Item(item, clip)])).items():
                 np.testing.assert_allclose(rows[item][name], values[0].numpy(), rtol=0, atol=1e-6)
 
-    def test_a_rerun_does_only_what_is_missing(self, tmp_path: Path, model: Path, videos: Path) -> None:
-        folder = tmp_path / "videos"
-        folder.mkdir()
-        for name in ("good0", "good1", "noise"):
-            (folder / f"{name}.mp4").write_bytes((videos / f"{name}.mp4").read_bytes())
-        overrides = [*self.overrides(tmp_path, model, videos), f"input={folder}"]
-        first = extract(*overrides)
-        before = {f.uri: f.modified for f in storage.list_files(first["feature_set"], recursive=True)}
-        again = extract(*overrides)
-        assert (again["written"], again["skipped"], again["rejected"], again["rejected_now"]) == (0, 3, 1, 0)
-        assert {f.uri: f.modified for f in storage.list_files(first["feature_set"], recursive=True)} == before
-        (folder / "good2.mp4").write_bytes((videos / "good2.mp4").read_bytes())
-        more = extract(*overrides)
-        assert (more["written"], more["skipped"]) == (1, 3)
-        assert sorted(rows_of(more["feature_set"])) == ["good0", "good1", "good2"]
+    def test_a_rerun_does_only_what_is_missing(
+        self, undisturbed: Undisturbed, tmp_path: Path, model: Path, videos: Path
+    ) -> None:
+        uri = shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True) / "features"
+        shutil.copytree(videos, tmp_path / "videos")
+        arguments = overrides(tmp_path, model, tmp_path / "videos")
+        before = {f.uri: f.modified for f in storage.list_files(str(uri), recursive=True)}
+        again = extract(*arguments)
+        assert (again["written"], again["skipped"], again["rejected"], again["rejected_now"]) == (0, 9, 3, 0)
+        assert {f.uri: f.modified for f in storage.list_files(str(uri), recursive=True)} == before
+        shutil.copy(videos / "good2.mp4", tmp_path / "videos" / "new.mp4")
+        more = extract(*arguments)
+        assert (more["written"], more["skipped"]) == (1, 9)
+        rows = rows_of(more["feature_set"])
+        assert sorted(rows) == [*GOOD, "new"]
+        assert rows["new"] == rows["good2"] | {"item_id": "new"}
 
     def test_parts_of_a_run_killed_before_its_commit_are_adopted(
-        self, tmp_path: Path, model: Path, videos: Path
+        self, undisturbed: Undisturbed, tmp_path: Path, model: Path, videos: Path
     ) -> None:
-        overrides = [*self.overrides(tmp_path, model, videos), "pool.videos_per_part=2"]
-        first = extract(*overrides)
-        undisturbed = rows_of(first["feature_set"])
-        (Path(first["feature_set"]) / "index.parquet").unlink()
-        lost = sorted((Path(first["feature_set"]) / "parts").iterdir())[0]
+        shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
+        uri = tmp_path / "features" / Path(undisturbed[1]["feature_set"]).name
+        (uri / "index.parquet").unlink()
+        lost = sorted((uri / "parts").iterdir())[0]
         items_lost = len(pq.read_table(lost))
         lost.unlink()
-        again = extract(*overrides)
+        again = extract(*overrides(tmp_path, model, videos), "pool.videos_per_part=2")
+        assert Path(again["feature_set"]) == uri
         assert (again["written"], again["skipped"]) == (items_lost, 9 - items_lost)
-        assert rows_of(again["feature_set"]) == undisturbed
+        assert rows_of(again["feature_set"]) == rows_of(undisturbed[1]["feature_set"])
 
-    def test_batches_blocks_and_actors_change_nothing(self, tmp_path: Path, model: Path, videos: Path) -> None:
-        plain = extract(*self.overrides(tmp_path / "a", model, videos), "lvlm.batch_size=1")
+    def test_batches_blocks_and_actors_change_nothing(
+        self, undisturbed: Undisturbed, tmp_path: Path, model: Path, videos: Path
+    ) -> None:
         pool = ["pool.max_actors=2", "pool.min_actors=2", "pool.videos_per_block=2", "pool.videos_per_part=1"]
-        other = extract(*self.overrides(tmp_path / "b", model, videos), "lvlm.batch_size=3", *pool)
-        assert rows_of(plain["feature_set"]) == rows_of(other["feature_set"])
+        other = extract(*overrides(tmp_path, model, videos), "lvlm.batch_size=1", *pool)
+        assert rows_of(other["feature_set"]) == rows_of(undisturbed[1]["feature_set"])
 
     def test_from_object_storage_to_object_storage(
-        self, bucket: str, tmp_path: Path, model: Path, videos: Path
+        self, undisturbed: Undisturbed, bucket: str, tmp_path: Path, model: Path, videos: Path
     ) -> None:
-        import ray
-
-        ray.shutdown()  # workers take the environment, and with it the endpoint, from the driver that starts them
         for name in ("good0", "good1", "noise"):
             storage.write_bytes(f"{bucket}/videos/{name}.mp4", (videos / f"{name}.mp4").read_bytes())
         remote = [f"input={bucket}/videos", f"store={bucket}/features"]
-        with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
-            result = extract(*self.overrides(tmp_path, model, videos), *remote)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        result = extract(*overrides(tmp_path, model, videos), *remote)
         assert (result["written"], result["rejected"]) == (2, 1)
-        local = extract(*self.overrides(tmp_path, model, videos))
-        expected = rows_of(local["feature_set"])
+        expected = rows_of(undisturbed[1]["feature_set"])
         assert rows_of(result["feature_set"]) == {name: expected[name] for name in ("good0", "good1")}
 
     def test_when_nothing_fits_the_model_the_run_fails(self, tmp_path: Path, videos: Path) -> None:
@@ -166,7 +168,7 @@ class TestExtraction:
         weights[name] = weights[name] * 1e6
         save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(JobFailed, match=r"every video was rejected by the model: .*overflows float16"):
-            extract(*self.overrides(tmp_path, broken, videos))
+            extract(*overrides(tmp_path, broken, videos))
 
 
 def test_what_is_wrong_is_said_before_anything_starts(tmp_path: Path, model: Path, videos: Path) -> None:

@@ -1,6 +1,8 @@
 """The stages of the pipeline as plain functions over Arrow tables, without Ray."""
 
 import dataclasses
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,6 +90,14 @@ def decoded(folder: Path, *item_ids: str) -> pa.Table:
             write_video(path, num_frames=4 + k, size=(48, 32))
         rows.append({"item_id": item_id, "uri": str(path)})
     return pa.concat_tables(list(stages.decode(pa.Table.from_pylist(rows), recipe_of(), DecodeConfig())))
+
+
+def test_decoding_imports_no_torch() -> None:
+    """Each of Ray's processes for decoding would take seconds and hundreds of MB more."""
+    code = "import sys; from lvlmrec.extraction.stages import decode; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "lvlmrec.extraction.stages" in loaded
+    assert not {"torch", "transformers"} & {*loaded}
 
 
 def test_an_item_that_fails_costs_no_neighbour_and_its_time_is_counted(tmp_path: Path, extractor: Extractor) -> None:

@@ -23,10 +23,11 @@ from tests.videos import write_video
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run(job: str, *arguments: str) -> dict[str, Any]:
-    """The JSON of the last line of stdout of a job that must succeed."""
+def run(job: str, *arguments: str, address: str = "local") -> dict[str, Any]:
+    """The JSON of the last line of stdout of a job that must succeed, on a Ray of its own or on that at `address`."""
     command = [sys.executable, str(ROOT / "rayjobs" / f"{job}.py"), *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    environment = os.environ | {"RAY_ADDRESS": address}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     result = json.loads(process.stdout.splitlines()[-1])
     assert result["job"] == job
@@ -44,9 +45,25 @@ def extracted(workspace: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(workspace: Path, extracted: dict[str, Any]) -> dict[str, Any]:
+def trained(ray_address: str, workspace: Path, extracted: dict[str, Any]) -> dict[str, Any]:
     encoder = ["model.item_encoder.name=dff", f"features={extracted['feature_set']}"]
-    return run("train", f"workspace={workspace}", "training.epochs=2", "training.num_workers=2", *encoder)
+    small = ["training.epochs=2", "training.num_workers=2"]
+    return run("train", f"workspace={workspace}", *small, *encoder, address=ray_address)
+
+
+@pytest.fixture(scope="module")
+def three_videos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments for extracting three videos with another family than the sample's."""
+    folder = tmp_path_factory.mktemp("three")
+    (folder / "videos").mkdir()
+    for name in ("a", "b", "c"):
+        write_video(folder / "videos" / f"{name}.mp4", num_frames=30)
+    return [f"workspace={folder}", f"input={folder / 'videos'}", "lvlm.name=smolvlm"]
+
+
+@pytest.fixture(scope="module")
+def by_smolvlm(ray_address: str, three_videos: list[str]) -> dict[str, Any]:
+    return run("extract", *three_videos, address=ray_address)
 
 
 @pytest.mark.slow
@@ -60,20 +77,21 @@ def test_extract_on_the_sample(workspace: Path, extracted: dict[str, Any]) -> No
 
 
 @pytest.mark.slow
-def test_another_family_is_one_word(tmp_path: Path) -> None:
-    (tmp_path / "videos").mkdir()
-    for name in ("a", "b", "c"):
-        write_video(tmp_path / "videos" / f"{name}.mp4", num_frames=30)
-    common = [f"workspace={tmp_path}", f"input={tmp_path / 'videos'}"]
-    estimated = run("extract", *common, "estimate.only=true")
+def test_an_estimate_alone(ray_address: str, three_videos: list[str]) -> None:
+    estimated = run("extract", *three_videos, "estimate.only=true", address=ray_address)
     assert estimated["items"] == 3 and estimated["estimate"]["videos"] == 3
-    result = run("extract", *common, "lvlm.name=smolvlm")
+    assert estimated["estimate"]["hours"] > 0
+
+
+@pytest.mark.slow
+def test_another_family_is_one_word(three_videos: list[str], by_smolvlm: dict[str, Any]) -> None:
+    result, workspace = by_smolvlm, three_videos[0].partition("=")[2]
     assert (result["written"], result["rejected"]) == (3, 0)
     frame = pd.read_parquet(f"{result['feature_set']}/parts")
     columns = [name for name in frame if "/" in name]
     assert sorted(frame["item_id"]) == ["a", "b", "c"] and len(columns) == result["features"] == 3
     assert all(len(value) == 64 for name in columns for value in frame[name])
-    logged = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(result["run_id"]).data
+    logged = mlflow.MlflowClient(f"sqlite:///{workspace}/mlflow.db").get_run(result["run_id"]).data
     assert (logged.params["lvlm.name"], logged.tags["feature_set"]) == ("smolvlm", result["feature_set"])
     assert (logged.metrics["written"], logged.metrics["features"]) == (3, 3)
 
@@ -101,10 +119,10 @@ def test_train_evaluate_and_what_tracking_keeps(workspace: Path, trained: dict[s
 
 
 @pytest.mark.slow
-def test_tune_on_the_sample(workspace: Path, extracted: dict[str, Any]) -> None:
+def test_tune_on_the_sample(ray_address: str, workspace: Path, extracted: dict[str, Any]) -> None:
     encoder = ["model.item_encoder.name=dff", f"features={extracted['feature_set']}"]
     budget = ["search.trials=3", "training.epochs=3", "search.grace_epochs=1", "search.embedding_dims=[16,32]"]
-    result = run("tune", f"workspace={workspace}", *encoder, *budget)
+    result = run("tune", f"workspace={workspace}", *encoder, *budget, address=ray_address)
     assert (result["trials"], result["failed"]) == (3, 0)
     assert set(result["best"]["config"]) == {"training.lr", "model.embedding_dim", "taps"}
     client = mlflow.MlflowClient(f"sqlite:///{workspace}/mlflow.db")
@@ -117,27 +135,26 @@ def test_tune_on_the_sample(workspace: Path, extracted: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_submitted_job_ends_with_the_index_of_a_direct_run(tmp_path: Path) -> None:
+def test_a_submitted_job_ends_with_the_index_of_a_direct_run(
+    tmp_path: Path, three_videos: list[str], by_smolvlm: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    for name in ("good/1002.mp4", "good/10034.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write_video(tmp_path / name)
-    common = [f"input={tmp_path / 'good'}", f"workspace={tmp_path / 'w'}", "recipe.taps=[llm.0,llm.-1]"]
-    direct = run("extract", *common, f"store={tmp_path / 'direct'}")
+    monkeypatch.delenv("RAY_ADDRESS")  # the client would heed it more than what it is given
     ray = Path(sys.executable).parent / "ray"
     folder = tempfile.mkdtemp(prefix="ray")  # the names of sockets are short, pytest's folders are not
-    output, port, deadline = tmp_path / "head.log", _free_port(), time.monotonic() + 120
+    output, port, deadline = tmp_path / "head.log", _free_port(), time.monotonic() + 240
     ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={_free_port()}"]
+    environment = os.environ | {"RAY_TMPDIR": folder, "PATH": f"{ray.parent}{os.pathsep}{os.environ['PATH']}"}
     with output.open("w") as log:
         head = subprocess.Popen(
             [str(ray), "start", "--head", "--block", "--port=0", "--num-cpus=2", *ports],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "RAY_TMPDIR": folder, "PATH": f"{ray.parent}{os.pathsep}{os.environ['PATH']}"},
+            env=environment,
         )
     try:
-        arguments = " ".join([*common, f"store={tmp_path / 'submitted'}"])
+        arguments = " ".join([*three_videos, f"store={tmp_path / 'submitted'}"])
         excludes = {"working_dir": str(ROOT), "excludes": [".venv", ".git", "workspace", ".mypy_cache"]}
         submission = {"entrypoint": f"python rayjobs/extract.py {arguments}", "runtime_env": excludes}
         while True:  # the server is up before it takes jobs
@@ -155,12 +172,11 @@ def test_a_submitted_job_ends_with_the_index_of_a_direct_run(tmp_path: Path) -> 
         head.terminate()
         head.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
-    submitted = store.find(str(tmp_path / "submitted"))
-    assert submitted.rsplit("/", 1)[1] == direct["feature_set"].rsplit("/", 1)[1]
-    pd.testing.assert_frame_equal(store.read(submitted).index, store.read(direct["feature_set"]).index)
+    submitted, direct = store.find(str(tmp_path / "submitted")), by_smolvlm["feature_set"]
+    assert submitted.rsplit("/", 1)[1] == direct.rsplit("/", 1)[1]
+    pd.testing.assert_frame_equal(store.read(submitted).index, store.read(direct).index)
     for part in storage.list_files(f"{submitted}/parts"):
-        other = storage.read_bytes(part.uri.replace("/submitted/", "/direct/"))
-        assert storage.read_bytes(part.uri) == other
+        assert storage.read_bytes(part.uri) == storage.read_bytes(part.uri.replace(submitted, direct))
 
 
 def _free_port() -> int:
@@ -171,7 +187,7 @@ def _free_port() -> int:
 
 
 def _ended(client: Any, job: str) -> Any:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not (status := client.get_job_status(job)).is_terminal():
         assert time.monotonic() < deadline, client.get_job_logs(job)[-3000:]
         time.sleep(1)
@@ -197,6 +213,13 @@ def _ended(client: Any, job: str) -> Any:
         ),
         ("train", ["model.item_encoder.name=dfff"], "model.item_encoder.name: 'dfff' is not one of concatenation,"),
         ("train", ["dataset.path=/nowhere"], "/nowhere"),
+        (
+            "train",
+            ["dataset.split=time"],
+            "dataset.split: 'time' is not one of given, global_time, leave_one_out, random",
+        ),
+        ("import_features", [], "file: '': expected a file that ends in .npy"),
+        ("import_features", ["file=/nowhere/a.npy"], "file: '/nowhere/a.npy': no such file"),
         ("evaluate", ["checkpoint=/nowhere"], "checkpoint '/nowhere': no checkpoint there; train first"),
         ("evaluate", ["baselines=[best]"], "baselines: 'best' is not one of item_knn, markov, popularity"),
         ("tune", ["search.trials=0"], "search.trials: 0 is below 1"),

@@ -154,9 +154,8 @@ def test_the_commit_alone_is_read(own: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_videos_to_features_by_a_models_own_code(own: Path, tmp_path: Path, modules: Path) -> None:
-    import ray
-
     (tmp_path / "videos").mkdir()
     for number in range(3):
         write_video(tmp_path / "videos" / f"v{number}.mp4", num_frames=30, size=(96, 64))
@@ -173,16 +172,15 @@ def test_videos_to_features_by_a_models_own_code(own: Path, tmp_path: Path, modu
     ]
     config = load(ExtractConfig, [], overrides)
     before = {name for name in sys.modules if name.startswith("transformers_modules")}
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
-        with pytest.raises(ConfigError, match=r"another repository, 'acme/elsewhere'"):
-            change(own, auto_map=AUTO_MAP | {"AutoConfig": "acme/elsewhere--own_code.OwnConfig"})
-            pipeline.plan(config)
-        change(own, auto_map=AUTO_MAP | {"AutoModelForImageTextToText": "own_code.Nothing"})
-        with pytest.raises(ConfigError, match=r"own_lvlm model: .*Nothing"):  # raised by the worker
-            pipeline.plan(config)
-        change(own, auto_map=AUTO_MAP)
-        plan = pipeline.plan(config)
-        result = pipeline.run(plan, lambda metrics, step: None)
+    with pytest.raises(ConfigError, match=r"another repository, 'acme/elsewhere'"):
+        change(own, auto_map=AUTO_MAP | {"AutoConfig": "acme/elsewhere--own_code.OwnConfig"})
+        pipeline.plan(config)
+    change(own, auto_map=AUTO_MAP | {"AutoModelForImageTextToText": "own_code.Nothing"})
+    with pytest.raises(ConfigError, match=r"own_lvlm model: .*Nothing"):  # raised by the worker
+        pipeline.plan(config)
+    change(own, auto_map=AUTO_MAP)
+    plan = pipeline.plan(config)
+    result = pipeline.run(plan, lambda metrics, step: None)
     assert (result["written"], result["rejected"]) == (3, 0)
     assert {name for name in sys.modules if name.startswith("transformers_modules")} == before
     assert (modules / "transformers_modules").is_dir()

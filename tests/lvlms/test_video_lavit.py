@@ -295,11 +295,10 @@ def make_environment(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_videos_to_features_in_an_environment_of_the_models_own(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
     code, python = write_code(tmp_path / "LaVIT", requires=REQUIRED), make_environment(tmp_path / "environment")
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -320,8 +319,7 @@ def test_videos_to_features_in_an_environment_of_the_models_own(
     config = load(ExtractConfig, ["lvlm/video_lavit.yaml"], overrides)
     plan = pipeline.plan(config)
     assert {"models/__init__.py", "conversation.py"} < {*plan.code}
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
-        result = pipeline.run(plan, lambda metrics, step: None)
+    result = pipeline.run(plan, lambda metrics, step: None)
     assert (result["written"], result["rejected"]) == (3, 1)
     assert store.read_rejected(plan.feature_set)["item_id"].tolist() == ["noise"]
     assert not {*OWN_MODULES} & {*sys.modules}

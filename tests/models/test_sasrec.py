@@ -1,10 +1,16 @@
 """SASRec against its equations, written out here one user, head and position at a time."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.models.backbones.sasrec import SASRec, SASRecConfig
+from lvlmrec.models.histories import pack
+from lvlmrec.models.softmax import softmax_loss
 from tests.models.packing import encode_grid, grid_mask
 
 E, HEADS, LENGTH = 6, 2, 5
@@ -87,3 +93,49 @@ def test_dropout_acts_in_training_only():
 def test_heads_that_do_not_divide_the_width_are_the_users_fault():
     with pytest.raises(ConfigError, match="num_heads: 4 does not divide embedding_dim 6"):
         SASRecConfig(num_heads=4).build(E, LENGTH)
+
+
+NAMES = {  # RecBole's, of a layer
+    "multi_head_attention.query.weight": "query.weight",
+    "multi_head_attention.key.weight": "key.weight",
+    "multi_head_attention.value.weight": "value.weight",
+    "multi_head_attention.dense.weight": "output.weight",
+    "multi_head_attention.LayerNorm.weight": "attention_norm.weight",
+    "multi_head_attention.LayerNorm.bias": "attention_norm.bias",
+    "feed_forward.dense_1.weight": "inner.weight",
+    "feed_forward.dense_1.bias": "inner.bias",
+    "feed_forward.dense_2.weight": "outer.weight",
+    "feed_forward.dense_2.bias": "outer.bias",
+    "feed_forward.LayerNorm.weight": "feed_forward_norm.weight",
+    "feed_forward.LayerNorm.bias": "feed_forward_norm.bias",
+}
+
+
+def test_recbole_computes_the_same_queries_loss_and_gradients_from_the_same_weights():
+    """What RecBole 1.2.1 made of them lies in sasrec_recbole.npz, written by benchmarks/sasrec_recbole.py."""
+    given = dict(np.load(Path(__file__).with_name("sasrec_recbole.npz")))
+    theirs = {key.removeprefix("weights/"): torch.from_numpy(given[key]) for key in given if key.startswith("weights/")}
+    theirs = {key: value.requires_grad_() for key, value in theirs.items()}
+    width, length = theirs["item_embedding.weight"].shape[1], len(theirs["position_embedding.weight"])
+    ours = {"norm.weight": theirs["LayerNorm.weight"], "norm.bias": theirs["LayerNorm.bias"]}
+    for block in range(2):
+        ours |= {f"blocks.{block}.{name}": theirs[f"trm_encoder.layer.{block}.{key}"] for key, name in NAMES.items()}
+    module = SASRec(width, length, num_blocks=2, num_heads=2, dropout=0.1).double().eval()
+
+    queries = []
+    for row, n in zip(given["histories"], given["lengths"].tolist(), strict=True):
+        # RecBole counts positions from a history's first item, this SASRec from its last.
+        positions = functional.pad(theirs["position_embedding.weight"][:n], (0, 0, length - n, 0))
+        items = theirs["item_embedding.weight"][torch.from_numpy(row[:n])]
+        call = items, pack(torch.ones(1, n, dtype=torch.bool)), True
+        queries.append(torch.func.functional_call(module, ours | {"positions.weight": positions}, call))
+    torch.testing.assert_close(torch.cat(queries), torch.from_numpy(given["queries"]), rtol=1e-9, atol=1e-9)
+
+    labels = torch.from_numpy(given["labels"]) - 1
+    loss = softmax_loss(torch.cat(queries), theirs["item_embedding.weight"][1:], labels) / len(labels)
+    assert loss.item() == pytest.approx(given["loss"].item(), rel=1e-9)
+    shared = [key for key in theirs if not key.endswith(("query.bias", "key.bias", "value.bias"))]
+    shared = [key for key in shared if not key.endswith("multi_head_attention.dense.bias")]  # which are zero there
+    for key, gradient in zip(shared, torch.autograd.grad(loss, [theirs[key] for key in shared]), strict=True):
+        expected = torch.from_numpy(given[f"gradients/{key}"])
+        torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-9, msg=key)

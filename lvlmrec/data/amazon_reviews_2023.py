@@ -1,0 +1,93 @@
+"""Amazon Reviews 2023 (https://amazon-reviews-2023.github.io): `X.jsonl.gz` reviews and `meta_X.jsonl.gz` items.
+
+X.jsonl.gz        one JSON object per line: user_id, parent_asin, timestamp (milliseconds), rating, text, ...
+meta_X.jsonl.gz   one JSON object per line: parent_asin, title, ...
+
+The item is the parent product; every review is an interaction, whatever its rating, and of several by one user of one
+item the first counts. The files are whole: `dataset.core=5` gives the 5-core.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lvlmrec import storage
+from lvlmrec.data import files
+from lvlmrec.data.interactions import Dataset, from_columns
+from lvlmrec.errors import InputError
+
+ENDINGS = (".jsonl.gz", ".jsonl")
+META = "meta_"
+EXPECTED = "user_id, parent_asin and timestamp"
+
+
+def load(path: str) -> Dataset:
+    """The dataset of a file of reviews, or of the folder that holds one, with the titles beside it.
+
+    Raises `InputError`.
+    """
+    beside = storage.list_files(path) if storage.is_dir(path) else []
+    file = files.find(path, ENDINGS, without=[each.uri for each in beside if META in each.uri.rpartition("/")[2]])
+    users, items, times, lines, bad = [], [], [], 0, ""
+    for number, line in _lines(file):
+        lines += 1
+        row = _parse(line)
+        user, item, time = row.get("user_id"), row.get("parent_asin"), row.get("timestamp")
+        if not (isinstance(user, str) and user and isinstance(item, str) and item and type(time) is int):
+            bad = bad or f"line {number}: {line[:80]!r}"
+            continue
+        users.append(user)
+        items.append(item)
+        times.append(time)
+    files.check_malformed(file, lines - len(users), lines, bad, EXPECTED)
+    report = {"malformed_lines": lines - len(users)}
+    interactions = from_columns(users, items, np.array(times, dtype=np.int64), report)
+    folder, slash, name = file.rpartition("/")
+    meta = f"{folder}{slash}{META}{name}"
+    if not storage.exists(meta):
+        return Dataset(interactions, report=interactions.report)
+    titles, told = _read_titles(meta, {*interactions.item_ids})
+    return Dataset(interactions, titles, interactions.report | told)
+
+
+def _read_titles(path: str, item_ids: set[str]) -> tuple[dict[str, str], dict[str, int]]:
+    """Titles of `item_ids`, and counts of what was dropped."""
+    titles: dict[str, str] = {}
+    lines, malformed, bad = 0, 0, ""
+    for number, line in _lines(path):
+        lines += 1
+        row = _parse(line)
+        item, title = row.get("parent_asin"), row.get("title") or ""
+        if not isinstance(item, str) or not isinstance(title, str):
+            malformed, bad = malformed + 1, bad or f"line {number}: {line[:80]!r}"
+        elif item in item_ids and title.strip():
+            titles.setdefault(item, title.strip())
+    files.check_malformed(path, malformed, lines, bad, "parent_asin and title")
+    return titles, {"titles_malformed_lines": malformed, "items_without_title": len(item_ids) - len(titles)}
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not empty, read as they come. Raises `InputError`."""
+    try:
+        with storage.open_read(path) as raw:
+            file: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """The object of a line, empty when it is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}

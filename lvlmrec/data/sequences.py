@@ -1,0 +1,35 @@
+"""Files of whole histories: a line for each user, with the user's items oldest first."""
+
+from __future__ import annotations
+
+from lvlmrec.data import files
+from lvlmrec.data.interactions import Interactions, from_columns
+
+
+def read(path: str, separator: str) -> Interactions:
+    """Lines of a user, `separator`, and the user's items separated by spaces; no header.
+
+    A user on several lines gets all their items, in the order of the lines. Raises `InputError`.
+    """
+    users: list[str] = []
+    items: list[str] = []
+    seen: set[str] = set()
+    lines = usable = 0
+    example = ""
+    for number, line in enumerate(files.decode(path, files.read_bytes(path)).split("\n"), 1):
+        if not line.strip():
+            continue
+        lines += 1
+        user, _, rest = line.partition(separator)
+        user, row = user.strip(), rest.split()
+        if not user or not row or "\t" in rest:
+            example = example or f"line {number}: {line[:80]!r}"
+            continue
+        usable += 1
+        seen.add(user)
+        users += [user] * len(row)
+        items += row
+    shown = {"\t": "<TAB>", " ": " "}[separator]
+    files.check_malformed(path, lines - usable, lines, example, f"user{shown}item item ...")
+    report = {"malformed_lines": lines - usable, "duplicate_users": usable - len(seen)}
+    return from_columns(users, items, report=report)

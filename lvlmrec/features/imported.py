@@ -1,0 +1,266 @@
+"""Published feature arrays as feature sets: one file of [items, dim] or [items, layers, dim].
+
+The recipe of such a set has the family `imported`. Its `identity` names the file, and its content and the order of the
+items by their hashes. Nobody here knows what was asked, of what, or how tokens became one vector: its one prompt is
+empty and called as the set, the pooling is called `imported`, and frames are 0. A column is `name/llm.3/imported`,
+where the tap is what the user calls the layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lvlmrec import storage, taps
+from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE, URI
+from lvlmrec.config import option
+from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.features import lease, store
+from lvlmrec.features.lease import Lease
+from lvlmrec.features.recipe import DTYPES, MEDIA, Prompt, Recipe
+from lvlmrec.taps import Tap
+
+IMPORTED = "imported"
+COUNTED = {"from_zero": 0, "from_one": 1}  # item_ids without a file -> id of the first row
+ARRAY_ENDINGS = (".npy", ".safetensors", ".pt", ".pth")
+READABLE = (*DTYPES, "float64")
+PART_BYTES = 64 << 20  # of one file of the feature set, in float32
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """The import_features job."""
+
+    workspace: str = option("./workspace", "the tracking database lives here")
+    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database")
+    file: str = option("", "the array [items, dim] or [items, layers, dim]: .npy, .safetensors, or .pt without code")
+    tensor: str = option("", "name of the tensor in a file of several")
+    item_ids: str = option(
+        "from_zero",
+        "from_zero: row k is item k; from_one: item k + 1; else a .csv or .parquet with item_id, or a .txt of one id "
+        "per line, in the order of the rows",
+    )
+    name: str = option(IMPORTED, "of the feature set, and first part of its columns' names")
+    layers: list[str] = option([], "taps that the layers are, such as [llm.14, llm.28]; none: llm.0, llm.1, ...")
+    dtype: str = option("float16", "dtype of the stored features", choices=DTYPES)
+    store: str = option("${workspace}/features", "folder or prefix that holds feature sets")
+
+
+class Array(NamedTuple):
+    """An array on disk: `rows(start, end)` reads [end - start, L, D] or [end - start, D]."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    rows: Callable[[int, int], Tensor]
+
+
+def run(config: ImportConfig) -> dict[str, Any]:
+    """Write the feature set and commit it; rows that are not finite are rejected. Rows written before stay.
+
+    Raises `InputError` on an array, ids or layers that do not fit each other, on a value that overflows, and when
+    another job writes the same feature set.
+    """
+    if not config.file.endswith(ARRAY_ENDINGS):
+        raise ConfigError(f"file: {config.file!r}: expected a file that ends in {', '.join(ARRAY_ENDINGS)}")
+    if not storage.exists(config.file):
+        raise InputError(f"file: {config.file!r}: no such file")
+    with storage.local_copy(config.file) as path:
+        array = open_array(path, config.tensor)
+        item_ids = read_item_ids(config.item_ids, array.shape[0])
+        recipe = recipe_of(config, array, _hash_of_file(path), item_ids)
+        uri = store.locate(config.store, config.name, recipe)
+        store.create(uri, recipe)
+        with lease.hold(uri) as held:
+            written = _write(config, uri, recipe, array, item_ids, held)
+            held.check()
+            index = store.commit(uri, held.number)
+    rejected = store.read_rejected(uri)
+    return {
+        "feature_set": uri,
+        "items": len(item_ids),
+        "written": written,
+        "skipped": len(index) - written,
+        "rejected": len(rejected),
+        "rejected_items": rejected[ITEM_ID].head(10).tolist(),
+        "features": len(recipe.feature_names),
+        "columns": [str(name) for name in recipe.feature_names],
+    }
+
+
+def open_array(path: Path, tensor: str = "") -> Array:
+    """The array in a file, memory-mapped. Nothing is unpickled but tensors. Raises `InputError`."""
+    try:
+        array = _OPEN[path.suffix](path, tensor)
+    except InputError:
+        raise
+    except Exception as error:  # numpy, torch, pickle and safetensors each have their own
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"file: {path.name}: not readable: {message[:300]}") from error
+    if len(array.shape) not in (2, 3) or 0 in array.shape:
+        raise InputError(f"file: {path.name}: shape {list(array.shape)}; expected [items, dim] or [items, layers, dim]")
+    if array.dtype not in READABLE:
+        raise InputError(f"file: {path.name}: holds {array.dtype}; expected {', '.join(READABLE)}")
+    return array
+
+
+def read_item_ids(source: str, rows: int) -> list[str]:
+    """The item of each row. Raises `InputError` when they are not as many as the rows, empty or not distinct."""
+    if source in COUNTED:
+        return [str(COUNTED[source] + row) for row in range(rows)]
+    if not source.endswith((".csv", ".parquet", ".txt")):
+        choices = f"{', '.join(COUNTED)}, a .csv or .parquet with {ITEM_ID}, or a .txt"
+        raise ConfigError(f"item_ids: {source!r}: choices: {choices}")
+    try:
+        content = io.BytesIO(storage.read_bytes(source))
+        if source.endswith(".txt"):
+            ids = [line.strip() for line in content.getvalue().decode("utf-8-sig").splitlines()]
+        elif source.endswith(".parquet"):
+            ids = pd.read_parquet(content, columns=[ITEM_ID])[ITEM_ID].astype(str).tolist()
+        else:
+            ids = pd.read_csv(content, dtype=str, keep_default_na=False, usecols=[ITEM_ID])[ITEM_ID].tolist()
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"item_ids: {source!r}: not readable: {' '.join(str(error).split())[:200]}") from error
+    if len(ids) != rows:
+        raise InputError(f"item_ids: {source!r} has {len(ids)} ids, the array {rows} rows")
+    repeated = pd.Series(ids).duplicated()
+    if repeated.any() or "" in ids:
+        shown = "an empty id" if "" in ids else f"{ids[int(repeated.argmax())]!r} twice"
+        raise InputError(f"item_ids: {source!r} has {shown}")
+    return ids
+
+
+def recipe_of(config: ImportConfig, array: Array, content: str, item_ids: Sequence[str]) -> Recipe:
+    """What a reader of recipe.json is told. Raises `ConfigError`."""
+    if "/" in config.name or config.name in MEDIA or not config.name:
+        raise ConfigError(f"name: {config.name!r}: expected a name without '/' that is not one of {', '.join(MEDIA)}")
+    layers = _layers(config.layers, array.shape[1] if len(array.shape) == 3 else 1)
+    order = hashlib.blake2b("\n".join(item_ids).encode(), digest_size=8).hexdigest()
+    tensor = f" tensor:{config.tensor}" if config.tensor else ""
+    return Recipe(
+        family=IMPORTED,
+        identity=f"{config.file.rsplit('/', 1)[-1]}{tensor} content:{content} items:{order}",
+        compute_dtype=array.dtype,
+        frames=0,
+        frame_max_side=0,
+        taps=layers,
+        prompts={config.name: Prompt(text="")},
+        poolings=(IMPORTED,),
+        dtype=config.dtype,
+        width={layers[0].tower: array.shape[-1]},
+    )
+
+
+def _layers(names: Sequence[str], number: int) -> tuple[Tap, ...]:
+    """The tap of each layer: language-model or text taps, each once, counted from 0. Raises `ConfigError`."""
+    found = tuple(taps.parse(name) for name in names) or tuple(Tap("llm", layer) for layer in range(number))
+    if len(found) != number:
+        raise ConfigError(f"layers: {len(found)} names for {number} layers of the array")
+    towers = {tap.tower for tap in found}
+    if len(towers) > 1 or not towers <= {*taps.READS_TEXT} or len({*found}) < len(found):
+        raise ConfigError(f"layers: {list(names)!r}: expected taps of one of {', '.join(taps.READS_TEXT)}, each once")
+    if any(tap.layer < 0 for tap in found):
+        raise ConfigError(f"layers: {list(names)!r}: a negative layer needs a model; count from 0")
+    return found
+
+
+def _write(config: ImportConfig, uri: str, recipe: Recipe, array: Array, item_ids: Sequence[str], held: Lease) -> int:
+    """Write the rows that are not there yet part by part; returns how many. Rows that are not finite are rejected."""
+    there, written = {*store.pending_index(uri)[ITEM_ID], *store.read_rejected(uri)[ITEM_ID]}, 0
+    names = [str(name) for name in recipe.feature_names]
+    step = max(1, PART_BYTES // (4 * int(np.prod(array.shape[1:]))))
+    for start in range(0, len(item_ids), step):
+        ids = list(item_ids[start : start + step])
+        if there.issuperset(ids):
+            continue
+        values = array.rows(start, start + len(ids)).reshape(len(ids), len(names), -1)
+        finite = torch.isfinite(values).flatten(1).all(1)
+        kept, values = [item for item, good in zip(ids, finite.tolist(), strict=True) if good], values[finite]
+        _check_fits(config, kept, values)
+        if bad := sorted({*ids} - {*kept} - there):
+            store.write_rejected(uri, [_rejection(config, item) for item in bad], held.number)
+        if kept:
+            columns = {name: values[:, layer] for layer, name in enumerate(names)}
+            rows = store.feature_table(recipe, kept, [0] * len(kept), columns)
+            store.write_part(uri, recipe, rows, held.number)
+            written += len(kept)
+        held.check()
+    return written
+
+
+def _check_fits(config: ImportConfig, item_ids: Sequence[str], values: Tensor) -> None:
+    fits = torch.isfinite(values.to(getattr(torch, config.dtype))).flatten(1).all(1)
+    if not fits.all():
+        row = int((~fits).nonzero()[0])
+        raise InputError(
+            f"dtype: {config.dtype}: item {item_ids[row]!r} has {float(values[row].abs().max()):.4g}, which overflows; "
+            "choices: bfloat16, float32"
+        )
+
+
+def _rejection(config: ImportConfig, item_id: str) -> dict[str, str]:
+    message = "a value of its row is not finite"
+    return {ITEM_ID: item_id, URI: config.file, SOURCE: "", STAGE: "import", ERROR: "not_finite", MESSAGE: message}
+
+
+def _hash_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _open_npy(path: Path, tensor: str) -> Array:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if tensor:
+        raise ConfigError(f"tensor: {tensor!r}: a .npy holds one array without a name")
+
+    def rows(start: int, end: int) -> Tensor:
+        return torch.from_numpy(np.array(array[start:end], dtype=array.dtype.newbyteorder("=")))
+
+    return Array(array.shape, array.dtype.name, rows)
+
+
+def _open_safetensors(path: Path, tensor: str) -> Array:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        name = _choose(tensor, list(file.keys()))
+        part = file.get_slice(name)
+        shape, dtype = tuple(part.get_shape()), file.get_slice(name)[:1].dtype
+
+    def rows(start: int, end: int) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice(name)[start:end]
+
+    return Array(shape, str(dtype).removeprefix("torch."), rows)
+
+
+def _open_pt(path: Path, tensor: str) -> Array:
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if isinstance(content, dict):
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        content = tensors[_choose(tensor, list(tensors))]
+    if not isinstance(content, Tensor):
+        raise InputError(f"file: {path.name}: holds a {type(content).__name__}; expected a tensor or a dict of tensors")
+    return Array(tuple(content.shape), str(content.dtype).removeprefix("torch."), lambda start, end: content[start:end])
+
+
+def _choose(tensor: str, names: Sequence[str]) -> str:
+    if tensor in names or (not tensor and len(names) == 1):
+        return tensor or names[0]
+    raise ConfigError(f"tensor: {tensor!r}: choices: {', '.join(sorted(names)) or 'none, the file holds no tensor'}")
+
+
+_OPEN: dict[str, Callable[[Path, str], Array]] = {
+    ".npy": _open_npy,
+    ".safetensors": _open_safetensors,
+    ".pt": _open_pt,
+    ".pth": _open_pt,
+}
