@@ -58,11 +58,12 @@ class StorageRefused(OSError, InputError):
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of a listing: its URI, its size in bytes, its modification time in seconds since 1970."""
+    """A file of a listing: its URI, its size in bytes, its modification time in seconds since 1970, its ETag on S3."""
 
     uri: str
     size: int
     modified: float
+    etag: str = ""
 
 
 def is_remote(uri: str) -> bool:
@@ -336,7 +337,12 @@ def _pages(fs: Any, path: str, recursive: bool, **options: Any) -> Iterator[list
     while True:
         page = fs.call_s3("list_objects_v2", **request)
         yield [
-            StoredFile(f"s3://{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp())
+            StoredFile(
+                f"s3://{bucket}/{item['Key']}",
+                item["Size"],
+                item["LastModified"].timestamp(),
+                item.get("ETag", "").strip('"'),
+            )
             for item in page.get("Contents", [])
             if not item["Key"].endswith("/")  # consoles mark folders so
         ]

@@ -119,6 +119,35 @@ def test_a_skipped_reference_is_seen_and_everything_decoded(tmp_path: Path, monk
     np.testing.assert_array_equal(sample_clip(path, 6, 64).frames, frames)
 
 
+def is_noticed(path: Path) -> bool:
+    """Whether a decoder that is told to hide nothing finds damage."""
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        context.thread_count, context.options = 1, {"err_detect": "explode"}
+        try:
+            for _ in container.decode(video=0):
+                pass
+        except av.FFmpegError:
+            return True
+    return False
+
+
+def test_damage_that_a_decoder_hides_is_hidden_as_in_the_whole(tmp_path: Path) -> None:
+    """What HEVC puts in the place of damage depends on the pictures before, and no mark on it tells."""
+    codec, options = STREAMS["hevc"]
+    path = write_video(tmp_path / "v.mp4", codec=codec, options=options, size=(160, 128))
+    with av.open(str(path)) as container:
+        keys = [(p.pos, p.size) for p in container.demux(video=0) if p.size and p.is_keyframe]
+    content, noticed = path.read_bytes(), 0
+    for pos, size in keys[1:]:
+        for kept in (size * share // 100 for share in (30, 50, 70)):
+            path.write_bytes(content[: pos + kept] + b"\xff" * (size - kept) + content[pos + size :])
+            if is_noticed(path):
+                noticed += 1
+                assert_equals_reference(path, 13)
+    assert noticed
+
+
 def test_less_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "v.mp4", options=X264, num_frames=120)
     fed: list[int] = []

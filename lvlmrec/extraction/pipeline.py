@@ -38,6 +38,8 @@ from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code, remote_code
 
 BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same size
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
+# On 2 CPUs it must find room beside one decoder, one actor, and the dealing out of the manifest: 1 CPU, says Ray.
+WRITE_CPUS = 0.05
 CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
 
 
@@ -183,10 +185,14 @@ def missing(plan: Plan, index: pd.DataFrame, sources: Mapping[str, str]) -> pa.T
 
 def _sources(plan: Plan) -> dict[str, str]:
     """Item -> version of its files and texts; not of items whose files cannot be asked: what there is of them stays."""
+    etags = {file.uri: file.etag for file in storage.iter_files(storage.absolute(plan.config.input), recursive=True)}
+
+    def version(uri: str) -> str:
+        return etags.get(uri) or storage.version(uri)
 
     def source(row: dict[str, str]) -> str:
         try:
-            return source_of(row, plan.recipe, storage.version)
+            return source_of(row, plan.recipe, version)
         except OSError:
             return ""
 
@@ -341,5 +347,5 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int) -> ray.data.Dataset:
         fn_kwargs={"uri": plan.feature_set, "recipe": plan.recipe, "generation": generation},
         batch_size=pool.videos_per_part,
         batch_format="pyarrow",
-        num_cpus=0.1,
+        num_cpus=WRITE_CPUS,
     )
