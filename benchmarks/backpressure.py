@@ -1,6 +1,6 @@
 """Claim: memory stays bounded whichever stage is slow, storage, model or decoder, and however many items there are.
 
-    RAY_AUTH_MODE=disabled python benchmarks/backpressure.py [--items 300 1200] [--save]
+    RAY_AUTH_MODE=disabled python benchmarks/backpressure.py [--items 150 600] [--save]
 
 The extract job's own pipeline, from manifest to commit, with the stand-in model of `pipeline.py`. One stage at a time
 is made slow in the process that runs it, by a sleep; the others do what they always do, the decoder included:
@@ -10,11 +10,11 @@ forward  every batch of 4 items takes 0.25 s in the model
 decode   every video takes 0.08 s longer to decode, one at a time
 
 An item is 8 frames of 224x224 (1.2 MB) before the model and 54 vectors of 1024 float32 (221 KB) behind it, and the
-object store is given 200 MB: it holds neither all frames of 300 items nor all features of 1,200. Each run has
+object store is given 100 MB: it holds neither all frames of 150 items nor all features of 600. Each run has
 processes of its own. Every second: what Ray says is in use in the object store, and the proportional set size of this
 job's driver and of all that Ray started. `ahead` is how many items were through the model and not yet written, at most.
 
-Bounds, which the exit status tells: the store is never above its 200 MB and spills nothing, and with the larger number
+Bounds, which the exit status tells: the store is never above its 100 MB and spills nothing, and with the larger number
 of items neither the highest memory of the driver nor that of all processes is more than a tenth higher than with the
 smaller. The last line of stdout is JSON.
 """
@@ -47,13 +47,13 @@ from lvlmrec.extraction.pipeline import ExtractConfig
 
 SLOW = {"write": 1.0, "forward": 0.25, "decode": 0.08}  # seconds of each sleep
 STAGE, LOCK = "SLOW_STAGE", "SLOW_LOCK"  # environment of the workers
-STORE_MB, PART, GROWTH = 200, 16, 1.1
+STORE_MB, PART, GROWTH = 100, 16, 1.1
 MEASURED = ("driver_mb", "all_mb", "store_mb", "spilled_mb")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, nargs=2, default=[300, 1200])
+    parser.add_argument("--items", type=int, nargs=2, default=[150, 600])
     parser.add_argument("--stages", nargs="+", choices=SLOW, default=[*SLOW])
     parser.add_argument("--one", action="store_true", help="a single run in this process: the first stage and number")
     parser.add_argument("--save", action="store_true", help="write a dated file under benchmarks/results/")
