@@ -199,7 +199,7 @@ def summary(samples: pd.DataFrame, warm_up_s: float) -> dict[str, Any]:
     warm = samples[samples["seconds"] >= warm_up_s]
     table, counts = totals(warm), warm.groupby(["role", "minutes"])["pid"].nunique()
     roles = {}
-    for role in table:
+    for role in map(str, table.columns):
         known = table[role].dropna()
         rate, error = slope(known.index.to_numpy(), known.to_numpy())
         tenth = max(len(known) // 10, 1)
