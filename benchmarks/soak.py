@@ -197,7 +197,7 @@ def slope(minutes: np.ndarray, mb: np.ndarray) -> tuple[float, float]:
 
 def summary(samples: pd.DataFrame, warm_up_s: float) -> dict[str, Any]:
     warm = samples[samples["seconds"] >= warm_up_s]
-    table, counts = totals(warm), warm.groupby(["role", "minutes"])["pid"].nunique()
+    table, counts = totals(warm), warm.pivot_table(index="minutes", columns="role", values="pid", aggfunc="nunique")
     roles = {}
     for role in map(str, table.columns):
         known = table[role].dropna()
