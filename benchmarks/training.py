@@ -1,4 +1,4 @@
-"""Claim: an epoch and an evaluation cost a fraction of what others take, and DFF's layers next to nothing.
+"""Claim: an epoch and an evaluation cost a fraction of what others take; and what DFF's layers add to an epoch of ids.
 
     python benchmarks/training.py [--folder DIR] [--rounds 7] [--cases NAME ...] [--recbole PYTHON] [--save]
 

@@ -198,7 +198,7 @@ def _ended(client: Any, job: str) -> Any:
     ("job", "arguments", "said"),
     [
         ("extract", ["recipe.frmes=4"], "did you mean recipe.frames? choices: "),
-        ("extract", ["lvlm.name=llava"], "lvlm.name: 'llava' is not one of auto, gemma3, "),
+        ("extract", ["lvlm.name=llava"], "lvlm.name: 'llava' is not one of auto, frames, "),
         ("extract", ["lvlm.model=/nowhere/model", "input={videos}"], "lvlm.model"),
         (
             "extract",

@@ -163,7 +163,7 @@ def test_the_default_is_the_sample_model_in_the_workspace() -> None:
     assert (config.lvlm.name, config.lvlm.model) == ("llava_onevision", "/data/sample/models/llava_onevision")
     other = configuration.load(Job, [], ["workspace=/data", "lvlm.name=qwen2_vl"])
     assert other.lvlm.model == "/data/sample/models/qwen2_vl"
-    with pytest.raises(ConfigError, match=r"lvlm\.name: 'llava' is not one of auto, gemma3, .*qwen3_vl"):
+    with pytest.raises(ConfigError, match=r"lvlm\.name: 'llava' is not one of auto, frames, gemma3, .*qwen3_vl"):
         configuration.load(Job, [], ["lvlm.name=llava"])
     with pytest.raises(ConfigError, match=r"lvlm\.dtype"):
         configuration.load(Job, [], ["lvlm.dtype=int8"])
