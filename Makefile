@@ -25,7 +25,8 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or gpu"
+	$(BIN)/python -m pytest -m "slow or gpu" tests/extraction/test_chaos.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or gpu" --ignore tests/extraction/test_chaos.py
 
 test-fast: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not thorough"

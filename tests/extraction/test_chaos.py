@@ -27,7 +27,7 @@ from tests.chaos import Driver
 from tests.faults import Faults, Proxy, faulty
 
 ITEMS = 500
-TWICE = 2 * 50  # at most: a part for each actor that was stored but not yet told of when its node died
+TWICE = 7 * 50  # at most: parts that were stored but not yet told of when their node or driver died
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
