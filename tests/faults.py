@@ -54,9 +54,31 @@ class Proxy:
     faults: Faults
     counts: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    parts: set[str] = field(default_factory=set)
+    max_parts: int | None = None
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.faults.seed)
+        self._more = threading.Condition()
+
+    def take_parts(self, count: int | None) -> None:
+        """From now on the store takes `count` part files in all; uploads of others wait. None: as many as there are."""
+        with self._more:
+            self.max_parts = count
+            self._more.notify_all()
+
+    def has_to_wait(self, method: str, path: str) -> bool:
+        """Whether an upload had to wait for `take_parts`; returns when it need not any more."""
+        if method != "PUT" or "/parts/" not in path:
+            return False
+        has_waited = False
+        with self._more:
+            while self.max_parts is not None and len(self.parts | {path}) > self.max_parts:
+                has_waited = True
+                self._more.wait()
+            if not has_waited:
+                self.parts.add(path)
+        return has_waited
 
     def draw(self, method: str) -> str:
         """The fault of the next request, empty for none; counted."""
@@ -91,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self._body()
         fault = self.proxy.draw(self.command)
+        if self.proxy.has_to_wait(self.command, self.path):
+            fault = "slow_down"  # who sent it may be dead by now; a living one sends it again
         if self.command in (self.proxy.faults.methods or [self.command]):
             time.sleep(self.proxy.faults.delay_s)
         if fault == "deny":
