@@ -14,7 +14,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import ray
 import torch
 from ray import ObjectRef
 
-from lvlmrec import checkpoint, evaluating, experiment, storage, tracking, training
+from lvlmrec import checkpoint, cluster, evaluating, experiment, storage, tracking, training
 from lvlmrec import config as configs
 from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.evaluating import EvaluateConfig
@@ -76,7 +75,7 @@ def run(config: StudyConfig, plan: Plan, parent: Run) -> dict[str, Any]:
     Raises `JobFailed` at the end when a step failed; all others are done and in the tables then.
     """
     study = Study(config, plan, parent, folder(config))
-    with nullcontext() if ray.is_initialized() else ray.init():
+    with cluster.joined():
         try:
             _work(study)
         except BaseException:

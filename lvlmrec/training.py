@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +20,7 @@ from ray.train.torch import TorchTrainer, get_device
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lvlmrec import checkpoint, storage
+from lvlmrec import checkpoint, cluster, storage
 from lvlmrec.errors import ConfigError, JobFailed
 from lvlmrec.experiment import Experiment, TrainingConfig, load_features, summary
 from lvlmrec.features import pca
@@ -44,7 +43,7 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
         print(f"train: {experiment.checkpoint} is finished; nothing to do", file=sys.stderr)
         tracking.log_metrics({f"best/{name}": value for name, value in done["validation"].items()})
         return done | {"checkpoint": experiment.checkpoint, "reused": True}
-    with nullcontext() if ray.is_initialized() else ray.init():
+    with cluster.joined():
         trained = _fit(experiment, tracking)
         result = _publish(experiment, trained)
     return result | {"checkpoint": experiment.checkpoint, "reused": False}

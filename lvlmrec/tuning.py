@@ -13,18 +13,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
 import torch
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from lvlmrec import storage, tracking
+from lvlmrec import cluster, storage, tracking
 from lvlmrec.config import option
 from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.experiment import Experiment, TrainConfig
@@ -66,7 +64,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
     trial_runs = TrialRuns(parent, config.workspace, config.training.epochs)
     param_space = space(search, experiment)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C would end the sweep as if it were complete
-    with nullcontext() if ray.is_initialized() else ray.init():
+    with cluster.joined():
         trainable = tune.with_resources(
             tune.with_parameters(_trial, experiment=experiment, folder=storage.join(runs, f"trials-{experiment.key}")),
             {"CPU": search.cpus_per_trial, "GPU": search.gpus_per_trial},

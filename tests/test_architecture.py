@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # library -> rooms and files that may import it
 LIBRARIES = {
-    "ray": ("rayjobs", "extraction", "training.py", "tuning.py", "study.py", "serving"),
+    "ray": ("rayjobs", "extraction", "cluster.py", "training.py", "tuning.py", "study.py", "serving"),
     "mlflow": ("tracking.py",),
     "transformers": ("lvlms",),
     "fsspec": ("storage.py",),

@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data._internal.execution.backpressure_policy import DownstreamCapacityBackpressurePolicy
 from ray.exceptions import RayTaskError
 from ray.runtime_env import RuntimeEnv
 
-from lvlmrec import storage
+from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError, InputError, JobFailed
@@ -40,6 +41,7 @@ BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same siz
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
 # On 2 CPUs it must find room beside one decoder, one actor, and the dealing out of the manifest: 1 CPU, says Ray.
 WRITE_CPUS = 0.05
+WAITING = 20.0  # blocks may wait before a stage for each that it works on
 CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
 
 
@@ -112,8 +114,7 @@ def _inspect(config: ExtractConfig) -> LVLMInfo:
     remote_code.check(config.lvlm)
     if not config.lvlm.trust_remote_code:
         return LVLMS[config.lvlm.name].inspect(config.lvlm)
-    if not ray.is_initialized():
-        ray.init()
+    cluster.joined()  # and stay: the pipeline needs it next
     try:
         inspect = ray.remote(**_actor_resources(config))(inspect_here)
         return ray.get(inspect.remote(config.lvlm))
@@ -203,7 +204,7 @@ def _sources(plan: Plan) -> dict[str, str]:
 
 def _ray(todo: pa.Table) -> Any:
     """A context with Ray in it, where there is work for it."""
-    return nullcontext() if ray.is_initialized() or not len(todo) else ray.init()
+    return cluster.joined() if len(todo) else nullcontext()
 
 
 def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease) -> None:
@@ -313,6 +314,10 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int) -> ray.data.Dataset:
     context = DataContext.get_current()
     context.enable_progress_bars = False  # our own lines on stderr say what a user of this job asks
     context.max_consecutive_actor_init_deaths = 3
+    # Ray Data begins to count what waits when half of its memory is used. A manifest's blocks use none of that, and 5 KB
+    # of this process each: a catalogue of a million items would lie here in whole.
+    DownstreamCapacityBackpressurePolicy.OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
+    context.downstream_capacity_backpressure_ratio = WAITING
     config, pool = plan.config, plan.config.pool
     rows: ray.data.Dataset = ray.data.from_arrow(todo)
     rows = rows.repartition(target_num_rows_per_block=pool.videos_per_block)  # else one block, and one actor works
