@@ -113,7 +113,7 @@ def run(stage: str, num_items: int) -> dict[str, Any]:
             stand_in.CALLS: str(folder / "calls"),
         }
         runtime = {"worker_process_setup_hook": slow_down, "env_vars": environment}
-        context = ray.init(
+        ray.init(
             "local",
             _temp_dir=str(folder / "ray"),
             include_dashboard=False,
@@ -123,7 +123,7 @@ def run(stage: str, num_items: int) -> dict[str, Any]:
         )
         try:
             plan = pipeline.plan(config)
-            with watched(context.address_info["gcs_address"], folder, plan.feature_set) as highest:
+            with watched(ray.get_runtime_context().gcs_address, folder, plan.feature_set) as highest:
                 job = pipeline.run(plan, lambda metrics, step: None)
         finally:
             ray.shutdown()
@@ -160,9 +160,9 @@ def slow_down() -> None:
             return write(*arguments)
 
     if os.environ[STAGE] == "decode":
-        IsolatedDecoder.sample_clip = slow_decode  # type: ignore[method-assign]
+        IsolatedDecoder.sample_clip = slow_decode  # type: ignore[assignment, method-assign]
     if os.environ[STAGE] == "write":
-        store.write_part = slow_write
+        store.write_part = slow_write  # type: ignore[assignment]
 
 
 @contextmanager
