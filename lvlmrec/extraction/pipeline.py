@@ -314,8 +314,8 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int) -> ray.data.Dataset:
     context = DataContext.get_current()
     context.enable_progress_bars = False  # our own lines on stderr say what a user of this job asks
     context.max_consecutive_actor_init_deaths = 3
-    # Ray Data begins to count what waits when half of its memory is used. The blocks of a manifest use none of that, and
-    # 5 KB each of this process: a catalogue of a million items would lie here in whole.
+    # Ray Data begins to count what waits when half of its memory is used. The blocks of a manifest use none of that,
+    # and 5 KB each of this process: a catalogue of a million items would lie here in whole.
     DownstreamCapacityBackpressurePolicy.OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
     context.downstream_capacity_backpressure_ratio = WAITING
     config, pool = plan.config, plan.config.pool
