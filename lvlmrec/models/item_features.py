@@ -56,14 +56,17 @@ class ItemFeatures(NamedTuple):
         shape = len(columns), self.stored.shape[2]
         block = max(1, NUMBERS_AT_ONCE.get(self.stored.device.type, 1 << 28) // (shape[0] * shape[1]))
         # The same memory for each block: fresh memory costs more than all that is done in it.
-        stored, values = self.stored.new_empty(block, *shape), self.stored.new_empty(block, *shape, dtype=dtype)
+        values = self.stored.new_empty(block, *shape, dtype=dtype)
         for start in range(0, len(self.row), block):
             row = self.row[start : start + block]
-            if every:
-                torch.index_select(self.stored, 0, row, out=stored[: len(row)])
-            else:
-                stored[: len(row)] = self.stored[row[:, None], columns]
-            yield slice(start, start + block), values[: len(row)].copy_(stored[: len(row)])
+            target = values[: len(row)]
+            if not every:
+                target.copy_(self.stored[row[:, None], columns])
+            elif self.stored.dtype == dtype:
+                torch.index_select(self.stored, 0, row, out=target)
+            else:  # a single item needs no gathering: it is converted from where it lies
+                target.copy_(self.stored[int(row[0])] if block == 1 else self.stored.index_select(0, row))
+            yield slice(start, start + block), target
 
 
 def sum_of_layers(weights: Tensor, features: ItemFeatures, layers: range) -> Tensor:
@@ -97,7 +100,10 @@ class _SumOfLayers(torch.autograd.Function):
         mean, inverse, present = _scaling(features, layers, gradient.dtype)
         sums = -mean * (present.T @ gradient)
         for rows, values in features.unscaled(layers, gradient.dtype):
-            sums += values.mul_(gradient[rows, None]).sum(0)
+            if len(values) == 1:  # one pass instead of three, and the largest features come one by one
+                sums.addcmul_(values[0], gradient[rows])
+            else:
+                sums += values.mul_(gradient[rows, None]).sum(0)
         return (sums * inverse).sum(1), None, None
 
 
