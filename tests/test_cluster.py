@@ -14,7 +14,7 @@ from lvlmrec import cluster
 @pytest.fixture(autouse=True)
 def ray_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda: nullcontext(os.environ.get("RAY_num_workers_soft_limit")))
+    monkeypatch.setattr(ray, "init", lambda: nullcontext(dict(os.environ).get("RAY_num_workers_soft_limit")))
 
 
 def test_a_ray_of_its_own_keeps_workers_between_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
