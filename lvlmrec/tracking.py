@@ -1,4 +1,4 @@
-"""Experiment tracking; nothing else imports mlflow.
+"""Experiment tracking; nothing else imports mlflow, and this only where it is used: it takes seconds in every worker.
 
 A job is an MLflow run of the experiment `lvlmrec`. Metrics are written by client calls with an explicit run id,
 so that workers of a cluster and trials of a sweep can write to runs that another process opened.
@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import mlflow
-from mlflow.entities import Metric, Param, RunTag
+from typing import TYPE_CHECKING, Any
 
 from lvlmrec.config import flatten
 from lvlmrec.errors import InputError
+
+if TYPE_CHECKING:
+    import mlflow
 
 EXPERIMENT = "lvlmrec"
 MAX_PARAMS_PER_CALL = 100
@@ -41,12 +41,16 @@ class Run:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Numbers at a step, in one call."""
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         entries = [Metric(name.translate(NAMES_REFUSED), float(value), now, step) for name, value in metrics.items()]
         _client(self.tracking_uri).log_batch(self.id, metrics=entries)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Every key of a resolved configuration as a parameter, and the whole as an artifact."""
+        from mlflow.entities import Param
+
         params = [Param(key, masked(str(value))[:MAX_PARAM_LENGTH]) for key, value in flatten(config)]
         for start in range(0, len(params), MAX_PARAMS_PER_CALL):
             _client(self.tracking_uri).log_batch(self.id, params=params[start : start + MAX_PARAMS_PER_CALL])
@@ -54,6 +58,8 @@ class Run:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Labels of the run: fingerprints, URIs, why it stopped."""
+        from mlflow.entities import RunTag
+
         _client(self.tracking_uri).log_batch(self.id, tags=[RunTag(k, masked(str(v))) for k, v in tags.items()])
 
     def log_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -146,6 +152,8 @@ def _absolute(tracking_uri: str) -> str:
 
 
 def _client(tracking_uri: str) -> mlflow.MlflowClient:
+    import mlflow
+
     if tracking_uri.startswith("sqlite:///"):
         Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return mlflow.MlflowClient(tracking_uri)
