@@ -41,7 +41,7 @@ BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same siz
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
 # On 2 CPUs it must find room beside one decoder, one actor, and the dealing out of the manifest: 1 CPU, says Ray.
 WRITE_CPUS = 0.05
-WAITING = 20.0  # blocks may wait before a stage for each that it works on
+WAITING = 4.0  # blocks may wait before a stage for each that it works on
 CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
 
 
