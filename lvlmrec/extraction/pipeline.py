@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
-from ray.data._internal.execution.backpressure_policy import DownstreamCapacityBackpressurePolicy
 from ray.exceptions import RayTaskError
 from ray.runtime_env import RuntimeEnv
 
@@ -25,7 +24,7 @@ from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError, InputError, JobFailed
-from lvlmrec.extraction import estimate, stages
+from lvlmrec.extraction import dealing, estimate, stages
 from lvlmrec.extraction.estimate import EstimateConfig
 from lvlmrec.extraction.failures import SharedAttempts, Streak
 from lvlmrec.extraction.manifest import columns_for, read_manifest, source_of, texts_from
@@ -41,7 +40,6 @@ BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same siz
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
 # On 2 CPUs it must find room beside one decoder, one actor, and the dealing out of the manifest: 1 CPU, says Ray.
 WRITE_CPUS = 0.05
-WAITING = 4.0  # blocks may wait before a stage for each that it works on
 CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
 
 
@@ -314,10 +312,7 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int) -> ray.data.Dataset:
     context = DataContext.get_current()
     context.enable_progress_bars = False  # our own lines on stderr say what a user of this job asks
     context.max_consecutive_actor_init_deaths = 3
-    # Ray Data begins to count what waits when half of its memory is used. The blocks of a manifest use none of that,
-    # and 5 KB each of this process: a catalogue of a million items would lie here in whole.
-    DownstreamCapacityBackpressurePolicy.OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
-    context.downstream_capacity_backpressure_ratio = WAITING
+    dealing.bound(context)
     config, pool = plan.config, plan.config.pool
     rows: ray.data.Dataset = ray.data.from_arrow(todo)
     rows = rows.repartition(target_num_rows_per_block=pool.videos_per_block)  # else one block, and one actor works
