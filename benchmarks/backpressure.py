@@ -28,11 +28,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +44,7 @@ from lvlmrec.extraction.pipeline import ExtractConfig
 SLOW = {"write": 1.0, "forward": 0.25, "decode": 0.08}  # seconds of each sleep
 STAGE, LOCK = "SLOW_STAGE", "SLOW_LOCK"  # environment of the workers
 STORE_MB, PART, GROWTH = 100, 16, 1.1
-MEASURED = ("driver_mb", "all_mb", "store_mb", "spilled_mb")
+MEASURED = ("driver_mb", "all_mb", "store_mb", "spilled_mb", "ahead")
 
 
 def main() -> int:
@@ -123,13 +119,15 @@ def run(stage: str, num_items: int) -> dict[str, Any]:
         )
         try:
             plan = pipeline.plan(config)
-            with watched(ray.get_runtime_context().gcs_address, folder, plan.feature_set) as highest:
+            address = ray.get_runtime_context().gcs_address
+            with stand_in.sampled(lambda: measured(address, folder, plan.feature_set)) as samples:
                 job = pipeline.run(plan, lambda metrics, step: None)
         finally:
             ray.shutdown()
     assert job["written"] == num_items, job
     told = {"slow": stage, "items": num_items, "seconds": round(job["seconds"])}
-    return told | {name: round(highest[name]) for name in (*MEASURED, "ahead")} | {"load": round(os.getloadavg()[0], 1)}
+    highest = {name: round(max(sample[name] for _, sample in samples)) for name in MEASURED}
+    return told | highest | {"load": round(os.getloadavg()[0], 1)}
 
 
 def make_config(folder: Path, num_items: int) -> ExtractConfig:
@@ -165,31 +163,16 @@ def slow_down() -> None:
         store.write_part = slow_write  # type: ignore[assignment]
 
 
-@contextmanager
-def watched(address: str, folder: Path, feature_set: str) -> Iterator[Counter[str]]:
-    """Fills the counter with the highest of `MEASURED` and of `ahead`, seen every second until the block ends."""
-    highest: Counter[str] = Counter()
-    is_over = threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(1.0):
-            parts, stats = stand_in.memory_by_part(), store_stats(address)
-            seen = {
-                "driver_mb": parts["driver"],
-                "all_mb": sum(parts.values()),
-                "store_mb": stats.object_store_bytes_used / 2**20,
-                "spilled_mb": stats.spilled_bytes_total / 2**20,
-                "ahead": items_ahead(folder / "calls", Path(feature_set) / "parts"),
-            }
-            highest.update({name: value - highest[name] for name, value in seen.items() if value > highest[name]})
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield highest
-    finally:
-        is_over.set()
-        thread.join()
+def measured(address: str, folder: Path, feature_set: str) -> dict[str, float]:
+    """`MEASURED`, now."""
+    parts, stats = stand_in.memory_by_part(), store_stats(address)
+    return {
+        "driver_mb": parts["driver"],
+        "all_mb": sum(parts.values()),
+        "store_mb": stats.object_store_bytes_used / 2**20,
+        "spilled_mb": stats.spilled_bytes_total / 2**20,
+        "ahead": items_ahead(folder / "calls", Path(feature_set) / "parts"),
+    }
 
 
 def items_ahead(calls: Path, parts: Path) -> int:

@@ -44,7 +44,6 @@ from lvlmrec.video import sample_clip, sample_indices
 
 WIDTH, HEIGHT, FPS, SECONDS = 1280, 720, 30, 60
 NUM_FRAMES = 16
-PACKAGES = ("av", "transformers", "torchcodec", "torch", "numpy")
 T = TypeVar("T")
 Method = Callable[[str], np.ndarray]  # path -> uint8 [16, H, W, 3]
 

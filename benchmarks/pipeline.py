@@ -30,10 +30,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -54,7 +54,7 @@ from lvlmrec.video import sample_clip
 
 WIDTH, BATCH = 1024, 4
 NUM_DISTINCT_CLIPS = 16
-PACKAGES = ("ray", "av", "torch", "pyarrow", "numpy")
+T = TypeVar("T")
 SECONDS_PER_BATCH, CALLS = "STAND_IN_SECONDS", "STAND_IN_CALLS"  # environment of the workers
 
 
@@ -236,7 +236,7 @@ def extract(
     try:
         began = time.time()
         plan = pipeline.plan(config)
-        with sampled_memory() as samples:
+        with sampled(memory_by_part) as samples:
             job = pipeline.run(plan, lambda metrics, step: done.append((time.time(), step)))
             ended = time.time()
     finally:
@@ -246,14 +246,14 @@ def extract(
 
 
 @contextmanager
-def sampled_memory() -> Iterator[list[tuple[float, Counter[str]]]]:
-    """Fills the list with times and MB of proportional set size by part, every second, until the block ends."""
-    samples: list[tuple[float, Counter[str]]] = []
+def sampled(measure: Callable[[], T]) -> Iterator[list[tuple[float, T]]]:
+    """Fills the list with times and what was measured, every second, until the block ends."""
+    samples: list[tuple[float, T]] = []
     is_over = threading.Event()
 
     def sample() -> None:
         while not is_over.wait(1.0):
-            samples.append((time.time(), memory_by_part()))
+            samples.append((time.time(), measure()))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -265,6 +265,7 @@ def sampled_memory() -> Iterator[list[tuple[float, Counter[str]]]]:
 
 
 def memory_by_part() -> Counter[str]:
+    """MB of proportional set size of this process and its descendants."""
     this = psutil.Process()
     parts: Counter[str] = Counter()
     for process in [this, *this.children(recursive=True)]:

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import ray
 
-# Ray ends workers without a task, past one for each CPU, after a second: on two CPUs the stages of an extraction begin
-# a process every few seconds, and it needs a third of the machine.
+# Ray ends workers without a task, past one for each CPU, after a second: on two CPUs the stages of an extraction would
+# begin a process every few seconds.
 MIN_IDLE_WORKERS = 8
 
 

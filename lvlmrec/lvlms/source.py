@@ -41,18 +41,25 @@ def read_any_config(config: ModelConfig, expected: str) -> Any:
 
     Raises `ConfigError` when the directory or hub id cannot be read; the message says what is `expected` there.
     """
-    torchvision_shim.ensure_importable()  # configurations of Llama decoders import it
-    from transformers import AutoConfig
-
     _check_place(config, expected)
     try:
-        return AutoConfig.from_pretrained(
-            config.model, revision=resolve_revision(config), trust_remote_code=config.trust_remote_code
-        )
+        try:
+            return _auto_config(config)
+        except ImportError:  # configurations of Llama decoders import torchvision; importing it for all costs seconds
+            torchvision_shim.ensure_importable()
+            return _auto_config(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code=True" in str(error):
             raise ConfigError(f"lvlm.model: {config.model!r}: {NEEDS_CODE}") from error
         raise ConfigError(f"lvlm.model: {config.model!r}: {_expectation(expected)}; {one_line(error)}") from error
+
+
+def _auto_config(config: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        config.model, revision=resolve_revision(config), trust_remote_code=config.trust_remote_code
+    )
 
 
 def read_config(config: ModelConfig, model_types: Collection[str], family: str) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""The manifest waits where it is, not block by block in the driver."""
+
+from __future__ import annotations
+
+import time
+
+import pyarrow as pa
+import pytest
+import ray
+import ray.data
+from ray.data import DataContext, TaskPoolStrategy
+
+from lvlmrec.extraction import dealing
+
+NUM_BLOCKS = 20_000  # more than are dealt out, with nothing to hold them back, in the seconds of the test
+WATCHED_S = 6.0
+
+pytestmark = pytest.mark.slow
+
+
+def num_references() -> int:
+    """Of this driver to objects, blocks among them."""
+    return len(ray._private.worker.global_worker.core_worker.get_all_reference_counts())
+
+
+def test_no_more_blocks_are_dealt_out_than_a_slow_stage_takes(local_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dealing, "MAX_WAITING", 10)
+
+    def slow(rows: pa.Table) -> pa.Table:
+        time.sleep(0.2)
+        return rows
+
+    dealing.bound(DataContext.get_current())
+    table = pa.table({"item_id": [f"item{k}" for k in range(NUM_BLOCKS)]})
+    rows = ray.data.from_arrow(table).repartition(target_num_rows_per_block=1)
+    one = TaskPoolStrategy(size=1)
+    rows = rows.map_batches(slow, batch_size=None, batch_format="pyarrow", num_cpus=0.5, compute=one)
+    at_first, began, taken = 0, 0.0, 0
+    for _ in rows.iter_batches(
+        batch_size=None, batch_format="pyarrow"
+    ):  # Ray frees all of them until it knows the CPUs
+        taken += 1
+        at_first, began = (at_first, began) if began else (num_references(), time.monotonic())
+        if time.monotonic() > began + WATCHED_S:
+            break
+    assert taken > 5
+    assert num_references() < at_first
