@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
@@ -15,6 +16,10 @@ from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.tracking import Run
 
 C = TypeVar("C")
+
+# Importing packages makes objects that stay. At its own threshold of 700 Python's collector looks through them so often
+# that a job takes a fifth longer to start.
+gc.set_threshold(10_000, 10, 10)
 
 
 def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -> int:
