@@ -38,6 +38,7 @@ import torch
 from record import markdown_table, save
 from soak import store_stats
 
+from lvlmrec import cluster
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.pipeline import ExtractConfig
 
@@ -109,6 +110,7 @@ def run(stage: str, num_items: int) -> dict[str, Any]:
             stand_in.CALLS: str(folder / "calls"),
         }
         runtime = {"worker_process_setup_hook": slow_down, "env_vars": environment}
+        cluster.keep_idle_workers()
         ray.init(
             "local",
             _temp_dir=str(folder / "ray"),

@@ -44,6 +44,7 @@ import ray
 import torch
 from record import save
 
+from lvlmrec import cluster
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.estimate import EstimateConfig
 from lvlmrec.extraction.pipeline import ExtractConfig, PoolConfig
@@ -231,6 +232,7 @@ def extract(
     """
     environment = {SECONDS_PER_BATCH: str(seconds_per_batch), CALLS: str(folder / "calls")}
     runtime = {"worker_process_setup_hook": register, "env_vars": environment}
+    cluster.keep_idle_workers()
     ray.init(_temp_dir=str(folder / "ray"), include_dashboard=False, runtime_env=runtime, log_to_driver=False)
     done: list[tuple[float, int]] = []
     try:

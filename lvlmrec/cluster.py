@@ -16,6 +16,10 @@ def joined() -> AbstractContextManager[object]:
     """A context with Ray in it; at its end a Ray that it started or joined is left."""
     if ray.is_initialized():
         return nullcontext()
-    # for a Ray that is started here; a cluster has its own setting
-    os.environ.setdefault("RAY_num_workers_soft_limit", str(max(MIN_IDLE_WORKERS, os.cpu_count() or 1)))
+    keep_idle_workers()
     return ray.init()
+
+
+def keep_idle_workers() -> None:
+    """Set Ray's limit for one that this process starts next, unless the environment has it; a cluster has its own."""
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(max(MIN_IDLE_WORKERS, os.cpu_count() or 1)))
