@@ -29,7 +29,6 @@ from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.experiment import Experiment, TrainConfig
 from lvlmrec.fitting import SELECTED_BY, State, fit, new_state
 from lvlmrec.grid import Outcomes, Plan, Step, StudyConfig, Trial, choose, folder, next_steps
-from lvlmrec.report import layer_curve
 from lvlmrec.report import study as report
 from lvlmrec.tracking import Run
 
@@ -229,6 +228,8 @@ def evaluate(config: TrainConfig, uri: str, baselines: list[str], threads: int) 
 
 def write(study: Study) -> dict[str, str]:
     """The tables and the layer curve of what is known by now; gives their URIs."""
+    from lvlmrec.report import layer_curve  # here, for workers that train do without matplotlib
+
     methods, reference = report.collect(study.plan, study.outcomes), study.plan.reference
     rows = report.rows(methods, study.baselines, reference)
     contents = {

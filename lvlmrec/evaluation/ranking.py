@@ -46,8 +46,7 @@ def rank_from_scores(scores: Array, targets: Array, histories: Array) -> NDArray
     Raises `ValueError` when a target is padding or outside the catalogue.
     """
     scores = torch.as_tensor(scores)
-    targets_U1 = torch.as_tensor(targets, dtype=torch.int64, device=scores.device)[:, None]
-    histories = torch.as_tensor(histories, dtype=torch.int64, device=scores.device)
+    targets_U1, histories = _numbers(targets, scores.device)[:, None], _numbers(histories, scores.device)
     num_items = scores.shape[1] - 1
     if len(scores) and not 1 <= int(targets_U1.min()) <= int(targets_U1.max()) <= num_items:
         raise ValueError(f"targets: {int(targets_U1.min())} to {int(targets_U1.max())}, expected 1 to {num_items}")
@@ -61,3 +60,10 @@ def rank_from_scores(scores: Array, targets: Array, histories: Array) -> NDArray
     first[:, 1:] = left_out[:, 1:] != left_out[:, :-1]
     left_out_not_below = (first & ~(scores.gather(1, left_out) < target_scores)).sum(1)
     return (1 + not_below - left_out_not_below).cpu().numpy()
+
+
+def _numbers(values: Array, device: torch.device) -> Tensor:
+    """int64. Arrays from Ray's object store cannot be written to, of which torch warns: those are copied."""
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(np.require(values, np.int64, "W"))
+    return values.to(device, torch.int64)

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from lvlmrec.evaluation.metrics import per_user
 
@@ -52,6 +51,8 @@ def paired_t_test(values_a: Sequence[float], values_b: Sequence[float]) -> dict[
     """
     if len(values_a) != len(values_b) or len(values_a) < 2:
         raise ValueError(f"seeds: {len(values_a)} and {len(values_b)} values, expected the same seeds and at least two")
+    from scipy import stats  # here, for workers that train: it takes a second to import
+
     a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
     differences = a - b
     spread = bool(np.ptp(differences) > 1e-12 * np.abs([a, b]).max())  # differences equal on paper differ by rounding

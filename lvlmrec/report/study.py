@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.stats import ttest_rel
 
 from lvlmrec.columns import ITEM_ID, ITEM_RANK, USER_ID
 from lvlmrec.errors import InputError
@@ -157,6 +156,8 @@ def _targets(uri: str) -> int:
 def _t_test(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     if len(ours) < 2 or np.ptp(np.subtract(ours, theirs)) < 1e-12:  # without spread there is no t
         return None
+    from scipy.stats import ttest_rel  # here, for workers that train: it takes a second to import
+
     return float(ttest_rel(ours, theirs).pvalue)
 
 
