@@ -36,9 +36,8 @@ def test_no_more_blocks_are_dealt_out_than_a_slow_stage_takes(local_ray: str, mo
     one = TaskPoolStrategy(size=1)
     rows = rows.map_batches(slow, batch_size=None, batch_format="pyarrow", num_cpus=0.5, compute=one)
     at_first, began, taken = 0, 0.0, 0
-    for _ in rows.iter_batches(
-        batch_size=None, batch_format="pyarrow"
-    ):  # Ray frees all of them until it knows the CPUs
+    # Ray releases all of them for a second or two, until it knows of CPUs: what matters is what comes after
+    for _ in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
         taken += 1
         at_first, began = (at_first, began) if began else (num_references(), time.monotonic())
         if time.monotonic() > began + WATCHED_S:
