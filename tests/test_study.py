@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from lvlmrec import checkpoint, experiment, grid, study, tracking
-from lvlmrec import config as configs
 from lvlmrec.errors import InputError, JobFailed
-from lvlmrec.grid import StudyConfig, Trial
+from lvlmrec.grid import Trial
 from lvlmrec.study import train as product_train
 from lvlmrec.tracking import Run
 from tests.conftest import ROOT
@@ -121,17 +120,22 @@ def publish_whole(config: Any) -> None:
     assert checkpoint.read_result(prepared.checkpoint)
 
 
-KILLED_STUDY = {
-    "methods": {"ID": {}, "DFF": {"model.item_encoder.name": "dff"}},
-    "search": {"training.lr": [0.01]},
-    "seeds": [0, 1],
-    "max_concurrent": 2,
-}
+def command(world: Path, workspace: Path, tracking_uri: str) -> list[str]:
+    values = settings(world, workspace, tracking_uri=tracking_uri, model__backbone__dropout=0.3, training__epochs=4)
+    given = {
+        "methods": {"ID": {}, "DFF": {"model.item_encoder.name": "dff"}},
+        "search": {"training.lr": [0.01, 0.02]},
+        "seeds": [0, 1],
+        "max_concurrent": 2,
+    }
+    layer = workspace / "study.yaml"
+    layer.write_text(json.dumps({"study": given}))
+    return [sys.executable, str(ROOT / "rayjobs" / "study.py"), str(layer), *arguments(values)]
 
 
-def overrides(world: Path, workspace: Path, tracking_uri: str) -> list[str]:
-    values = {"tracking_uri": tracking_uri, "model__backbone__dropout": 0.3, "training__epochs": 4}
-    return arguments(settings(world, workspace, **values))
+def finished(process: subprocess.CompletedProcess) -> dict[str, Any]:
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def published(workspace: Path) -> dict[str, float]:
@@ -139,34 +143,29 @@ def published(workspace: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_a_killed_study_started_again_ends_as_if_nothing_had_been(
-    local_ray: str, world: Path, tmp_path: Path, tracking_uri: str
-) -> None:
-    killed, layer = tmp_path / "killed", tmp_path / "study.yaml"
-    layer.write_text(json.dumps({"study": KILLED_STUDY}))
-    started = [sys.executable, str(ROOT / "rayjobs" / "study.py"), str(layer), *overrides(world, killed, tracking_uri)]
+def test_a_killed_study_started_again_ends_as_if_nothing_had_been(world: Path, tmp_path: Path) -> None:
+    tracking_uri, killed, whole = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "killed", tmp_path / "whole"
+    killed.mkdir()
+    whole.mkdir()
+    started = command(world, killed, tracking_uri)
     with subprocess.Popen(started, env=os.environ, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stderr is not None
         ended = 0
         for line in iter(first.stderr.readline, ""):
             ended += line.startswith("study: train")
-            if ended == 2:
+            if ended == 3:
                 first.kill()
                 break
     assert first.returncode == -signal.SIGKILL
     before = published(killed)
-    assert 2 <= len(before) < 4
+    assert 3 <= len(before) < 6
 
-    second = subprocess.run(started, capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr[-3000:]
-    again = json.loads(second.stdout.splitlines()[-1])
-    assert (again["runs"], again["reused"], again["failed"]) == (4, len(before), 0)
+    again = finished(subprocess.run(started, capture_output=True, text=True))
+    assert (again["runs"], again["reused"], again["failed"]) == (6, len(before), 0)
     assert {name: time for name, time in published(killed).items() if name in before} == before
     assert not list(killed.glob("runs/study-*")), "states of published runs are left"
 
-    whole = configs.load(StudyConfig, [{"study": KILLED_STUDY}], overrides(world, tmp_path / "whole", tracking_uri))
-    parent = tracking.start(tracking_uri, str(tmp_path), "study", {})
-    undisturbed = study.run(whole, grid.make_plan(whole), parent)
+    undisturbed = finished(subprocess.run(command(world, whole, tracking_uri), capture_output=True, text=True))
     assert undisturbed["methods"] == again["methods"]
     tables = [pd.read_csv(result["csv"], index_col="method") for result in (again, undisturbed)]
     shown = [name for name in tables[0] if any(part in name for part in NUMBERS)]

@@ -51,7 +51,7 @@ def paired_t_test(values_a: Sequence[float], values_b: Sequence[float]) -> dict[
     """
     if len(values_a) != len(values_b) or len(values_a) < 2:
         raise ValueError(f"seeds: {len(values_a)} and {len(values_b)} values, expected the same seeds and at least two")
-    from scipy import stats  # here, for workers that train: it takes a second to import
+    from scipy import stats  # here, for workers that train do without it
 
     a, b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
     differences = a - b

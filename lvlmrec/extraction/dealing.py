@@ -19,8 +19,8 @@ MAX_WAITING = 500  # blocks: more than many decoders take between two looks of R
 class ManifestPolicy(BackpressurePolicy):
     """Deals out a block when few wait.
 
-    Ray Data bounds what waits by the memory it uses. The blocks of a manifest use none of that, and 5 KB each of the
-    driver: a catalogue of a million items would lie there in whole. All later stages are left to Ray.
+    Ray Data bounds what waits by the memory it uses. The blocks of a manifest use none of that, only memory of
+    the driver: a catalogue of a million items would lie there in whole. All later stages are left to Ray.
     """
 
     def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:

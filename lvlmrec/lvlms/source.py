@@ -43,11 +43,7 @@ def read_any_config(config: ModelConfig, expected: str) -> Any:
     """
     _check_place(config, expected)
     try:
-        try:
-            return _auto_config(config)
-        except ImportError:  # configurations of Llama decoders import torchvision; importing it for all costs seconds
-            torchvision_shim.ensure_importable()
-            return _auto_config(config)
+        return _auto_config(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code=True" in str(error):
             raise ConfigError(f"lvlm.model: {config.model!r}: {NEEDS_CODE}") from error
@@ -57,9 +53,12 @@ def read_any_config(config: ModelConfig, expected: str) -> Any:
 def _auto_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(
-        config.model, revision=resolve_revision(config), trust_remote_code=config.trust_remote_code
-    )
+    given = {"revision": resolve_revision(config), "trust_remote_code": config.trust_remote_code}
+    try:
+        return AutoConfig.from_pretrained(config.model, **given)
+    except ImportError:  # configurations of Llama decoders import torchvision, which is slow to import for all
+        torchvision_shim.ensure_importable()
+        return AutoConfig.from_pretrained(config.model, **given)
 
 
 def read_config(config: ModelConfig, model_types: Collection[str], family: str) -> dict[str, Any]:

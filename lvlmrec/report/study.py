@@ -156,7 +156,7 @@ def _targets(uri: str) -> int:
 def _t_test(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     if len(ours) < 2 or np.ptp(np.subtract(ours, theirs)) < 1e-12:  # without spread there is no t
         return None
-    from scipy.stats import ttest_rel  # here, for workers that train: it takes a second to import
+    from scipy.stats import ttest_rel  # here, for workers that train do without it
 
     return float(ttest_rel(ours, theirs).pvalue)
 

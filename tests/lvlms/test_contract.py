@@ -275,7 +275,7 @@ def test_vision_features_are_hugging_face_vision_states(tiny_models, clips, fami
 
 def test_stopping_early_changes_nothing(tiny_models, clips, family) -> None:
     whole = extract(load(tiny_models[family])[0], clips)
-    for taps in (("llm.1", "vision.1"), ("llm.0", "llm.2"), ("llm.-1",), ("vision.0",)):
+    for taps in (("llm.0",), ("llm.1", "vision.1"), ("llm.0", "llm.2"), ("llm.-2",), ("llm.-1",), ("vision.0",)):
         model, recipe = load(tiny_models[family], taps)
         top = max((tap.layer for tap in recipe.taps if tap.tower == "llm"), default=0)
         decoder = model._base.get_decoder()  # type: ignore[attr-defined]
