@@ -3,8 +3,8 @@
     python benchmarks/rerun.py [--items 100000] [--titles 20000] [--rounds 3] [--save]
 
 rerun   A finished feature set of `--items` items (random vectors, parts of 64, no model in it) and the whole command,
-        `python rayjobs/extract.py`, that finds nothing to do, `--rounds` times: median of wall seconds with the start of
-        Python, and the largest resident memory of it and its children. It ran once before, so that the tracking
+        `python rayjobs/extract.py`, that finds nothing to do, `--rounds` times: median of wall seconds with the start
+        of Python, and the largest resident memory of it and its children. It ran once before, so that the tracking
         database is there. Then the same with the index gone, as a run leaves it that was killed at its very end: every
         part is read and adopted.
 resume  The titles of `--titles` items through the tiny untrained text encoder on a Ray of its own. A run is killed

@@ -17,8 +17,8 @@ from lvlmrec.tracking import Run
 
 C = TypeVar("C")
 
-# Importing packages makes objects that stay. At its own threshold of 700 Python's collector looks through them again and
-# again, and a job takes longer to start.
+# Importing packages makes objects that stay. At its own threshold of 700 Python's collector looks through them again
+# and again, and a job takes longer to start.
 gc.set_threshold(10_000, 10, 10)
 
 
