@@ -1,4 +1,4 @@
-"""The training loop: epochs, validation, early stopping, state. Knows torch.distributed, not Ray.
+"""The training loop: epochs, validation, early stopping, state, the result. Knows torch.distributed, not Ray.
 
 Every worker knows the whole global batch (it and its drawn negatives come from a shared seed), encodes its unique
 items and computes the loss of its own users against all of them. So negatives are gathered without communication, and
@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from lvlmrec import pretrained
+from lvlmrec import checkpoint, pretrained
 from lvlmrec.batches import Batch, Positions, Shared, batches_of_epoch, item_features, made_ahead
 from lvlmrec.data.split import Holdout
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_targets
-from lvlmrec.experiment import TrainConfig, TrainingConfig, TrainingData, build_model
+from lvlmrec.experiment import Experiment, TrainConfig, TrainingConfig, TrainingData, build_model, summary
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.models.fusions.video import Video
 from lvlmrec.models.histories import pack
@@ -175,6 +175,20 @@ def fit(
             state.best_weights = _weights(state.model)
         prefixed = {f"validation/{name}": value for name, value in validation.items()}
         report({"epoch": epoch + 1, "train_loss": train_loss, "epoch_seconds": seconds, **prefixed}, state)
+
+
+def publish(experiment: Experiment, weights: Mapping[str, Tensor], progress: Progress) -> dict[str, Any]:
+    """Publish the best epoch's weights as the run's checkpoint, and give what its result says."""
+    result = {
+        "validation": progress.best,
+        "epochs": progress.epoch,
+        "best_epoch": progress.best_epoch,
+        "seconds_per_epoch": round(progress.train_seconds / progress.epoch, 4),
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        **summary(experiment),
+    }
+    checkpoint.publish(experiment.checkpoint, experiment.config, experiment.data, experiment.features, weights, result)
+    return result
 
 
 @torch.inference_mode()

@@ -9,15 +9,18 @@ from __future__ import annotations
 import sys
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.data import micro_world
 from lvlmrec.errors import InputError
-from lvlmrec.experiment import TrainConfig, feature_uris
 from lvlmrec.extraction import pipeline
 from lvlmrec.features import store
 from lvlmrec.lvlms import LVLMS
+
+if TYPE_CHECKING:
+    from lvlmrec.experiment import TrainConfig
 
 SEED = 0
 
@@ -47,6 +50,8 @@ def ensure(workspace: str, *uris: str) -> None:
 
 def ensure_features(config: TrainConfig) -> None:
     """Extract the sample's features when a run on the sample reads features and its own store has none yet."""
+    from lvlmrec.experiment import feature_uris  # imports torch, which an extraction does without
+
     own = storage.join(storage.absolute(config.workspace), "features")
     sample = storage.join(storage.absolute(config.workspace), "sample")
     on_sample = storage.absolute(config.dataset.path).startswith(f"{sample}/")

@@ -22,12 +22,12 @@ import ray
 import torch
 from ray import ObjectRef
 
-from lvlmrec import checkpoint, cluster, evaluating, experiment, storage, tracking, training
+from lvlmrec import checkpoint, cluster, evaluating, experiment, storage, tracking
 from lvlmrec import config as configs
 from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.experiment import Experiment, TrainConfig
-from lvlmrec.fitting import SELECTED_BY, State, fit, new_state
+from lvlmrec.fitting import SELECTED_BY, State, fit, new_state, publish
 from lvlmrec.grid import Outcomes, Plan, Step, StudyConfig, Trial, choose, folder, next_steps
 from lvlmrec.report import study as report
 from lvlmrec.tracking import Run
@@ -166,7 +166,7 @@ def train(config: TrainConfig, run: Run, threads: int, name: str) -> dict[str, A
         print(f"study: {name}: epoch {epoch}, validation {SELECTED_BY.upper()} {rate:.4f}", file=sys.stderr)
 
     state = _fit(prepared, saved, tell)
-    result = training.publish(prepared, state.best_weights, state.progress)
+    result = publish(prepared, state.best_weights, state.progress)
     storage.remove(saved)
     return result | {"checkpoint": prepared.checkpoint, "reused": False}
 

@@ -7,7 +7,6 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +17,13 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
 from safetensors.torch import load_file
-from torch import Tensor
 
 from lvlmrec import checkpoint, cluster, storage
 from lvlmrec.errors import ConfigError, JobFailed
-from lvlmrec.experiment import Experiment, TrainingConfig, load_features, summary
+from lvlmrec.experiment import Experiment, TrainingConfig, load_features
 from lvlmrec.features import pca
 from lvlmrec.features.compact import FeatureArray
-from lvlmrec.fitting import Progress, State, fit, new_state
+from lvlmrec.fitting import Progress, State, fit, new_state, publish
 from lvlmrec.tracking import Run
 
 MAX_WORKER_FAILURES = 3
@@ -136,20 +134,6 @@ def _publish(experiment: Experiment, trained: RayCheckpoint) -> dict[str, Any]:
         weights = load_file(state_folder / "best.safetensors")
         progress = Progress(**json.loads((state_folder / "progress.json").read_text()))
     return publish(experiment, weights, progress)
-
-
-def publish(experiment: Experiment, weights: Mapping[str, Tensor], progress: Progress) -> dict[str, Any]:
-    """Publish the best epoch's weights as the run's checkpoint, and give what its result says."""
-    result = {
-        "validation": progress.best,
-        "epochs": progress.epoch,
-        "best_epoch": progress.best_epoch,
-        "seconds_per_epoch": round(progress.train_seconds / progress.epoch, 4),
-        "parameters": sum(tensor.numel() for tensor in weights.values()),
-        **summary(experiment),
-    }
-    checkpoint.publish(experiment.checkpoint, experiment.config, experiment.data, experiment.features, weights, result)
-    return result
 
 
 def _tell(metrics: dict[str, float], epochs: int) -> None:

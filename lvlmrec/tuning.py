@@ -76,6 +76,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
                 metric=OBJECTIVE,
                 mode="max",
                 num_samples=search.trials,
+                reuse_actors=True,  # a process imports torch for seconds, in which a small trial is over
                 search_alg=BasicVariantGenerator(max_concurrent=search.max_concurrent, random_state=config.seed),
                 scheduler=ASHAScheduler(
                     time_attr="epoch",

@@ -7,6 +7,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ADDRESS"] = "local"  # else `ray.init()` joins whatever Ray was started last on this machine
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for every group of workers
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon Ray Train notices that a worker is done or dead
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tests report to nobody; and Ray Data has an actor for it
 os.environ.setdefault("RAY_num_workers_soft_limit", "8")  # as lvlmrec.cluster does
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

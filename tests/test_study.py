@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lvlmrec import checkpoint, experiment, grid, study, tracking
+from lvlmrec import experiment, grid, study, tracking
 from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.grid import Trial
 from lvlmrec.study import train as product_train
@@ -96,7 +96,7 @@ def test_a_failed_run_is_told_and_the_rest_is_done(
     config = study_config(world, tmp_path, study__seeds=[0])
     plan = grid.make_plan(config)
     already = plan.config(Trial("ID", 1, 0))
-    publish_whole(already)
+    publish(*fitted(already))
     parent = tracking.start(tracking_uri, str(tmp_path), "study", {})
     with pytest.raises(JobFailed, match=r"1 steps failed; .*DFF, lr 0.02, seed 0: RuntimeError: the loss is gone"):
         study.run(config, plan, parent)
@@ -114,13 +114,6 @@ def test_a_failed_run_is_told_and_the_rest_is_done(
     assert sum(reused[run.info.run_id] for run in found if run.info.status == "FINISHED") == 1
 
 
-def publish_whole(config: Any) -> None:
-    """As the train job does."""
-    prepared, state = fitted(config)
-    study.training.publish(prepared, state.best_weights, state.progress)
-    assert checkpoint.read_result(prepared.checkpoint)
-
-
 def command(world: Path, workspace: Path, tracking_uri: str) -> list[str]:
     values = settings(world, workspace, tracking_uri=tracking_uri, model__backbone__dropout=0.3, training__epochs=4)
     given = {
@@ -134,7 +127,8 @@ def command(world: Path, workspace: Path, tracking_uri: str) -> list[str]:
     return [sys.executable, str(ROOT / "rayjobs" / "study.py"), str(layer), *arguments(values)]
 
 
-def finished(process: subprocess.CompletedProcess) -> dict[str, Any]:
+def finished(started: list[str], address: str) -> dict[str, Any]:
+    process = subprocess.run(started, env=os.environ | {"RAY_ADDRESS": address}, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -144,7 +138,10 @@ def published(workspace: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_a_killed_study_started_again_ends_as_if_nothing_had_been(world: Path, tmp_path: Path) -> None:
+def test_a_killed_study_started_again_ends_as_if_nothing_had_been(
+    ray_address: str, world: Path, tmp_path: Path
+) -> None:
+    """The first has a Ray of its own, which dies with it; the others run on one that is there."""
     tracking_uri, killed, whole = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "killed", tmp_path / "whole"
     killed.mkdir()
     whole.mkdir()
@@ -162,12 +159,12 @@ def test_a_killed_study_started_again_ends_as_if_nothing_had_been(world: Path, t
     before = published(killed)
     assert 3 <= len(before) < 6
 
-    again = finished(subprocess.run(started, capture_output=True, text=True))
+    again = finished(started, ray_address)
     assert (again["runs"], again["reused"], again["failed"]) == (6, len(before), 0)
     assert {name: time for name, time in published(killed).items() if name in before} == before
     assert not list(killed.glob("runs/study-*")), "states of published runs are left"
 
-    undisturbed = finished(subprocess.run(command(world, whole, tracking_uri), capture_output=True, text=True))
+    undisturbed = finished(command(world, whole, tracking_uri), ray_address)
     assert undisturbed["methods"] == again["methods"]
     tables = [pd.read_csv(result["csv"], index_col="method") for result in (again, undisturbed)]
     shown = [name for name in tables[0] if any(part in name for part in NUMBERS)]

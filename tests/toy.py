@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvlmrec import checkpoint, config, experiment
+from lvlmrec import config, experiment, fitting
 from lvlmrec.experiment import Experiment, TrainConfig
 from lvlmrec.fitting import State, fit, new_state
 from tests.feature_sets import recipe_of, write_frames, write_set
@@ -104,8 +104,5 @@ def fitted(config: TrainConfig) -> tuple[Experiment, State]:
 
 def publish(prepared: Experiment, state: State) -> str:
     """Publish the best weights as the train job does. Returns the checkpoint's URI."""
-    result = {"validation": state.progress.best, **experiment.summary(prepared)}
-    checkpoint.publish(
-        prepared.checkpoint, prepared.config, prepared.data, prepared.features, state.best_weights, result
-    )
+    fitting.publish(prepared, state.best_weights, state.progress)
     return prepared.checkpoint

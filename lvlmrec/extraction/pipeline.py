@@ -9,22 +9,18 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-import ray.data
-from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
-from ray.exceptions import RayTaskError
 from ray.runtime_env import RuntimeEnv
 
 from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError, InputError, JobFailed
-from lvlmrec.extraction import dealing, estimate, stages
+from lvlmrec.extraction import estimate, inspection, stages
 from lvlmrec.extraction.estimate import EstimateConfig
 from lvlmrec.extraction.failures import SharedAttempts, Streak
 from lvlmrec.extraction.manifest import columns_for, read_manifest, source_of, texts_from
@@ -33,8 +29,11 @@ from lvlmrec.extraction.stages import DecodeConfig, Extractor
 from lvlmrec.features import lease, store
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.lease import Lease
-from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig
-from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code, remote_code
+from lvlmrec.features.recipe import Recipe, RecipeConfig
+from lvlmrec.lvlms import LVLMConfig, authors_code
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same size
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
@@ -99,32 +98,12 @@ def plan(config: ExtractConfig) -> Plan:
         raise InputError(f"pool.max_actors: {config.pool.max_actors} is below pool.min_actors={config.pool.min_actors}")
     _check_environment(config.lvlm.environment)
     code = authors_code.of(config.lvlm)
-    info = _inspect(config)
+    info = inspection.inspect(config.lvlm, code, config.workspace, _actor_resources(config))
     recipe = recipes.resolve(config.recipe, info, config.seed, texts_from(config.input))
     manifest, report = read_manifest(config.input, columns_for(recipe))
     uri = store.locate(config.store, config.lvlm.name, recipe)
     store.create(uri, recipe)
     return Plan(config, recipe, uri, manifest, report, code)
-
-
-def _inspect(config: ExtractConfig) -> LVLMInfo:
-    """What the model is. Code of its own runs where the model will, never in this process. Raises `ConfigError`."""
-    remote_code.check(config.lvlm)
-    if not config.lvlm.trust_remote_code:
-        return LVLMS[config.lvlm.name].inspect(config.lvlm)
-    cluster.joined()  # and stay: the pipeline needs it next
-    try:
-        inspect = ray.remote(**_actor_resources(config))(inspect_here)
-        return ray.get(inspect.remote(config.lvlm))
-    except RayTaskError as error:
-        if isinstance(error.cause, ConfigError):
-            raise error.cause from None
-        raise
-
-
-def inspect_here(lvlm: LVLMConfig) -> LVLMInfo:
-    """What the model is, from its files. Raises `ConfigError`."""
-    return LVLMS[lvlm.name].inspect(lvlm)
 
 
 def _check_environment(environment: dict[str, Any]) -> None:
@@ -307,14 +286,19 @@ def _result(plan: Plan, tally: Tally, seconds: float, index: pd.DataFrame) -> di
     } | report
 
 
-def _dataset(plan: Plan, todo: pa.Table, generation: int) -> ray.data.Dataset:
+def _dataset(plan: Plan, todo: pa.Table, generation: int) -> Dataset:
     """The pipeline, not yet running."""
+    # Slow to import; a run that finds nothing to do goes without.
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy, from_arrow
+
+    from lvlmrec.extraction import dealing
+
     context = DataContext.get_current()
     context.enable_progress_bars = False  # our own lines on stderr say what a user of this job asks
     context.max_consecutive_actor_init_deaths = 3
     dealing.bound(context)
     config, pool = plan.config, plan.config.pool
-    rows: ray.data.Dataset = ray.data.from_arrow(todo)
+    rows: Dataset = from_arrow(todo)
     rows = rows.repartition(target_num_rows_per_block=pool.videos_per_block)  # else one block, and one actor works
     clips = rows.map_batches(
         cast(Any, stages.decode),

@@ -230,6 +230,7 @@ def test_bad_input_is_one_line_and_status_2(
     arguments: list[str],
     said: str,
     tmp_path: Path,
+    tracking_uri: str,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -240,8 +241,7 @@ def test_bad_input_is_one_line_and_status_2(
     (tmp_path / "vjepa2" / "config.json").write_text(json.dumps({"model_type": "vjepa2", "num_hidden_layers": 2}))
     places = {"videos": tmp_path / "videos", "broken": tmp_path / "broken.parquet", "vjepa2": tmp_path / "vjepa2"}
     given = [argument.format(**places) for argument in arguments]
-    tracking = f"tracking_uri=sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setattr(sys, "argv", [job, f"workspace={tmp_path}", tracking, *given])
+    monkeypatch.setattr(sys, "argv", [job, f"workspace={tmp_path}", f"tracking_uri={tracking_uri}", *given])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "rayjobs" / f"{job}.py"), run_name="__main__")
     out, err = capfd.readouterr()
