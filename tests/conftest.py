@@ -11,6 +11,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tests report to nobody; and Ray D
 os.environ.setdefault("RAY_num_workers_soft_limit", "8")  # as lvlmrec.cluster does
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,16 +56,20 @@ def local_ray(ray_address: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """A real S3 protocol server in a process of its own; gives its endpoint."""
+def s3_server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A real S3 protocol server in a process of its own; gives its endpoint.
+
+    moto, or with the parameter "s3rver" (npm) that one, which shares no code with moto and ignores `If-None-Match`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    if getattr(request, "param", "moto") == "s3rver":
+        folder = str(tmp_path_factory.mktemp("s3rver"))
+        command = [_s3rver(), "--directory", folder, "--address", "127.0.0.1", "--port", str(port), "--silent"]
+    environment = os.environ | {"NODE_OPTIONS": "--openssl-legacy-provider"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -80,12 +85,19 @@ def s3_server() -> Iterator[str]:
         server.wait(timeout=20)
 
 
+def _s3rver() -> str:
+    program = os.environ.get("LVLMREC_S3RVER") or shutil.which("s3rver")
+    if not program:
+        pytest.skip("no s3rver: npm install s3rver, then set LVLMREC_S3RVER to node_modules/.bin/s3rver")
+    return program
+
+
 def credentials(s3_server: str) -> dict[str, str]:
     """What the environment must hold for the S3 server to be used."""
     return {
         "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_ACCESS_KEY_ID": "S3RVER",  # what s3rver takes; moto takes any
+        "AWS_SECRET_ACCESS_KEY": "S3RVER",
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
     }

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,30 +79,13 @@ def everything(root: str) -> None:
     assert len(storage.list_files(root, recursive=True)) == 11
 
 
-def test_every_function_on_another_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """s3rver, which shares no code with moto and ignores `If-None-Match` of a put."""
-    program = os.environ.get("LVLMREC_S3RVER") or shutil.which("s3rver")
-    if not program:
-        pytest.skip("no s3rver: npm install s3rver, then set LVLMREC_S3RVER to node_modules/.bin/s3rver")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [program, "--directory", str(tmp_path), "--address", "127.0.0.1", "--port", str(port), "--silent"]
-    environment = os.environ | {"NODE_OPTIONS": "--openssl-legacy-provider"}
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "S3RVER")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    (tmp_path / "bucket").mkdir()
-    with subprocess.Popen([*command, "--configure-bucket", "bucket"], env=environment) as server:
-        try:
-            S3FileSystem.clear_instance_cache()
-            everything("s3://bucket/prefix")  # the first request waits for the server
-        finally:
-            S3FileSystem.clear_instance_cache()
-            server.terminate()
+@pytest.mark.parametrize("s3_server", ["s3rver"], indirect=True)
+def test_every_function_on_another_server(bucket: str) -> None:
+    S3FileSystem.clear_instance_cache()
+    everything(f"{bucket}/prefix")
 
 
+@pytest.mark.parametrize("s3_server", ["moto", "s3rver"], indirect=True)
 def test_every_function_under_throttling_and_cut_connections(broken: Broken, bucket: str) -> None:
     with broken(Faults(slow_down=0.2, cut=0.05)) as proxy:
         everything(f"{bucket}/prefix")

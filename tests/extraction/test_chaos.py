@@ -68,6 +68,7 @@ def assert_undisturbed(arguments: list[str], result: dict[str, Any]) -> None:
             np.testing.assert_array_equal(np.stack(table[name].to_numpy()), values.numpy())
 
 
+@pytest.mark.parametrize("s3_server", ["moto", "s3rver"], indirect=True)
 def test_actor_node_and_driver_die_while_the_store_throttles(tmp_path: Path, bucket: str, proxy: Proxy) -> None:
     arguments = chaos.titles_job(tmp_path, bucket, ITEMS)
     proxy.take_parts(3)  # nobody is through before it has been killed, however fast the machine is
