@@ -291,12 +291,12 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int) -> Dataset:
     # Slow to import; a run that finds nothing to do goes without.
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy, from_arrow
 
-    from lvlmrec.extraction import dealing
+    from lvlmrec.extraction import bounds
 
     context = DataContext.get_current()
     context.enable_progress_bars = False  # our own lines on stderr say what a user of this job asks
     context.max_consecutive_actor_init_deaths = 3
-    dealing.bound(context)
+    bounds.bound(context)
     config, pool = plan.config, plan.config.pool
     rows: Dataset = from_arrow(todo)
     rows = rows.repartition(target_num_rows_per_block=pool.videos_per_block)  # else one block, and one actor works

@@ -1,7 +1,8 @@
-"""The manifest waits where it is, not block by block in the driver."""
+"""The manifest waits where it is, not block by block in the driver, and leaves nothing there."""
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pyarrow as pa
@@ -9,8 +10,9 @@ import pytest
 import ray
 import ray.data
 from ray.data import DataContext, TaskPoolStrategy
+from ray.data.block import BlockStats
 
-from lvlmrec.extraction import dealing
+from lvlmrec.extraction import bounds
 
 NUM_BLOCKS = 20_000  # more than are dealt out, with nothing to hold them back, in the seconds of the test
 WATCHED_S = 6.0
@@ -23,14 +25,16 @@ def num_references() -> int:
     return len(ray._private.worker.global_worker.core_worker.get_all_reference_counts())
 
 
-def test_no_more_blocks_are_dealt_out_than_a_slow_stage_takes(local_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dealing, "MAX_WAITING", 10)
+def test_no_more_blocks_are_dealt_out_than_a_slow_stage_takes_and_none_is_kept(
+    local_ray: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "MAX_WAITING", 10)
 
     def slow(rows: pa.Table) -> pa.Table:
         time.sleep(0.2)
         return rows
 
-    dealing.bound(DataContext.get_current())
+    bounds.bound(DataContext.get_current())
     table = pa.table({"item_id": [f"item{k}" for k in range(NUM_BLOCKS)]})
     rows = ray.data.from_arrow(table).repartition(target_num_rows_per_block=1)
     one = TaskPoolStrategy(size=1)
@@ -44,3 +48,4 @@ def test_no_more_blocks_are_dealt_out_than_a_slow_stage_takes(local_ray: str, mo
             break
     assert taken > 5
     assert num_references() < at_first
+    assert not [kept for kept in gc.get_objects() if type(kept) is BlockStats]
