@@ -37,10 +37,13 @@ PROMPTS = {
 AFTER_AND_BEFORE = ("after", "before", "bare", "long")
 BANK_TOLERANCE = 1e-6  # share of a feature's largest entry, float32; measured on CPU: 4.9e-7
 # Share of a feature's largest entry. Kernels sum in another order for another batch shape; nothing else may differ.
-# Measured on CPU: 3.5e-7 and 8e-3 with clips of different sizes (Qwen-VL pads them), 0 with equal ones.
+# Measured on CPU: 3.5e-7 and 8e-3 with clips of different sizes (Qwen-VL pads them), 0 with equal ones; 1.3e-2 on one
+# that has instructions for bfloat16.
 NEIGHBOUR_TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
-# Times more where a linear layer's decays are differences of long sums and a norm divides by what is left: 16 measured.
+# Times more where a linear layer's decays are differences of long sums and a norm divides by what is left: 16 measured
+# in float32, 1.2 in bfloat16 with instructions for it.
 LINEAR = {"minicpmv4_6": 20}
+LINEAR_BFLOAT16 = {"minicpmv4_6": 2}
 PORTS = {
     "minicpm_v_2_6": "minicpm_v_reference",
     "minicpm_v_4_5": "minicpm_v_reference",
@@ -299,7 +302,7 @@ def test_features_do_not_depend_on_neighbours_order_or_length(tiny_models, clips
     model, recipe = load(tiny_models[family], batch_size=3, dtype=dtype)
     mixed = [clips[2], make_clip(90, 160, num_frames=1, seed=5), clips[0], clips[1]]
     together, shuffled = extract(model, clips), extract(model, mixed)
-    tolerance = NEIGHBOUR_TOLERANCE[dtype] * (LINEAR.get(family, 1) if dtype == "float32" else 1)
+    tolerance = NEIGHBOUR_TOLERANCE[dtype] * (LINEAR if dtype == "float32" else LINEAR_BFLOAT16).get(family, 1)
     for row, clip in enumerate([*clips, mixed[1]]):
         alone = extract(model, [clip])
         for name in map(str, recipe.feature_names):
