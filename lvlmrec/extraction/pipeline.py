@@ -295,6 +295,8 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int) -> Dataset:
 
     context = DataContext.get_current()
     context.enable_progress_bars = False  # our own lines on stderr say what a user of this job asks
+    # every 30 s a paragraph on a writer's 140 MB
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     context.max_consecutive_actor_init_deaths = 3
     bounds.bound(context)
     config, pool = plan.config, plan.config.pool

@@ -59,7 +59,9 @@ LVLMS: dict[str, LVLMFamily] = {
     "text_encoder": text_encoder.FAMILY,
     "video_encoder": vision_encoder.VIDEO_FAMILY,
 }
-LVLMS["auto"] = auto.AutoFamily(dict(LVLMS))
+LVLMS["auto"] = auto.AutoFamily(
+    {name: family for name, family in LVLMS.items() if name != "frames"}
+)  # no model to find
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,8 @@ def hash_directory(directory: Path) -> str:
 
 
 def _check_place(config: ModelConfig, expected: str) -> None:
+    if not config.model:  # the path of which is the directory that the job was started in
+        raise ConfigError(f"lvlm.model is empty; {_expectation(expected)}")
     where = Path(config.model)
     if not where.is_dir() and not _HUB_ID.fullmatch(config.model):
         raise ConfigError(f"lvlm.model: {config.model!r}: no such directory; {_expectation(expected)}")

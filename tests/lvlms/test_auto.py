@@ -48,6 +48,12 @@ def test_what_is_found_by_looking_is_what_the_family_gives(tiny_models, clips, f
         assert torch.equal(found[name], feature), name
 
 
+@pytest.mark.parametrize("family", ["auto", "qwen2_vl"])
+def test_no_model_is_none_to_be_found(family: str) -> None:
+    with pytest.raises(ConfigError, match=r"^lvlm\.model is empty; expected a local directory or a hub id"):
+        LVLMS[family].inspect(LVLMConfig(name=family, model=""))
+
+
 def test_what_cannot_be_served_is_said(tiny_models, tmp_path: Path) -> None:
     from transformers import BertConfig
 
