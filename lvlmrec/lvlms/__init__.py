@@ -61,7 +61,7 @@ LVLMS: dict[str, LVLMFamily] = {
 }
 LVLMS["auto"] = auto.AutoFamily(
     {name: family for name, family in LVLMS.items() if name != "frames"}
-)  # no model to find
+)  # needs none
 
 
 @dataclass(frozen=True)
