@@ -59,9 +59,7 @@ LVLMS: dict[str, LVLMFamily] = {
     "text_encoder": text_encoder.FAMILY,
     "video_encoder": vision_encoder.VIDEO_FAMILY,
 }
-LVLMS["auto"] = auto.AutoFamily(
-    {name: family for name, family in LVLMS.items() if name != "frames"}
-)  # needs none
+LVLMS["auto"] = auto.AutoFamily({name: family for name, family in LVLMS.items() if name != "frames"})  # needs none
 
 
 @dataclass(frozen=True)
