@@ -39,6 +39,9 @@ BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same siz
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
 # On 2 CPUs it must find room beside one decoder, one actor, and the dealing out of the manifest: 1 CPU, says Ray.
 WRITE_CPUS = 0.05
+# Bytes of a worker that decodes or writes. Without a figure Ray Data asks for what the last outputs needed on average,
+# another for each task: no worker is used twice in a row, and driver and cluster keep each figure for ever.
+WORKER_MEMORY = 400 << 20
 CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
 
 
@@ -308,6 +311,7 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int) -> Dataset:
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=pool.cpus_per_decode,
+        memory=WORKER_MEMORY,
         compute=TaskPoolStrategy(size=pool.decode_tasks),
     )
     features = clips.map_batches(
@@ -334,4 +338,5 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int) -> Dataset:
         batch_size=pool.videos_per_part,
         batch_format="pyarrow",
         num_cpus=WRITE_CPUS,
+        memory=WORKER_MEMORY,
     )
