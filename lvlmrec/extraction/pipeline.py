@@ -39,8 +39,8 @@ BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same siz
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
 # On 2 CPUs it must find room beside one decoder, one actor, and the dealing out of the manifest: 1 CPU, says Ray.
 WRITE_CPUS = 0.05
-# Bytes of a worker that decodes or writes. Without a figure Ray Data asks for what the last outputs needed on average,
-# another for each task: no worker is used twice in a row, and driver and cluster keep each figure for ever.
+# Bytes of a worker that decodes or writes. Without a figure Ray Data asks for what outputs needed on average so far,
+# another number for each task, and for each number Ray keeps a class of scheduling for ever.
 WORKER_MEMORY = 400 << 20
 CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
 
