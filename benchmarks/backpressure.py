@@ -110,7 +110,7 @@ def run(stage: str, num_items: int) -> dict[str, Any]:
             stand_in.CALLS: str(folder / "calls"),
         }
         runtime = {"worker_process_setup_hook": slow_down, "env_vars": environment}
-        cluster.keep_idle_workers()
+        cluster.set_limits()
         ray.init(
             "local",
             _temp_dir=str(folder / "ray"),

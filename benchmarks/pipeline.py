@@ -232,7 +232,7 @@ def extract(
     """
     environment = {SECONDS_PER_BATCH: str(seconds_per_batch), CALLS: str(folder / "calls")}
     runtime = {"worker_process_setup_hook": register, "env_vars": environment}
-    cluster.keep_idle_workers()
+    cluster.set_limits()
     ray.init(_temp_dir=str(folder / "ray"), include_dashboard=False, runtime_env=runtime, log_to_driver=False)
     done: list[tuple[float, int]] = []
     try:

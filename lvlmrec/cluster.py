@@ -10,16 +10,20 @@ import ray
 # Ray ends workers without a task, past one for each CPU, after a second: on two CPUs the stages of an extraction would
 # begin a process every few seconds.
 MIN_IDLE_WORKERS = 8
+# What became of tasks, 4 kB and more each, for the dashboard, which shows no more. Ray would keep ten times as many.
+MAX_TASK_RECORDS = 10_000
 
 
 def joined() -> AbstractContextManager[object]:
     """A context with Ray in it; at its end a Ray that it started or joined is left."""
     if ray.is_initialized():
         return nullcontext()
-    keep_idle_workers()
+    set_limits()
     return ray.init()
 
 
-def keep_idle_workers() -> None:
-    """Set Ray's limit for one that this process starts next, unless the environment has it; a cluster has its own."""
-    os.environ.setdefault("RAY_num_workers_soft_limit", str(max(MIN_IDLE_WORKERS, os.cpu_count() or 1)))
+def set_limits() -> None:
+    """Ray's limits for one that this process starts next, unless the environment has them; a cluster has its own."""
+    idle_workers = max(MIN_IDLE_WORKERS, os.cpu_count() or 1)
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(idle_workers))
+    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", str(MAX_TASK_RECORDS))

@@ -10,24 +10,32 @@ import ray
 
 from lvlmrec import cluster
 
+LIMITS = ("RAY_num_workers_soft_limit", "RAY_task_events_max_num_task_in_gcs")
+
 
 @pytest.fixture(autouse=True)
 def ray_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda: nullcontext(dict(os.environ).get("RAY_num_workers_soft_limit")))
+    monkeypatch.setattr(ray, "init", lambda: nullcontext([os.environ.get(name) for name in LIMITS]))
 
 
-def test_a_ray_of_its_own_keeps_workers_between_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_num_workers_soft_limit", "")  # what the test sets is taken back with it
-    monkeypatch.delenv("RAY_num_workers_soft_limit")
-    with cluster.joined() as kept:
-        assert int(str(kept)) >= cluster.MIN_IDLE_WORKERS
+def test_a_ray_of_its_own_keeps_workers_between_tasks_and_no_more_than_the_dashboard_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in LIMITS:
+        monkeypatch.setenv(name, "")  # what the test sets is taken back with it
+        monkeypatch.delenv(name)
+    with cluster.joined() as limits:
+        workers, records = map(int, limits)  # type: ignore[call-overload]
+    assert workers >= cluster.MIN_IDLE_WORKERS
+    assert records == cluster.MAX_TASK_RECORDS
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_num_workers_soft_limit", "3")
-    with cluster.joined() as kept:
-        assert kept == "3"
+    for name in LIMITS:
+        monkeypatch.setenv(name, "3")
+    with cluster.joined() as limits:
+        assert limits == ["3", "3"]
 
 
 def test_a_ray_that_is_there_is_joined_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
