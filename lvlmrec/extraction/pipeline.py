@@ -289,10 +289,8 @@ def _result(plan: Plan, tally: Tally, seconds: float, index: pd.DataFrame) -> di
     } | report
 
 
-def _dataset(plan: Plan, todo: pa.Table, generation: int) -> Dataset:
-    """The pipeline, not yet running."""
-    # Slow to import; a run that finds nothing to do goes without.
-    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy, from_arrow
+def _set_up_ray_data() -> None:
+    from ray.data import DataContext
 
     from lvlmrec.extraction import bounds
 
@@ -302,6 +300,14 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int) -> Dataset:
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     context.max_consecutive_actor_init_deaths = 3
     bounds.bound(context)
+
+
+def _dataset(plan: Plan, todo: pa.Table, generation: int) -> Dataset:
+    """The pipeline, not yet running."""
+    # Slow to import; a run that finds nothing to do goes without.
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy, from_arrow
+
+    _set_up_ray_data()
     config, pool = plan.config, plan.config.pool
     rows: Dataset = from_arrow(todo)
     rows = rows.repartition(target_num_rows_per_block=pool.videos_per_block)  # else one block, and one actor works
