@@ -10,7 +10,7 @@ import ray
 # Ray ends workers without a task, past one for each CPU, after a second: on two CPUs the stages of an extraction would
 # begin a process every few seconds.
 MIN_IDLE_WORKERS = 8
-# What became of tasks, 4 kB and more each, for the dashboard, which shows no more. Ray would keep ten times as many.
+# What became of tasks, for the dashboard, which shows no more of them. Ray would keep ten times as many.
 MAX_TASK_RECORDS = 10_000
 
 

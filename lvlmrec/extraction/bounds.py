@@ -1,4 +1,4 @@
-"""What a run keeps in the driver: as much for a catalogue of a million items as for one of a thousand."""
+"""What a run keeps in the driver, bounded where Ray Data lets it grow with the catalogue."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The whole extraction on a local Ray: real videos, a tiny model, real actors."""
 
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,24 @@ class TestExtraction:
         assert (again["written"], again["skipped"]) == (items_lost, 9 - items_lost)
         assert rows_of(again["feature_set"]) == rows_of(undisturbed[1]["feature_set"])
 
-    def test_batches_blocks_and_actors_change_nothing(
-        self, undisturbed: Undisturbed, tmp_path: Path, model: Path, videos: Path
+    def test_batches_blocks_and_actors_change_nothing_and_tasks_ask_for_the_same(
+        self, undisturbed: Undisturbed, tmp_path: Path, model: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """Ray keeps a class of scheduling for each amount of memory that a task asks for."""
+        from ray.remote_function import RemoteFunction
+
+        asked: defaultdict[str, set[float | None]] = defaultdict(set)
+        options = RemoteFunction.options
+
+        def noting(function: RemoteFunction, **given: Any) -> Any:
+            asked[given.get("name", "")].add(given.get("memory"))
+            return options(function, **given)
+
+        monkeypatch.setattr(RemoteFunction, "options", noting)
         pool = ["pool.max_actors=2", "pool.min_actors=2", "pool.videos_per_block=2", "pool.videos_per_part=1"]
         other = extract(*overrides(tmp_path, model, videos), "lvlm.batch_size=1", *pool)
         assert rows_of(other["feature_set"]) == rows_of(undisturbed[1]["feature_set"])
+        assert asked["MapBatches(decode)"] == asked["MapBatches(write)"] == {pipeline.WORKER_MEMORY}
 
     def test_from_object_storage_to_object_storage(
         self, undisturbed: Undisturbed, bucket: str, tmp_path: Path, model: Path, videos: Path
