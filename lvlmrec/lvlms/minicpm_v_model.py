@@ -113,7 +113,7 @@ class MiniCPMV(PortedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Any] | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool = False,
         grid_hw: Tensor | None = None,
         temporal_ids: Tensor | None = None,
@@ -125,19 +125,19 @@ class MiniCPMV(PortedModel):
 
         How the pixels lie is for `get_video_features` alone. Raises `ValueError` as `embed` does.
         """
-        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        num_cached = 0 if cache is None else cache.get_seq_length()
         attention_mask = whole_mask(attention_mask, input_ids, num_cached)
         output = self.llm.model(
             inputs_embeds=self.embed(input_ids, mm_encoder_outputs),
             attention_mask=attention_mask,
             position_ids=count_positions(attention_mask)[:, -input_ids.shape[1] :],
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
         )
         if not use_cache or not self.config.has_head:
             return output
         logits_B1V = self.llm.lm_head(output.last_hidden_state[:, -1:])
-        return CausalLMOutputWithPast(logits=logits_B1V, past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(logits=logits_B1V, cache=output.cache)
 
 
 class PatchTower(SiglipVisionModel):

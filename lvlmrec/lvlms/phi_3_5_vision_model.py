@@ -125,7 +125,7 @@ class Phi35Vision(PortedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         mm_encoder_outputs: Mapping[str, Any] | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool = False,
         video_tiles: Tensor | None = None,
         image_tiles: Tensor | None = None,
@@ -136,7 +136,7 @@ class Phi35Vision(PortedModel):
         An answer that is generated across the line stays on its prompt's side. The tiles are for `get_video_features`
         alone. Raises `ValueError` as `embed` does.
         """
-        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        num_cached = 0 if cache is None else cache.get_seq_length()
         attention_mask = whole_mask(attention_mask, input_ids, num_cached)
         if num_cached == 0:
             self._lengths_B1 = attention_mask.sum(dim=-1, keepdim=True)
@@ -145,13 +145,13 @@ class Phi35Vision(PortedModel):
             inputs_embeds=self.embed(input_ids, mm_encoder_outputs),
             attention_mask=attention_mask,
             position_ids=positions_2BS[..., -input_ids.shape[1] :],
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
         )
         if not use_cache or not self.config.has_head:
             return hidden
         logits = self.lm_head(hidden.last_hidden_state[:, -1:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=hidden.past_key_values)
+        return CausalLMOutputWithPast(logits=logits, cache=hidden.cache)
 
     def shares_prefix(self, lengths_PB: Tensor) -> bool:
         """Whether several prompts [P] may continue one start of a sequence, given the tokens of each for each clip.

@@ -71,7 +71,10 @@ def capture(decoder: nn.Module, forward: Callable[[], Any]) -> Call:
 
 
 def run_prefix(decoder: nn.Module, call: Call, length: int) -> Any:
-    """Run `decoder` over the first `length` positions of `call`. Returns the filled cache."""
+    """Run `decoder` over the first `length` positions of `call`. Returns the filled cache.
+
+    Raises `RuntimeError` when the decoder left it empty: what follows would be read as if nothing had come before.
+    """
     from transformers import DynamicCache
 
     masks = call["attention_mask"]
@@ -84,7 +87,9 @@ def run_prefix(decoder: nn.Module, call: Call, length: int) -> Any:
     }
     cut |= {key: call[key][:, :length] for key in _BY_POSITION if call.get(key) is not None}
     cache = DynamicCache()
-    decoder(**call | cut | {"past_key_values": cache, "use_cache": True})
+    decoder(**call | cut | {_cache_name(call): cache, "use_cache": True})
+    if len(decoder.layers) and cache.get_seq_length() != length:
+        raise RuntimeError(f"{type(decoder).__name__} kept {cache.get_seq_length()} of {length} positions in its cache")
     return cache
 
 
@@ -118,7 +123,7 @@ def run_suffixes(
     suffixes = {"inputs_embeds": ends("inputs_embeds"), "attention_mask": mask_RS, "position_ids": positions}
     if call.get("per_layer_inputs") is not None:
         suffixes["per_layer_inputs"] = ends("per_layer_inputs")
-    decoder(**call | suffixes | {"past_key_values": copy, "use_cache": True})
+    decoder(**call | suffixes | {_cache_name(call): copy, "use_cache": True})
 
 
 def suffix_masks(masks: Sequence[TokenMasks], length: int) -> TokenMasks:
@@ -135,6 +140,11 @@ def suffix_masks(masks: Sequence[TokenMasks], length: int) -> TokenMasks:
         join([end.new for end in ends]),
         join([end.end for end in ends]),
     )
+
+
+def _cache_name(call: Call) -> str:
+    """What a decoder calls its cache: models that bring their own code keep transformers' name from before 5.24."""
+    return "past_key_values" if "past_key_values" in call else "cache"
 
 
 def _cut_mask(mask: Tensor | None, length: int) -> Tensor | None:
