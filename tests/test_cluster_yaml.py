@@ -1,5 +1,7 @@
 """cluster.yaml against Ray's own schema, offline."""
 
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,12 @@ def test_authentication_is_the_same_on_head_and_workers() -> None:
     config = yaml.safe_load(CLUSTER.read_text())
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         assert "RAY_AUTH_MODE=disabled ray start" in commands[-1]
+
+
+def test_nodes_have_what_the_project_needs() -> None:
+    needed = tomllib.loads((CLUSTER.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    commands = yaml.safe_load(CLUSTER.read_text())["setup_commands"]
+    assert set(needed) <= {word for command in commands for word in shlex.split(command)}
 
 
 def test_a_misspelt_key_would_be_caught() -> None:

@@ -88,7 +88,7 @@ def run_prefix(decoder: nn.Module, call: Call, length: int) -> Any:
     cut |= {key: call[key][:, :length] for key in _BY_POSITION if call.get(key) is not None}
     cache = DynamicCache()
     decoder(**call | cut | {_cache_name(call): cache, "use_cache": True})
-    if len(decoder.get_submodule("layers")) and cache.get_seq_length() != length:
+    if any(decoder.get_submodule("layers").children()) and cache.get_seq_length() != length:
         raise RuntimeError(f"{type(decoder).__name__} kept {cache.get_seq_length()} of {length} positions in its cache")
     return cache
 
