@@ -9,6 +9,7 @@ that does not count; the figure is the median of user + system time. Every round
 decoding everything; the exit status is 1 where lvlmrec's differ.
 
 lvlmrec       lvlmrec.video.sample_clip
+pictures      the same without converting pictures to RGB: FFmpeg decoding what cannot be left out, and finding it
 decode all    PyAV, one thread: every frame decoded, 16 kept
 transformers  transformers.video_utils.load_video, backend pyav, as its video processors call it (threads are its own)
 torchcodec    VideoDecoder(num_ffmpeg_threads=1).get_frames_at, seek_mode exact (its default) and approximate
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from unittest import mock
 
 import av
 import numpy as np
@@ -95,7 +97,12 @@ def chosen(named: dict[str, T], beginnings: list[str]) -> dict[str, T]:
 
 
 def available_methods() -> dict[str, Method]:
-    methods: dict[str, Method] = {"lvlmrec": with_lvlmrec, "decode all": with_pyav, "transformers": with_transformers}
+    methods: dict[str, Method] = {
+        "lvlmrec": with_lvlmrec,
+        "pictures": with_no_conversion,
+        "decode all": with_pyav,
+        "transformers": with_transformers,
+    }
     try:
         import torch
         import torchcodec.decoders  # noqa: F401
@@ -110,6 +117,14 @@ def available_methods() -> dict[str, Method]:
 
 def with_lvlmrec(path: str) -> np.ndarray:
     return sample_clip(path, NUM_FRAMES, max_side=WIDTH).frames
+
+
+def with_no_conversion(path: str) -> np.ndarray:
+    """Gives no frames: there are no pictures to compare."""
+    blank = np.zeros((1, 1, 3), np.uint8)
+    with mock.patch("lvlmrec.video._render", lambda frame, geometry: blank):
+        sample_clip(path, NUM_FRAMES, max_side=WIDTH)
+    return blank[:0]
 
 
 def with_pyav(path: str) -> np.ndarray:
@@ -150,7 +165,8 @@ def measure(path: str, methods: dict[str, Method], rounds: int) -> dict[str, dic
             spent = cpu_seconds() - before
             if round_ > 0:
                 milliseconds[name].append(spent * 1000)
-            difference[name] = max(difference[name], largest_difference(frames, expected))
+            if len(frames):
+                difference[name] = max(difference[name], largest_difference(frames, expected))
     medians = {name: statistics.median(values) for name, values in milliseconds.items()}
     return {name: {"cpu_ms": round(medians[name], 1), "max_difference": difference[name]} for name in methods}
 
@@ -168,20 +184,21 @@ def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
 def summary(results: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
     h264 = [result for name, result in results.items() if name.startswith("h264")]
 
-    def worst(other: str) -> float | None:
-        return max(ratio(result, other) for result in h264) if other in h264[0] else None
+    def worst(other: str, method: str = "lvlmrec") -> float | None:
+        return max(ratio(result, other, method) for result in h264) if {other, method} <= h264[0].keys() else None
 
     return {
         "cpu_vs_decode_all": worst("decode all"),
         "cpu_vs_transformers": worst("transformers"),
         "cpu_vs_torchcodec": worst("torchcodec"),
+        "pictures_vs_torchcodec": worst("torchcodec", "pictures"),
         "bit_equal": all(result["lvlmrec"]["max_difference"] == 0 for result in results.values()),
         "clips": results,
     }
 
 
-def ratio(result: dict[str, dict[str, float]], other: str) -> float:
-    return round(result["lvlmrec"]["cpu_ms"] / result[other]["cpu_ms"], 3)
+def ratio(result: dict[str, dict[str, float]], other: str, method: str = "lvlmrec") -> float:
+    return round(result[method]["cpu_ms"] / result[other]["cpu_ms"], 3)
 
 
 def rows_of(
@@ -191,6 +208,7 @@ def rows_of(
     for clip, result in results.items():
         for name in methods:
             equal = "yes" if result[name]["max_difference"] == 0 else f"no, {result[name]['max_difference']}"
+            equal = "" if name == "pictures" else equal
             rows.append([clip, name, result[name]["cpu_ms"], f"{ratio(result, name):.2f}", equal])
     return ["clip", "method", "CPU ms", "lvlmrec takes", "equal"], rows
 

@@ -12,6 +12,9 @@ full_64, bce_64                    softmax over the catalogue; binary cross-entr
 dff_raw_512                        DFF over 28 layers of 3584 dims, float16, standardised: random numbers, 3.8 GB
 dff_pca_512                        DFF over 28 layers of 512 dims, float32, the form that feature_pca leaves: random
 
+A DFF case's `floor` is the epoch of ids and the matrix products alone that DFF adds to it: projection and gate of each
+step's items, forward and both gradients. Reading the layers and all else comes on top of it.
+
 Beside them, after the last round: RecBole's SASRec (training_recbole.py) with the Python of its environment.
 Memory: each of the 512-wide cases alone in a process, ten batches; the peak of what is not a page of a mapped file.
 The last line of stdout is a JSON object.
@@ -85,14 +88,30 @@ class Case:
         self.state = fitting.new_state(self.config, data, self.features, CPU)
         self.loss = fitting.Loss(self.state.model, self.config.training, data.train_counts)
         self.steps = -(-len(data.sequences) // self.config.training.batch_size)
-        self.seconds = 0.0
+        self.seconds = self.products = 0.0
+        self.counts: list[int] = []  # items that each step encodes
         self.batches = self.epoch(1)
         self.train(islice(self.epoch(0), 1))
 
     def epoch(self, number: int) -> Iterator[Batch]:
         return batches_of_epoch(self.config, self.experiment.data, self.features, number, CPU)
 
+    def train_part(self, number: int, rounds: int) -> None:
+        """One of the `rounds` parts of the epoch, and the products that DFF adds to it."""
+        self.counts.clear()
+        self.seconds += self.train(
+            islice(self.batches, self.steps * (number + 1) // rounds - self.steps * number // rounds)
+        )
+        if self.name in DIMS:
+            self.products += products_of(self.counts, DIMS[self.name][0], self.config.model.embedding_dim)
+
+    def counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.counts.append(len(batch.shared.item_index))
+            yield batch
+
     def train(self, batches: Iterator[Batch]) -> float:
+        batches = self.counted(batches)
         started = time.process_time()
         fitting.train_epoch(self.config.training, batches, self.loss, self.state.optimizer, CPU)
         return time.process_time() - started
@@ -136,8 +155,7 @@ def measure(names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
     cases = {name: Case(name, folder) for name in names}
     for number in range(rounds):
         for name, case in cases.items():
-            part = islice(case.batches, case.steps * (number + 1) // rounds - case.steps * number // rounds)
-            case.seconds += case.train(part)
+            case.train_part(number, rounds)
             print(f"training: round {number + 1}/{rounds}, {name} {case.seconds:.1f} s", file=sys.stderr)
     evaluated: dict[str, list[float]] = {width: [] for width, name in EVALUATED.items() if name in cases}
     for _ in range(3):
@@ -145,16 +163,28 @@ def measure(names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
             times.append(cases[EVALUATED[width]].evaluate())
     epochs = {name: round(case.seconds, 2) for name, case in cases.items()}
     base = epochs.get("inbatch_512", 0.0)
-    over = {
-        name: round(epochs[f"dff_{name}_512"] / base, 3)
-        for name in ("raw", "pca")
-        if base and f"dff_{name}_512" in epochs
-    }
+    compared = {name: cases[f"dff_{name}_512"] for name in ("raw", "pca") if base and f"dff_{name}_512" in cases}
     return {
         "epoch_cpu_s": epochs,
         "evaluate_cpu_s": {width: round(statistics.median(times), 2) for width, times in evaluated.items()},
-        "dff_over_id": over,
+        "dff_over_id": {name: round(case.seconds / base, 3) for name, case in compared.items()},
+        "dff_floor": {name: round(1 + case.products / base, 3) for name, case in compared.items()},
     }
+
+
+def products_of(counts: list[int], dim: int, width: int) -> float:
+    """CPU seconds of DFF's matrix products over steps of so many items: each with its input's and weight's gradient."""
+    operands = [
+        (torch.randn(max(counts), inner), torch.randn(width, inner), torch.randn(max(counts), width))
+        for inner in (dim, 2 * width)  # projection, gate
+    ]
+    started = time.process_time()
+    for count in counts:
+        for inputs, weight, gradient in operands:
+            torch.mm(inputs[:count], weight.T)
+            torch.mm(gradient[:count], weight)
+            torch.mm(gradient[:count].T, inputs[:count])
+    return time.process_time() - started
 
 
 def random_features(folder: Path, name: str, num_items: int) -> FeatureArray:
@@ -219,7 +249,9 @@ def report(result: dict[str, Any]) -> str:
     for name, theirs in result.get("recbole_cpu_s", {}).items():
         ours = result["evaluate_cpu_s"]["64"] if name == "evaluate_64" else result["epoch_cpu_s"].get(name)
         text += f"\n\nRecBole, {name}: {theirs:.1f} s; ours takes {ours / theirs:.3f} of it" if ours else ""
-    return text + "".join(f"\n\nDFF over ids, {name}: {ratio:.3f}" for name, ratio in result["dff_over_id"].items())
+    floors = result["dff_floor"]
+    over = result["dff_over_id"].items()
+    return text + "".join(f"\n\nDFF over ids, {name}: {ratio:.3f}, floor {floors[name]:.3f}" for name, ratio in over)
 
 
 if __name__ == "__main__":
