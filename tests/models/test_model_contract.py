@@ -13,6 +13,7 @@ from lvlmrec.errors import ConfigError
 from lvlmrec.models.backbones import BACKBONES
 from lvlmrec.models.fusions import FUSIONS
 from lvlmrec.models.fusions.base import FeatureShape
+from lvlmrec.models.histories import pack
 from lvlmrec.models.recommender import ModelConfig
 from tests.models.packing import as_stored, encode_grid
 
@@ -38,9 +39,9 @@ def random_features(num_items, shapes):
     return torch.cat([functional.pad(part, (0, max(DIMS) - part.shape[-1])) for part in parts], dim=1)
 
 
-def build(fusion, backbone, seed=0):
+def build(fusion, backbone, seed=0, **options):
     torch.manual_seed(seed)
-    chosen = {"embedding_dim": E, "item_encoder": {"name": fusion}, "backbone": {"name": backbone}}
+    chosen = {"embedding_dim": E, "item_encoder": {"name": fusion}, "backbone": {"name": backbone}, **options}
     shapes = shapes_of(fusion)
     model = config.load(ModelConfig, [chosen]).build(NUM_ITEMS, LENGTH, shapes)
     return model, random_features(NUM_ITEMS + 1, shapes) if shapes else None
@@ -107,6 +108,32 @@ def test_the_gradient_reaches_every_parameter_and_not_the_padding_row(fusion, ba
         assert parameter.grad.abs().sum() > 0, name
         if name.endswith("ids.weight"):
             assert parameter.grad[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize(("fusion", "backbone"), PAIRS)
+def test_with_a_temperature_a_score_is_the_cosine_divided_by_it(fusion, backbone):
+    model, features = build(fusion, backbone, temperature=0.1)
+    model.double().eval()
+    index = torch.arange(NUM_ITEMS + 1)
+    given = None if features is None else as_stored(features)
+    items = model.encode_items(index, given)
+    embeddings = model.item_encoder(index, given)
+    lengths = embeddings.square().sum(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(items[1:], (embeddings / lengths)[1:])
+    assert items[0].abs().sum() == 0
+
+    seen = encode_grid(model.backbone, items[SEQUENCES], SEQUENCES > 0)[SEQUENCES > 0]
+    cosines = functional.cosine_similarity(seen[:, None], items[None, 1:], dim=-1)
+    queries = encode(model, features, SEQUENCES)[SEQUENCES > 0]
+    torch.testing.assert_close(queries @ items[1:].T, cosines / 0.1)
+    histories = pack(SEQUENCES > 0)
+    of_users = model.encode_queries(items[SEQUENCES.flatten()[histories.place]], histories, len(SEQUENCES))
+    torch.testing.assert_close(of_users, encode(model, features, SEQUENCES)[:, -1])
+
+    (queries @ items.T).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert not name.endswith("ids.weight") or parameter.grad[0].abs().sum() == 0
 
 
 @pytest.mark.parametrize(("fusion", "backbone"), PAIRS)
