@@ -45,7 +45,8 @@ def trained(columns: list[str], value: float = 0.5) -> dict[str, Any]:
 
 
 def evaluated(ranks: str, hr: float) -> dict[str, Any]:
-    return {"ranks": ranks, "test": dict.fromkeys(report.TEST, hr), "baselines": {}}
+    slices = {"overall": {"users": 40, "hr@10": hr}, "warm": {"users": 40, "hr@10": hr}, "cold": {"users": 0}}
+    return {"ranks": ranks, "test": dict.fromkeys(report.TEST, hr), "slices": slices, "baselines": {}}
 
 
 @pytest.fixture
@@ -80,7 +81,10 @@ def test_rows_are_means_and_deviations_over_seeds(plan: Plan, tmp_path: Path) ->
     assert {row["status"] for row in rows} == {"complete"}
     text = report.to_text(rows, "ID")
     assert "0.1125 ± 0.0177" in text and "+0.2500" in text and "1,234" in text
-    assert report.to_markdown(rows, "ID").count("| DFF |") == 3
+    assert report.to_markdown(rows, "ID").count("| DFF |") == 4
+    *_, (title, head, body) = report.blocks(rows, "ID")
+    assert title.startswith("Test HR@10 by target") and head == ["method", "warm (40)"], "nobody's target is cold"
+    assert body[0] == ["ID", "0.1125"], "4 and 5 of 40 users"
     assert report.to_csv(rows).splitlines()[0].startswith("method,status,setting")
 
 

@@ -28,6 +28,7 @@ from lvlmrec.report.comparison import table
 VALIDATION = ("hr@10", "ndcg@10")
 TEST = ("hr@10", "ndcg@10", "hr@20", "ndcg@20")
 TESTED = ("hr@10", "ndcg@10")
+SLICED = "hr@10"
 NUM_RESAMPLES = 10_000  # means over seeds have many distinct differences, and each costs that many draws
 NONE = "-"
 
@@ -98,6 +99,7 @@ def rows(methods: Sequence[Method], baselines: Mapping[str, Any], reference: str
             row |= _mean_and_sd(f"validation {metric}", [result["validation"][metric] for result in results])
         for metric in TEST:
             row |= _mean_and_sd(f"test {metric}", method.test(metric))
+        row |= _by_slice(list(method.evaluations.values()))
         made.append(row | against.get(method.name, {}))
     return made
 
@@ -166,7 +168,18 @@ def _baseline_row(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
     for part, names in (("validation", VALIDATION), ("test", TEST)):
         for metric in names:
             row |= _mean_and_sd(f"{part} {metric}", [result[part][metric]])
-    return row
+    return row | _by_slice([result])
+
+
+def _by_slice(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean over the evaluations of the metric of each part of the users, named with their number."""
+    if not evaluations:
+        return {}
+    return {
+        f"{SLICED} of {name} ({part['users']:,})": float(np.mean([e["slices"][name][SLICED] for e in evaluations]))
+        for name, part in evaluations[0]["slices"].items()
+        if name != "overall" and part["users"]
+    }
 
 
 def _mean_and_sd(name: str, values: Sequence[float]) -> dict[str, float | None]:
@@ -192,7 +205,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def blocks(rows: Sequence[Mapping[str, Any]], reference: str) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and body of the three tables that people read."""
+    """Title, head and body of the four tables that people read."""
     methods = [row for row in rows if "trials" in row]
     head = ["method", "chosen on validation", "trials", "seeds", "parameters", "s / epoch", "status"]
     keys = ["setting", "trials", "seeds", "parameters", "seconds_per_epoch", "status"]
@@ -214,7 +227,17 @@ def blocks(rows: Sequence[Mapping[str, Any]], reference: str) -> list[tuple[str,
         ("Settings", head, settings),
         ("Mean ± standard deviation over seeds", ["method", *map(_headed, measured)], results),
         (f"Test, against {reference}", ["method", "seeds", *kinds], compared),
+        (f"Test {SLICED.upper()} by target and length of history, with how many users", *_sliced(rows)),
     ]
+
+
+def _sliced(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and body; the body is empty while nothing is evaluated."""
+    begin = f"{SLICED} of "
+    parts = list(dict.fromkeys(key for row in rows for key in row if key.startswith(begin)))
+    evaluated = [row for row in rows if any(part in row for part in parts)]
+    body = [[row["method"], *(f"{row[part]:.4f}" for part in parts)] for row in evaluated]
+    return ["method", *(part.removeprefix(begin) for part in parts)], body
 
 
 KINDS: dict[str, Callable[[Any], str]] = {
