@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +17,13 @@ import torch
 from torch import Tensor
 
 from lvlmrec.experiment import TrainConfig, TrainingData
-from lvlmrec.features.compact import FeatureArray
+from lvlmrec.features.compact import FeatureArray, read_stored
 from lvlmrec.models.histories import Histories, pack
 from lvlmrec.models.item_features import ItemFeatures
 from lvlmrec.models.losses import SampledLossConfig
+
+ROWS_AT_ONCE = 1024
+SHARE_FOR_FEATURES = 0.5  # of a device's free memory
 
 
 class Shared(NamedTuple):
@@ -111,17 +116,41 @@ def draw_negatives(rng: np.random.Generator, sequences: np.ndarray, num_items: i
 def item_features(features: FeatureArray | None, item_index: np.ndarray, device: torch.device) -> ItemFeatures | None:
     """The features of the items at `item_index` [N] as the models read them; None for ids alone.
 
-    On the CPU they stay in the memory-mapped file until a layer of them is read; frames do so for every device.
+    On the CPU they stay in the memory-mapped file until a layer of them is read; frames do so for every device. Another
+    device holds those of the whole catalogue where there is room, else it is sent those of the items.
     """
     if features is None:
         return None
     stored, row, columns = features.stored(), torch.from_numpy(features.row(item_index)), features.columns
     if device.type != "cpu" and not features.item_shape:
-        stored, row = stored[row[:, None], list(columns)].to(device), torch.arange(len(row), device=device)
+        held = held_by_device(features.path, features.dtype, columns, device)
+        if held is None:
+            stored, row = stored[row[:, None], list(columns)].to(device), torch.arange(len(row), device=device)
+        else:
+            stored, row = held, row.to(device)
         columns = tuple(range(len(columns)))
     missing = torch.from_numpy(features.is_missing(item_index)).to(device)
     mean, std = (None if part is None else part.to(device) for part in (features.mean, features.std))
     return ItemFeatures(stored, row, columns, mean, std, missing)
+
+
+@lru_cache(maxsize=1)  # those of the run before make room
+def held_by_device(path: Path, dtype: str, columns: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Some columns of a file of features on a device, [T, len(columns), D]; None where they take too much of it."""
+    stored = read_stored(path, dtype)
+    num_rows, _, dim = stored.shape
+    size = num_rows * len(columns) * dim * stored.element_size()
+    if size > SHARE_FOR_FEATURES * free_memory(device):
+        return None
+    held = torch.empty(num_rows, len(columns), dim, dtype=stored.dtype, device=device)
+    for start in range(0, num_rows, ROWS_AT_ONCE):
+        held[start : start + ROWS_AT_ONCE] = stored[start : start + ROWS_AT_ONCE, list(columns)].to(device)
+    return held
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _shared(

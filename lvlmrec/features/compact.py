@@ -98,9 +98,7 @@ class FeatureArray:
     def stored(self) -> torch.Tensor:
         """The file itself, [I + 1, columns of the file, D] in its dtype: rows as `row` says, columns as `columns`."""
         # Opened at each call: a mapping is cheap to open and must not be pickled to a worker with its content.
-        # Copy-on-write, though nobody writes: torch warns of memory that it must not write to.
-        values = torch.from_numpy(np.load(self.path, mmap_mode="c"))
-        return values.view(torch.bfloat16) if self.dtype == "bfloat16" else values
+        return read_stored(self.path, self.dtype)
 
     def is_missing(self, item_index: np.ndarray) -> np.ndarray:
         """bool [N, L]: the items at `item_index` [N] that have no feature, by column."""
@@ -148,6 +146,13 @@ class FeatureArray:
         count = torch.from_numpy((~self.is_missing(index)).sum(0))[:, None]
         mean, squares = total / count, squares / count
         return mean, (squares - mean.square()).clamp_min(0.0), squares
+
+
+def read_stored(path: Path, dtype: str) -> Tensor:
+    """A file of features, memory-mapped, [T, columns, D] in `dtype`."""
+    # Copy-on-write, though nobody writes: torch warns of memory that it must not write to.
+    values = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return values.view(torch.bfloat16) if dtype == "bfloat16" else values
 
 
 def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str) -> list[str]:
