@@ -5,8 +5,9 @@
 
 MicroLens-50K (LVLMREC_DATA), 10 items of history, 512 users a step; SASRec of 2 blocks, 2 heads, FFN 4d; one thread.
 Every case's epoch is cut into `--rounds` parts and the cases take turns, a part each, after one batch that does not
-count; the figure is the user + system time of a whole epoch, on a GPU what the clock on the wall says. Evaluations, all
-50,000 users over the whole catalogue, take turns as well; their figure is the median of three. It needs no Ray.
+count; the figure is the user + system time of a whole epoch, on a GPU what the clock on the wall says. Evaluations,
+all 50,000 users over the whole catalogue, take turns as well; their figure is the median of three. It needs neither
+Ray nor MLflow.
 
 inbatch_64, inbatch_512            in-batch softmax with log-popularity correction, float32; _bf16: in bfloat16
 full_64, bce_64                    softmax over the catalogue; binary cross-entropy with one negative

@@ -134,7 +134,7 @@ def item_features(features: FeatureArray | None, item_index: np.ndarray, device:
     return ItemFeatures(stored, row, columns, mean, std, missing)
 
 
-@lru_cache(maxsize=1)  # those of the run before make room
+@lru_cache(maxsize=1)  # until the next run asks for its own
 def held_by_device(path: Path, dtype: str, columns: tuple[int, ...], device: torch.device) -> Tensor | None:
     """Some columns of a file of features on a device, [T, len(columns), D]; None where they take too much of it."""
     stored = read_stored(path, dtype)

@@ -1,0 +1,80 @@
+"""Claim: test is below validation because its targets are rarer in training, not because what was learned has aged.
+
+    python benchmarks/target_popularity.py CHECKPOINT [CHECKPOINT ...] [--save]
+
+HR@10 of each checkpoint by how often a user's target occurs in training, on validation and on test; and what test
+would give if its targets were as popular as those of validation: its HR@10 of each part, weighted with validation's
+users. The last line of stdout is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from record import markdown_table, save
+
+from lvlmrec import experiment, fitting
+from lvlmrec.checkpoint import load_checkpoint
+from lvlmrec.data.split import Holdout
+from lvlmrec.evaluation.metrics import per_user
+
+METRIC = "hr@10"
+FIRST = (0, 1, 4, 11, 31)  # the smallest training count of each part
+NAMES = ("never", "1 to 3", "4 to 10", "11 to 30", "over 30")
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+")
+    parser.add_argument("--save", action="store_true", help="write a dated result under benchmarks/results")
+    arguments = parser.parse_args()
+    results = {uri.rstrip("/").rsplit("/", 1)[-1]: measure(uri) for uri in arguments.checkpoints}
+    head = ["checkpoint", "part", *NAMES, "all", "test with validation's targets"]
+    rows: list[list[str]] = []
+    for number, (name, result) in enumerate(results.items()):
+        if not number:
+            for part in ("validation", "test"):
+                users = result[part]["users"]
+                rows.append(["users", part, *(f"{n:,}" for n in users), f"{sum(users):,}", ""])
+        for part in ("validation", "test"):
+            again = f"{result['reweighted']:.4f}" if part == "test" else ""
+            hits = [f"{hit:.4f}" for hit in result[part]["hits"]]
+            rows.append([name, part, *hits, f"{result[part]['all']:.4f}", again])
+    text = markdown_table(head, rows)
+    print(text)
+    if arguments.save:
+        print(save("target_popularity", __doc__ or "", text))
+    print(json.dumps(results))
+
+
+def measure(uri: str) -> dict[str, Any]:
+    """`validation` and `test`, each with the users and the HR@10 of every part, and test `reweighted`."""
+    checkpoint = load_checkpoint(uri, {})
+    split, _ = experiment.load_split(checkpoint.config.dataset)
+    model = checkpoint.model.eval()
+    catalogue = fitting.encode_catalogue(model, len(checkpoint.item_ids), checkpoint.features, CPU)
+    counts = split.train_counts()
+
+    def of(holdout: Holdout) -> dict[str, Any]:
+        hits = per_user(fitting.rank_holdout(model, catalogue, holdout), METRIC)
+        part = np.searchsorted(FIRST, counts[holdout.targets], side="right") - 1
+        inside = [hits[part == number] for number in range(len(FIRST))]
+        return {
+            "users": [len(values) for values in inside],
+            "hits": [float(values.mean()) if len(values) else 0.0 for values in inside],
+            "all": float(hits.mean()),
+        }
+
+    validation, test = of(split.validation()), of(split.test())
+    reweighted = float(np.average(test["hits"], weights=validation["users"]))
+    return {"validation": validation, "test": test, "reweighted": reweighted}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
