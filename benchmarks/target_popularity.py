@@ -25,6 +25,7 @@ from lvlmrec.evaluation.metrics import per_user
 METRIC = "hr@10"
 FIRST = (0, 1, 4, 11, 31)  # the smallest training count of each part
 NAMES = ("never", "1 to 3", "4 to 10", "11 to 30", "over 30")
+PARTS = ("validation", "test")
 CPU = torch.device("cpu")
 
 
@@ -35,16 +36,12 @@ def main() -> None:
     arguments = parser.parse_args()
     results = {uri.rstrip("/").rsplit("/", 1)[-1]: measure(uri) for uri in arguments.checkpoints}
     head = ["checkpoint", "part", *NAMES, "all", "test with validation's targets"]
-    rows: list[list[str]] = []
-    for number, (name, result) in enumerate(results.items()):
-        if not number:
-            for part in ("validation", "test"):
-                users = result[part]["users"]
-                rows.append(["users", part, *(f"{n:,}" for n in users), f"{sum(users):,}", ""])
-        for part in ("validation", "test"):
+    users = {part: next(iter(results.values()))[part]["users"] for part in PARTS}
+    rows = [["users", part, *(f"{n:,}" for n in numbers), f"{sum(numbers):,}", ""] for part, numbers in users.items()]
+    for name, result in results.items():
+        for part in PARTS:
             again = f"{result['reweighted']:.4f}" if part == "test" else ""
-            hits = [f"{hit:.4f}" for hit in result[part]["hits"]]
-            rows.append([name, part, *hits, f"{result[part]['all']:.4f}", again])
+            rows.append([name, part, *(f"{hit:.4f}" for hit in (*result[part]["hits"], result[part]["all"])), again])
     text = markdown_table(head, rows)
     print(text)
     if arguments.save:
@@ -66,7 +63,7 @@ def measure(uri: str) -> dict[str, Any]:
         inside = [hits[part == number] for number in range(len(FIRST))]
         return {
             "users": [len(values) for values in inside],
-            "hits": [float(values.mean()) if len(values) else 0.0 for values in inside],
+            "hits": [float(values.mean()) if len(values) else float("nan") for values in inside],
             "all": float(hits.mean()),
         }
 

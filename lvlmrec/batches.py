@@ -121,11 +121,14 @@ def item_features(features: FeatureArray | None, item_index: np.ndarray, device:
     """
     if features is None:
         return None
-    stored, row, columns = features.stored(), torch.from_numpy(features.row(item_index)), features.columns
-    if device.type != "cpu" and not features.item_shape:
+    row, columns = torch.from_numpy(features.row(item_index)), features.columns
+    if device.type == "cpu" or features.item_shape:
+        stored = features.stored()
+    else:
         held = held_by_device(features.path, features.dtype, columns, device)
         if held is None:
-            stored, row = stored[row[:, None], list(columns)].to(device), torch.arange(len(row), device=device)
+            stored = features.stored()[row[:, None], list(columns)].to(device)
+            row = torch.arange(len(row), device=device)
         else:
             stored, row = held, row.to(device)
         columns = tuple(range(len(columns)))
