@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvlmrec.data.split import UserItems
 from lvlmrec.experiment import TrainConfig, TrainingData
 from lvlmrec.features.compact import FeatureArray, read_stored
 from lvlmrec.models.histories import Histories, pack
@@ -29,14 +30,16 @@ SHARE_FOR_FEATURES = 0.5  # of a device's free memory
 class Shared(NamedTuple):
     """The items of the global batch, the same for every worker.
 
-    item_index int64 [M]: the real items and negatives, or the catalogue; sorted, each once
+    item_index int64 [M]: the real items and negatives, or all that are trained; sorted, each once
     counts     int64 [M]: how often each occurs in the sequences
     features   of the same items
+    num_trained: how many items occur in training
     """
 
     item_index: Tensor
     counts: Tensor
     features: ItemFeatures | None
+    num_trained: int
 
 
 class Positions(NamedTuple):
@@ -73,17 +76,21 @@ def batches_of_epoch(
     world: int = 1,
 ) -> Iterator[Batch]:
     """The global batches of one epoch, in the order of seed and epoch, as worker `rank` of `world` sees them."""
-    size, loss, num_items = config.training.batch_size, config.training.loss, len(data.item_ids)
+    size, loss, trained = config.training.batch_size, config.training.loss, data.trained_items()
     order = np.random.default_rng((config.seed, epoch)).permutation(len(data.sequences))
     starts = range(0, len(order), size)
     for number, start in enumerate(starts):
-        sequences = data.sequences[order[start : start + size]].astype(np.int64)
+        chosen = order[start : start + size]
+        sequences = data.sequences[chosen].astype(np.int64)
         num_positions = int((sequences[:, :-1] > 0).sum())
         negatives = None
         if isinstance(loss, SampledLossConfig):
             rng = np.random.default_rng((config.seed, epoch, number))
-            negatives = draw_negatives(rng, sequences, num_items, loss.negatives)
-        shared = _shared(sequences, negatives, num_items, loss.whole_catalogue, features, device)
+            owned, lengths = _owned(data.user_items, data.owners[chosen]), (sequences[:, :-1] > 0).sum(1)
+            negatives = draw_negatives(rng, owned, lengths, trained, loss.negatives)
+        read = _items_read(sequences, negatives, len(data.item_ids))
+        read[trained] |= loss.whole_catalogue
+        shared = _shared(sequences, np.flatnonzero(read), features, device, len(trained))
         progress = (epoch + number / len(starts)) / config.training.epochs
         yield Batch(shared, _positions(sequences, negatives, device, rank, world), num_positions, progress)
 
@@ -97,20 +104,35 @@ def made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def draw_negatives(rng: np.random.Generator, sequences: np.ndarray, num_items: int, number: int) -> np.ndarray:
-    """Items for each real position, uniformly from those not in the user's sequence, int64 [positions, N].
+def draw_negatives(
+    rng: np.random.Generator, owned: np.ndarray, positions: np.ndarray, trained: np.ndarray, number: int
+) -> np.ndarray:
+    """Items for each position, uniformly from those of `trained` that its user does not have, int64 [P, N].
 
-    sequences int64 [B, S + 1], padding 0 on the left; the positions user by user, oldest first.
+    owned [B, X]: each user's items, in any order, padding 0; positions [B]: how many each user has, which come user by
+    user; trained int64 [T]: item indices, ascending, some of which each user lacks.
     """
-    own = np.sort(sequences, axis=1)
-    own[:, 1:][own[:, 1:] == own[:, :-1]] = 0  # each once
-    own = np.sort(np.where(own == 0, num_items + 1, own), axis=1)
-    own = np.repeat(own, (sequences[:, :-1] > 0).sum(1), axis=0)
-    choices = num_items - (own <= num_items).sum(1)
-    drawn = rng.integers(1, choices[:, None] + 1, (len(own), number))
-    for column in own.T:  # from the c-th of the other items to its index: step over each own item up to it
-        drawn += drawn >= column[:, None]
-    return drawn
+    rank = np.searchsorted(trained, owned)  # of an own item among the trained ones
+    is_trained = trained[np.minimum(rank, len(trained) - 1)] == owned
+    rank = np.sort(np.where(is_trained, rank, len(trained)), axis=1)
+    repeated = np.zeros_like(is_trained)
+    repeated[:, 1:] = rank[:, 1:] == rank[:, :-1]
+    rank = np.sort(np.where(repeated, len(trained), rank), axis=1)
+    others = len(trained) - (rank < len(trained)).sum(1)
+    # The number of other items before each own one, so that of the c-th other item it is known how many own ones are.
+    before = np.where(rank < len(trained), rank - np.arange(rank.shape[1]), len(trained))
+    before = np.repeat(before.astype(np.int32), positions, axis=0)
+    drawn = rng.integers(0, np.repeat(others, positions)[:, None], (len(before), number), dtype=np.int32)
+    own = torch.searchsorted(torch.from_numpy(before), torch.from_numpy(drawn), right=True, out_int32=True)
+    return trained[drawn + own.numpy()]
+
+
+def _owned(user_items: UserItems, users: np.ndarray) -> np.ndarray:
+    """The items of `users` [B], int64 [B, X], padding 0 on the right."""
+    starts, ends = user_items.offsets[users], user_items.offsets[users + 1]
+    places = starts[:, None] + np.arange(int((ends - starts).max()))
+    real = places < ends[:, None]
+    return np.where(real, user_items.items[np.where(real, places, 0)], 0).astype(np.int64)
 
 
 def item_features(features: FeatureArray | None, item_index: np.ndarray, device: torch.device) -> ItemFeatures | None:
@@ -156,26 +178,29 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def _shared(
-    sequences: np.ndarray,
-    negatives: np.ndarray | None,
-    num_items: int,
-    whole_catalogue: bool,
-    features: FeatureArray | None,
-    device: torch.device,
-) -> Shared:
+def _items_read(sequences: np.ndarray, negatives: np.ndarray | None, num_items: int) -> np.ndarray:
+    """bool [I + 1]: the real items of the batch and the negatives."""
     read = np.zeros(num_items + 1, dtype=bool)
-    read[1:] = whole_catalogue
     read[sequences.ravel()] = True
     if negatives is not None:
         read[negatives.ravel()] = True
     read[0] = False
-    item_index = np.flatnonzero(read)
-    counts = np.bincount(sequences.ravel(), minlength=num_items + 1)[item_index]
+    return read
+
+
+def _shared(
+    sequences: np.ndarray,
+    item_index: np.ndarray,
+    features: FeatureArray | None,
+    device: torch.device,
+    num_trained: int,
+) -> Shared:
+    counts = np.bincount(sequences.ravel(), minlength=int(item_index[-1]) + 1)[item_index]
     return Shared(
         torch.from_numpy(item_index).to(device),
         torch.from_numpy(counts).to(device),
         item_features(features, item_index, device),
+        num_trained,
     )
 
 

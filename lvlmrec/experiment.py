@@ -14,13 +14,13 @@ from lvlmrec import config as configs
 from lvlmrec import pretrained, storage
 from lvlmrec.config import option, variant
 from lvlmrec.data import DatasetConfig, load_split
-from lvlmrec.data.split import Holdout
+from lvlmrec.data.split import Holdout, UserItems
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import compact, pca, store
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.features.noise import NOISES, noise_twin
 from lvlmrec.models.fusions.base import FeatureShape
-from lvlmrec.models.losses import LOSSES, LossConfig
+from lvlmrec.models.losses import LOSSES, LossConfig, SampledLossConfig
 from lvlmrec.models.recommender import ModelConfig, Recommender
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -93,6 +93,8 @@ class TrainingData:
     """What training may see: no test interaction is in here.
 
     sequences     int32 [R, L + 1], left-padded, of two items at least: of one there is nothing to predict
+    owners        int64 [R], the user of each sequence; a long history may be cut into several sequences
+    user_items    all training items of each user, also of those without a sequence
     train_counts  int64 [I + 1], how often each item occurs in training, those single items included
     validation    what the split holds out for it
     num_users     how many users have training items
@@ -100,9 +102,17 @@ class TrainingData:
 
     item_ids: np.ndarray
     sequences: np.ndarray
+    owners: np.ndarray
+    user_items: UserItems
     train_counts: np.ndarray
     validation: Holdout
     num_users: int
+
+    def trained_items(self) -> np.ndarray:
+        """int64 [T]: the indices of the items that occur in the sequences, ascending; of others nothing is learned."""
+        occurs = np.zeros(len(self.item_ids) + 1, dtype=bool)
+        occurs[self.sequences.ravel()] = True
+        return np.flatnonzero(occurs[1:]) + 1
 
 
 @dataclass(frozen=True)
@@ -131,15 +141,23 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     _check_video(config)
     split, report = load_split(config.dataset)
     fingerprint = split.fingerprint()
-    sequences = split.training()
-    sequences = sequences[sequences[:, -2] > 0]
+    of_two = split.training()[:, -2] > 0
+    sequences, owners = split.training()[of_two], split.owners[of_two]
     if not len(sequences):
         raise InputError(
             f"dataset {config.dataset.path!r}: no user has two training items, so there is nothing to learn"
         )
     report |= {"training_sequences_of_one_item": len(split.training()) - len(sequences)}
-    item_ids, counts = np.asarray(split.item_ids), split.train_counts()
-    data = TrainingData(item_ids, sequences, counts, split.validation(), split.num_users)
+    data = TrainingData(
+        np.asarray(split.item_ids),
+        sequences,
+        owners,
+        split.user_items,
+        split.train_counts(),
+        split.validation(),
+        split.num_users,
+    )
+    _check_negatives(config, data)
     features = load_features(config, data.item_ids.tolist(), every_layer=every_layer)
     trained_on = np.flatnonzero(data.train_counts)
     if features is not None and config.feature_pca:
@@ -154,11 +172,26 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     if config.model.item_encoder.pretrained:  # what the weights are, not where they lie
         learned["model.item_encoder.encoder_weights"] = pretrained.digest(config.model.item_encoder.pretrained)
     learned |= {"format": FORMAT, "dataset.path": fingerprint, "features": features.digest if features else ""}
+    learned["format"] = FORMAT + config.training.loss.format
     key = hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
     tags = {"dataset": fingerprint, "feature_set": "none", "recipe": "none"}
     if features is not None:
         tags |= {"feature_set": features.digest, "recipe": features.recipe}
     return Experiment(config, data, features, key, {**tags, "key": key}, report)
+
+
+def _check_negatives(config: TrainConfig, data: TrainingData) -> None:
+    """Raises `ConfigError` when there is nothing to draw for a user."""
+    if not isinstance(config.training.loss, SampledLossConfig):
+        return
+    trained = data.trained_items()
+    occurs = np.isin(data.user_items.items, trained)
+    most = np.diff(np.concatenate(([0], np.cumsum(occurs)))[data.user_items.offsets]).max()
+    if most >= len(trained):
+        raise ConfigError(
+            f"training.loss.name: {config.training.loss.name!r} draws items that a user does not have, and one has all "
+            f"{len(trained)} that are trained; choices: in_batch_softmax, full_softmax"
+        )
 
 
 def _check_video(config: TrainConfig) -> None:

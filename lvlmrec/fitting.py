@@ -99,9 +99,8 @@ class Loss(nn.Module):
         items = encode_items(self.model, shared.item_index, shared.features)
         rows = torch.searchsorted(shared.item_index, mine.inputs)
         queries = self.model.encode_sequences(functional.embedding(rows, items), mine.histories)
-        popularity, num_items = self.log_popularity[shared.item_index], len(self.log_popularity) - 1
-        catalogue = items, shared.item_index, shared.counts, popularity
-        given = LossInputs(queries, mine.labels, mine.own, *catalogue, mine.negatives, num_items)
+        catalogue = items, shared.item_index, shared.counts, self.log_popularity[shared.item_index]
+        given = LossInputs(queries, mine.labels, mine.own, *catalogue, mine.negatives, shared.num_trained)
         loss = self.settings.loss.sum(given)
         if self.settings.alignment:
             loss = loss + self.settings.alignment * alignment(given)

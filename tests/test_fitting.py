@@ -292,12 +292,12 @@ def test_alignment_and_uniformity_move_queries_and_items(world: Path, tmp_path: 
 
 
 def test_negatives_are_drawn_evenly_from_the_items_that_a_user_does_not_have() -> None:
-    sequences = np.array([[0, 0, 3, 7], [0, 0, 0, 2], [5, 5, 1, 8]])
-    drawn = draw_negatives(np.random.default_rng(0), sequences, 8, 4000)
+    owned = np.array([[0, 0, 3, 7], [0, 0, 0, 2], [5, 5, 1, 8]])
+    drawn = draw_negatives(np.random.default_rng(0), owned, np.array([1, 0, 3]), np.arange(1, 9), 4000)
     assert drawn.shape == (4, 4000) and drawn.dtype == np.int64
     for position, user in zip(drawn, (0, 2, 2, 2), strict=True):
         found, counts = np.unique(position, return_counts=True)
-        assert found.tolist() == sorted(set(range(1, 9)) - set(sequences[user]))
+        assert found.tolist() == sorted(set(range(1, 9)) - set(owned[user]))
         np.testing.assert_allclose(counts, 4000 / len(found), rtol=0.15)
 
 

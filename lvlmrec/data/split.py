@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,16 @@ class Holdout:
     histories: NDArray[np.int32]
 
 
+class UserItems(NamedTuple):
+    """The training items of U users: user u has `items[offsets[u]:offsets[u + 1]]`, each once, oldest first.
+
+    offsets int64 [U+1]; items int32 [N], item indices
+    """
+
+    offsets: NDArray[np.int64]
+    items: NDArray[np.int32]
+
+
 @dataclass(frozen=True)
 class Split:
     """Training sequences and two holdouts of one catalogue.
@@ -48,6 +59,8 @@ class Split:
     sequences  int32 [R, L+1]: training items of one user each, oldest first, padded on the left
     num_users  how many users they are of
     report     what the split dropped
+    owners     int64 [R]: the user of each sequence, a number of `user_items`
+    user_items every training item of each user, also those that no sequence holds
     """
 
     user_ids: Ids
@@ -56,6 +69,8 @@ class Split:
     num_users: int
     holdouts: tuple[Holdout, Holdout]
     report: dict[str, int]
+    owners: NDArray[np.int64]
+    user_items: UserItems
 
     @property
     def max_length(self) -> int:
@@ -265,7 +280,14 @@ def _build(
         items = (interactions.items[targets] + 1).astype(np.int32)
         holdouts.append(Holdout(histories[:, -max_length:], items, histories))
     ids = interactions.user_ids[users], interactions.item_ids
-    return Split(*ids, sequences, len(trained), (holdouts[0], holdouts[1]), report | dropped)
+    both, user_items = (holdouts[0], holdouts[1]), _training_items(interactions, parts)
+    return Split(*ids, sequences, len(trained), both, report | dropped, of_user, user_items)
+
+
+def _training_items(interactions: Interactions, parts: NDArray[np.integer]) -> UserItems:
+    in_training = parts == TRAINING
+    offsets = np.concatenate(([0], np.cumsum(in_training)))[interactions.offsets]
+    return UserItems(offsets, (interactions.items[in_training] + 1).astype(np.int32))
 
 
 def _cut(starts: NDArray[np.int64], ends: NDArray[np.int64], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

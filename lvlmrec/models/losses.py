@@ -27,11 +27,12 @@ class LossInputs:
     queries [P, E]: a position's query has read the user's items up to it. labels [P] int64: the item that follows.
     own [P, S + 1] int64: all items of the position's user, labels too; padding 0.
     items [M, E]: embeddings of item_index.
-    item_index [M] int64: sorted, each once: the real items of the global batch and all negatives, or all items.
+    item_index [M] int64: sorted, each once: the real items of the global batch and all negatives, or all that are
+    trained: those that occur in the training sequences.
     counts [M]: how often each occurs in the sequences of the global batch.
     log_popularity [M]: log of each item's share of the training interactions.
     negatives [P, N] int64: item indices drawn for each position, none of the user's own; None: none were drawn.
-    num_items: I, the size of the catalogue.
+    num_items: I, how many items are trained, which is how many negatives are drawn from.
     """
 
     queries: Tensor
@@ -62,10 +63,16 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossConfig(ABC):
-    """One entry of LOSSES. `whole_catalogue`: it reads all items, not those of the batch alone."""
+    """One entry of LOSSES.
+
+    whole_catalogue  it reads all items that occur in training, not those of the batch alone. An item that never occurs
+                     is nobody's label: a loss that read it could only push it down
+    format           part of the names of runs with this loss, counted up when it comes to learn something else
+    """
 
     name: str
     whole_catalogue: ClassVar[bool] = False
+    format: ClassVar[int] = 0
 
     @abstractmethod
     def sum(self, inputs: LossInputs) -> Tensor:
@@ -85,10 +92,11 @@ class InBatchSoftmaxConfig(LossConfig):
 
 @dataclass(frozen=True)
 class FullSoftmaxConfig(LossConfig):
-    """-s+ + log sum_j exp(s_j) over all items j of the catalogue."""
+    """-s+ + log sum_j exp(s_j) over all items j that occur in training."""
 
-    name: str = option("full_softmax", "softmax over the whole catalogue, all of which is encoded at each step")
+    name: str = option("full_softmax", "softmax over all items of training, which are all encoded at each step")
     whole_catalogue: ClassVar[bool] = True
+    format: ClassVar[int] = 1
 
     def sum(self, inputs: LossInputs) -> Tensor:
         return softmax_loss(inputs.queries, inputs.items, inputs.rows(inputs.labels))
@@ -96,8 +104,9 @@ class FullSoftmaxConfig(LossConfig):
 
 @dataclass(frozen=True)
 class SampledLossConfig(LossConfig):
-    """A loss over negatives drawn for each position, uniformly from the items that the user does not have."""
+    """A loss over negatives drawn for each position, uniformly from the trained items that the user does not have."""
 
+    format: ClassVar[int] = 1
     name: str
     negatives: int = option(1, "items drawn for each position", minimum=1)
 
@@ -115,7 +124,7 @@ class BPRConfig(SampledLossConfig):
 
 @dataclass(frozen=True)
 class SampledSoftmaxConfig(SampledLossConfig):
-    """-s+ + log(exp(s+) + (I - 1) / N sum_k exp(s_k)): each negative stands for (I - 1) / N items of the catalogue."""
+    """-s+ + log(exp(s+) + (I - 1) / N sum_k exp(s_k)): each negative stands for (I - 1) / N trained items."""
 
     name: str = option("sampled_softmax", "softmax over the label and drawn items, each standing for many")
     negatives: int = option(256, "items drawn for each position", minimum=1)
