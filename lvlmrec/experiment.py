@@ -158,7 +158,7 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
         split.num_users,
     )
     _check_negatives(config, data)
-    features = load_features(config, data.item_ids.tolist(), every_layer=every_layer)
+    features = load_features(config, data.item_ids.tolist(), split.dataset_ids.tolist(), every_layer=every_layer)
     trained_on = np.flatnonzero(data.train_counts)
     if features is not None and config.feature_pca:
         features = pca.reduce(features, trained_on, config.feature_pca)
@@ -215,10 +215,13 @@ def feature_uris(config: TrainConfig) -> list[str]:
     return uris
 
 
-def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: bool = False) -> FeatureArray | None:
+def load_features(
+    config: TrainConfig, item_ids: Sequence[str], dataset_ids: Sequence[str] = (), *, every_layer: bool = False
+) -> FeatureArray | None:
     """The columns that the item encoder reads, or their control, compacted on this machine; None for ids alone.
 
-    Neither reduced nor scaled yet: both depend on the training items.
+    Neither reduced nor scaled yet: both depend on the training items. `dataset_ids`: also the items that the catalogue
+    `item_ids` leaves out; they tell whether ids that an import counted are the dataset's. Raises `InputError`.
     """
     layers = config.model.item_encoder.layers
     if layers == "none":
@@ -226,6 +229,8 @@ def load_features(config: TrainConfig, item_ids: Sequence[str], *, every_layer: 
     if storage.is_remote(config.cache):
         raise InputError(f"cache {config.cache!r}: features are memory-mapped, so it is a local folder; set cache")
     feature_sets = [store.read(uri) for uri in feature_uris(config)]
+    for feature_set in feature_sets:
+        compact.check_counted(feature_set, dataset_ids)
     read = "many" if every_layer else layers
     chosen = [(each, compact.choose_columns(each, config.feature_columns, read)) for each in feature_sets]
     array = compact.compact(chosen, item_ids, config.cache)

@@ -45,11 +45,11 @@ def load(config: DatasetConfig) -> Dataset:
     if not config.core:
         return dataset
     core = k_core(dataset.interactions, config.core)
-    return replace(dataset, interactions=core, report=dataset.report | core.report)
+    return replace(dataset, interactions=core, report=dataset.report | core.report, before_core=dataset.item_ids)
 
 
 def load_split(config: DatasetConfig) -> tuple[Split, dict[str, int]]:
     """The split of the dataset, and the counts of everything left out on the way. Raises `InputError`."""
     dataset = load(config)
     split = SPLITS[config.split](dataset.interactions, config.max_length, config.min_interactions)
-    return split, {**dataset.report, **split.report}
+    return replace(split, dataset_ids=dataset.item_ids), {**dataset.report, **split.report}

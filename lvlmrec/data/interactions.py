@@ -52,11 +52,20 @@ class Interactions:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Interactions, the titles known for their items (item_id -> title, may be empty), and one report of both."""
+    """Interactions, the titles known for their items (item_id -> title, may be empty), and one report of both.
+
+    before_core: the item ids before rare ones were dropped, where that was done
+    """
 
     interactions: Interactions
     titles: dict[str, str] = field(default_factory=dict)
     report: dict[str, int] = field(default_factory=dict)
+    before_core: Ids | None = None
+
+    @property
+    def item_ids(self) -> Ids:
+        """Every item id that the files name in an interaction."""
+        return self.interactions.item_ids if self.before_core is None else self.before_core
 
 
 def from_columns(

@@ -61,6 +61,7 @@ class Split:
     report     what the split dropped
     owners     int64 [R]: the user of each sequence, a number of `user_items`
     user_items every training item of each user, also those that no sequence holds
+    dataset_ids every item id of the dataset, also of items that the split drops
     """
 
     user_ids: Ids
@@ -71,6 +72,7 @@ class Split:
     report: dict[str, int]
     owners: NDArray[np.int64]
     user_items: UserItems
+    dataset_ids: Ids
 
     @property
     def max_length(self) -> int:
@@ -281,7 +283,7 @@ def _build(
         holdouts.append(Holdout(histories[:, -max_length:], items, histories))
     ids = interactions.user_ids[users], interactions.item_ids
     both, user_items = (holdouts[0], holdouts[1]), _training_items(interactions, parts)
-    return Split(*ids, sequences, len(trained), both, report | dropped, of_user, user_items)
+    return Split(*ids, sequences, len(trained), both, report | dropped, of_user, user_items, interactions.item_ids)
 
 
 def _training_items(interactions: Interactions, parts: NDArray[np.integer]) -> UserItems:

@@ -28,6 +28,7 @@ from lvlmrec import storage
 from lvlmrec.columns import ITEM_ID, PART, ROW
 from lvlmrec.errors import InputError
 from lvlmrec.features import store
+from lvlmrec.features.imported import COUNTED
 from lvlmrec.features.store import FeatureSet
 from lvlmrec.taps import READS_TEXT, parse_feature
 
@@ -264,6 +265,7 @@ def _hash(*texts: str) -> str:
 
 def _find_items(feature_set: FeatureSet, item_ids: Sequence[str]) -> pd.DataFrame:
     """Part and row of each item, or nothing. Raises `InputError`."""
+    check_counted(feature_set, item_ids)
     found = feature_set.index.set_index(ITEM_ID).reindex(list(item_ids))
     share = float(found[PART].isna().mean())
     if share > MAX_MISSING:
@@ -272,6 +274,34 @@ def _find_items(feature_set: FeatureSet, item_ids: Sequence[str]) -> pd.DataFram
             f"it is a feature set of another catalogue (its ids: {', '.join(feature_set.index[ITEM_ID].head(3))}, ...)"
         )
     return found
+
+
+def check_counted(feature_set: FeatureSet, item_ids: Sequence[str]) -> None:
+    """Raises `InputError` when an import counted the ids, and the dataset has items that are none of its rows.
+
+    Such a dataset's ids are not the places of the rows, so that its other items would read each another's features.
+    A row that was rejected is a row all the same.
+    """
+    if feature_set.ids_from not in COUNTED:
+        return
+    rows = {*feature_set.index[ITEM_ID]}
+    if rows.issuperset(item_ids):
+        return
+    rows |= {*store.read_rejected(feature_set.uri)[ITEM_ID]}
+    outside = [item for item in item_ids if item not in rows]
+    if not outside:
+        return
+    first = COUNTED[feature_set.ids_from]
+    ways = ["a file of the ids in the order of the rows"]
+    for name, other in COUNTED.items():
+        if {str(other + row) for row in range(len(rows))}.issuperset(item_ids):
+            ways.insert(0, name)
+    last, shown = first + len(rows) - 1, ", ".join(outside[:3]) + ", ..." * (len(outside) > 3)
+    raise InputError(
+        f"features {feature_set.uri!r}: imported with item_ids={feature_set.ids_from}, which counts its rows {first} "
+        f"to {last}, and {len(outside)} of the dataset's {len(item_ids)} items are outside ({shown}), so that items "
+        f"would read the rows of others; import it again with item_ids={' or '.join(ways)}"
+    )
 
 
 def _width(feature_set: FeatureSet, name: str) -> int:

@@ -78,7 +78,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
         item_ids = read_item_ids(config.item_ids, array.shape[0])
         recipe = recipe_of(config, array, _hash_of_file(path), item_ids)
         uri = store.locate(config.store, config.name, recipe)
-        store.create(uri, recipe)
+        store.create(uri, recipe, ids_from=config.item_ids if config.item_ids in COUNTED else "file")
         with lease.hold(uri) as held:
             written = _write(config, uri, recipe, array, item_ids, held)
             held.check()

@@ -1,7 +1,7 @@
 """Feature sets in object storage: parts, rejected items, and the index that commits them.
 
     <store>/<name>-<fingerprint>/
-      recipe.json        what the features are
+      recipe.json        what the features are; of imported ones also how their ids were found (ids_from)
       parts/*.parquet    item_id, num_distinct_frames (0: no video was shown), source (which version of its files the
                          item was read from), and one fixed-size-list column per feature; of several tokens per item,
                          [K, D], the rows one after another; generated texts
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 INDEX = "index.parquet"
 RECIPE = "recipe.json"
+IDS_FROM = "ids_from"
+RECORDED = ("fingerprint", "versions", IDS_FROM)  # keys of recipe.json that are no part of the recipe
 PARTS = "parts"
 REJECTED = "rejected"
 REJECTED_COLUMNS = (ITEM_ID, URI, SOURCE, STAGE, ERROR, MESSAGE)
@@ -57,11 +59,15 @@ class CastError(ValueError):
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """A committed feature set: `index` maps each item to its part and row."""
+    """A committed feature set: `index` maps each item to its part and row.
+
+    ids_from: how an import found the items' ids (from_zero, from_one, file); empty where no import did
+    """
 
     uri: str
     recipe: Recipe
     index: pd.DataFrame
+    ids_from: str = ""
 
     @property
     def feature_names(self) -> list[str]:
@@ -80,12 +86,16 @@ def locate(store: str, name: str, recipe: Recipe) -> str:
     return storage.join(storage.absolute(store), f"{name}-{recipe.fingerprint}")
 
 
-def create(uri: str, recipe: Recipe) -> None:
-    """Write recipe.json unless it is there; versions are recorded, they are no part of the fingerprint."""
-    if storage.exists(storage.join(uri, RECIPE)):
+def create(uri: str, recipe: Recipe, ids_from: str = "") -> None:
+    """Write recipe.json unless it is there; versions and `ids_from` are recorded, they are no part of the fingerprint.
+
+    An import that found the same ids in another way is believed.
+    """
+    if storage.exists(storage.join(uri, RECIPE)) and (not ids_from or _read_about(uri).get(IDS_FROM) == ids_from):
         return
     versions = {package: version(package) for package in ("torch", "transformers", "av", "numpy")}
     content = recipe.to_json() | {"fingerprint": recipe.fingerprint, "versions": versions}
+    content |= {IDS_FROM: ids_from} if ids_from else {}
     storage.write_bytes(storage.join(uri, RECIPE), json.dumps(content, indent=2).encode())
 
 
@@ -113,20 +123,19 @@ def find(uri: str) -> str:
 def read(uri: str) -> FeatureSet:
     """Open a committed feature set. Raises `InputError` when there is none."""
     uri = find(uri)
-    recipe = read_recipe(uri)
+    about = _read_about(uri)
     try:
         index = storage.read_table(storage.join(uri, INDEX)).to_pandas()
     except FileNotFoundError as error:
         raise InputError(
             f"features {uri!r}: not committed: no {INDEX}; run the extraction again to finish it"
         ) from error
-    return FeatureSet(uri, recipe, index)
+    return FeatureSet(uri, _recipe_in(about), index, about.get(IDS_FROM, ""))
 
 
 def read_recipe(uri: str) -> Recipe:
     """What the features at `uri` are, committed or not."""
-    content = json.loads(storage.read_bytes(storage.join(uri, RECIPE)))
-    return Recipe.from_json({key: value for key, value in content.items() if key not in ("fingerprint", "versions")})
+    return _recipe_in(_read_about(uri))
 
 
 def schema(recipe: Recipe) -> pa.Schema:
@@ -282,6 +291,16 @@ def vacuum(uri: str) -> dict[str, int]:
     for file in unlisted:
         storage.remove(file.uri)
     return {"removed_parts": len(unlisted), "removed_bytes": sum(file.size for file in unlisted)}
+
+
+def _read_about(uri: str) -> dict[str, Any]:
+    """The content of recipe.json."""
+    content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, RECIPE)))
+    return content
+
+
+def _recipe_in(about: Mapping[str, Any]) -> Recipe:
+    return Recipe.from_json({key: value for key, value in about.items() if key not in RECORDED})
 
 
 def _rows_of(uri: str, part: str) -> pd.DataFrame:
