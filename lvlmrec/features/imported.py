@@ -24,7 +24,7 @@ from lvlmrec import storage, taps
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE, URI
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features import lease, store
+from lvlmrec.features import lease, rounding, store
 from lvlmrec.features.lease import Lease
 from lvlmrec.features.recipe import DTYPES, MEDIA, Prompt, Recipe
 from lvlmrec.taps import Tap
@@ -66,8 +66,8 @@ class Array(NamedTuple):
 def run(config: ImportConfig) -> dict[str, Any]:
     """Write the feature set and commit it; rows that are not finite are rejected. Rows written before stay.
 
-    Raises `InputError` on an array, ids or layers that do not fit each other, on a value that overflows, and when
-    another job writes the same feature set.
+    Raises `InputError` on an array, ids or layers that do not fit each other, on a value that overflows or a vector
+    that vanishes, and when another job writes the same feature set.
     """
     if not config.file.endswith(ARRAY_ENDINGS):
         raise ConfigError(f"file: {config.file!r}: expected a file that ends in {', '.join(ARRAY_ENDINGS)}")
@@ -184,7 +184,7 @@ def _write(config: ImportConfig, uri: str, recipe: Recipe, array: Array, item_id
         values = array.rows(start, start + len(ids)).reshape(len(ids), len(names), -1)
         finite = torch.isfinite(values).flatten(1).all(1)
         kept, values = [item for item, good in zip(ids, finite.tolist(), strict=True) if good], values[finite]
-        _check_fits(config, kept, values)
+        _check_fits(config, kept, names, values)
         if bad := sorted({*ids} - {*kept} - there):
             store.write_rejected(uri, [_rejection(config, item) for item in bad], held.number)
         if kept:
@@ -196,13 +196,21 @@ def _write(config: ImportConfig, uri: str, recipe: Recipe, array: Array, item_id
     return written
 
 
-def _check_fits(config: ImportConfig, item_ids: Sequence[str], values: Tensor) -> None:
-    fits = torch.isfinite(values.to(getattr(torch, config.dtype))).flatten(1).all(1)
+def _check_fits(config: ImportConfig, item_ids: Sequence[str], names: Sequence[str], values: Tensor) -> None:
+    """Raises `InputError` when one of `values` [N, L, D] overflows, or a vector vanishes as `rounding` says."""
+    stored = values.to(getattr(torch, config.dtype))
+    fits = torch.isfinite(stored).flatten(1).all(1)
     if not fits.all():
         row = int((~fits).nonzero()[0])
         raise InputError(
             f"dtype: {config.dtype}: item {item_ids[row]!r} has {float(values[row].abs().max()):.4g}, which overflows; "
             "choices: bfloat16, float32"
+        )
+    if loss := rounding.first_loss(values.flatten(0, 1), stored.flatten(0, 1)):
+        row, layer = divmod(loss.row, len(names))
+        raise InputError(
+            f"dtype: {config.dtype}: item {item_ids[row]!r}, column {names[layer]}: {loss}; "
+            f"choices: {rounding.WIDER[config.dtype]}"
         )
 
 

@@ -54,7 +54,7 @@ SHAPE_KEY = b"lvlmrec.shape"
 
 
 class CastError(ValueError):
-    """A feature does not fit the stored dtype, or is not finite; the message names the feature and the remedy."""
+    """A feature overflows or vanishes in the stored dtype, or is not finite; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -189,21 +189,26 @@ def write_rejected(uri: str, rows: Sequence[Mapping[Any, Any]], generation: int 
 def cast(values: torch.Tensor, dtype: str, name: str) -> np.ndarray:
     """[N, D] in the stored dtype; bfloat16 as its bits in uint16, pixels as they are.
 
-    Raises `CastError` rather than store an inf.
+    Raises `CastError` rather than store an inf, or a vector that `rounding.first_loss` finds lost.
     """
     import torch  # here, for processes that only decode or write do without it
+
+    from lvlmrec.features import rounding
 
     values = values.detach().cpu()
     if dtype == PIXEL_DTYPE:
         if values.dtype != torch.uint8:
             raise CastError(f"{name}: {values.dtype} are no pixels; use recipe.dtype=float32")
         return values.numpy()
-    if not torch.isfinite(values).all():
-        raise CastError(f"{name}: the model gave a value that is not finite")
     stored = values.to(getattr(torch, dtype))
     if not torch.isfinite(stored).all():
+        if not torch.isfinite(values).all():
+            raise CastError(f"{name}: the model gave a value that is not finite")
         peak = float(values.abs().max())
         raise CastError(f"{name}: {peak:.4g} overflows {dtype}; use recipe.dtype=bfloat16 or float32, or drop this tap")
+    if loss := rounding.first_loss(values, stored):
+        remedy = f"use recipe.dtype={rounding.WIDER[dtype]}, or drop this tap"
+        raise CastError(f"{name}: in {dtype} {loss}; {remedy}")
     return stored.view(torch.uint16).numpy() if dtype == "bfloat16" else stored.numpy()
 
 
