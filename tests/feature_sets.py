@@ -1,6 +1,7 @@
 """A small recipe, and feature sets of random vectors that depend on item and column alone."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def vectors(recipe: Recipe, items: Sequence[str]) -> dict[str, torch.Tensor]:
     for column, name in enumerate(recipe.feature_names):
         rows = []
         for item in items:
-            generator = torch.Generator().manual_seed(1000 * column + sum(map(ord, item)))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{column} {item}".encode()))
             rows.append(torch.randn(math.prod(recipe.shape(name)), generator=generator))
         features[str(name)] = torch.stack(rows)
     return features

@@ -1,5 +1,6 @@
-"""Where the features of a batch lie: in the mapped file, or on the device that trains."""
+"""Which users a batch holds, and where its features lie: in the mapped file, or on the device that trains."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from lvlmrec import batches, experiment
 from lvlmrec.batches import batches_of_epoch, item_features
-from tests.toy import CPU, train_config
+from tests.toy import CPU, train_config, walks
 
 META = torch.device("meta")  # a device with shapes and without content
 INDEX = np.array([3, 7, 60])
@@ -69,3 +70,44 @@ def test_a_gpu_reads_the_features_that_the_cpu_reads(
     assert ours is not None and theirs is not None
     for layer in range(len(theirs.columns)):
         torch.testing.assert_close(ours.layer(layer, torch.float32).cpu(), theirs.layer(layer, torch.float32))
+
+
+def users_of(batch: batches.Batch) -> list[list[int]]:
+    """The training items of each user of a batch, without padding; `v7` is item 7."""
+    ends = batch.mine.histories.ends
+    return [[item for item in row if item] for row in batch.mine.own[ends].tolist()]
+
+
+def order_of_users(world: Path, workspace: Path, epoch: int, **values: int) -> list[list[int]]:
+    """One user at a time: the order of an epoch."""
+    config = train_config(world, workspace, training__batch_size=1, **values)
+    data = experiment.prepare(config).data
+    return [user for batch in batches_of_epoch(config, data, None, epoch, CPU) for user in users_of(batch)]
+
+
+def test_every_epoch_has_every_user_once_in_an_order_of_its_own(world: Path, tmp_path: Path) -> None:
+    expected = [[int(item[1:]) for item in row[:-2]] for row in walks()]
+    orders = [order_of_users(world, tmp_path, epoch, seed=seed) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        assert sorted(order) == sorted(expected)
+    for one, other in itertools.combinations([expected, *orders], 2):
+        at_the_same_place = sum(a == b for a, b in zip(one, other, strict=True))
+        assert at_the_same_place < 10, "of 150 users about one stays where it was by chance"
+    assert orders[0] == order_of_users(world, tmp_path, 0, seed=0)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_batches_of_all_workers_are_the_users_the_last_batch_too(world: Path, tmp_path: Path, workers: int) -> None:
+    config = train_config(world, tmp_path, training__batch_size=64)
+    data = experiment.prepare(config).data
+    seen, sizes = [], []
+    for rank in range(workers):
+        mine = list(batches_of_epoch(config, data, None, 0, CPU, rank, workers))
+        seen += [user for batch in mine for user in users_of(batch)]
+        sizes.append([batch.num_positions for batch in mine])
+        for batch in mine:
+            assert len(batch.mine.labels) == sum(len(user) - 1 for user in users_of(batch))
+    expected = [[int(item[1:]) for item in row[:-2]] for row in walks()]
+    assert sorted(seen) == sorted(expected)
+    assert all(size == sizes[0] for size in sizes), "every worker divides by the same number"
+    assert sum(sizes[0]) == sum(len(user) - 1 for user in expected) and len(sizes[0]) == 3
