@@ -19,7 +19,8 @@ from record import fenced, save
 
 from lvlmrec import config as configs
 from lvlmrec import experiment, fitting, sample
-from lvlmrec.evaluation.significance import paired_test
+from lvlmrec.evaluation.metrics import per_user
+from lvlmrec.evaluation.significance import LEFT_OUT, paired_t_test, permutation_test
 from lvlmrec.evaluation.slices import by_coldness, slice_metrics
 from lvlmrec.experiment import TrainConfig
 from lvlmrec.report.comparison import table
@@ -64,9 +65,9 @@ def run_seed(workspace: str, seed: int) -> tuple[dict[str, dict[str, dict[str, f
         print(" ".join(rows[-1]), flush=True)
     tests = []
     for kind in list(KINDS)[1:]:
-        test = paired_test(ranks[kind][cold], ranks["ids alone"][cold], metric="hr@10", seed=seed)
-        difference, p_value = test["difference"], test["p_value"]
-        tests.append(f"seed {seed}, {kind} against ids alone, cold, HR@10: {difference:+.4f}, p = {p_value:.2g}")
+        test = permutation_test(*(per_user(ranks[name][cold], "hr@10") for name in (kind, "ids alone")), seed=seed)
+        said = f"{test['difference']:+.4f}, p_users = {test['p_users']:.2g} ({LEFT_OUT})"
+        tests.append(f"seed {seed}, {kind} against ids alone, cold, HR@10: {said}")
     return slices, rows, tests
 
 
@@ -87,6 +88,12 @@ def main() -> None:
     }
     rows = [row for _, rows, _ in runs for row in rows]
     tests = [test for _, _, tests in runs for test in tests]
+    if arguments.seeds > 1:
+        cold = {kind: [slices[kind]["cold"]["hr@10"] for slices, _, _ in runs] for kind in KINDS}
+        for kind in list(KINDS)[1:]:
+            p_value = paired_t_test(cold[kind], cold["ids alone"])["p_value"]
+            said = "-" if p_value is None else f"{p_value:.2g}"
+            tests.append(f"{kind} against ids alone, cold, HR@10: p over seeds = {said}")
     text = "\n".join([table(head, rows), "", *tests, "", f"mean HR@10: {means}"])
     print(f"\n{text}")
     if arguments.save:

@@ -17,8 +17,7 @@ from importlib.metadata import version
 import numpy as np
 from record import fenced, save
 
-from lvlmrec.evaluation.lists import top_from_scores
-from lvlmrec.evaluation.metrics import metrics, metrics_of_sets
+from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
 from lvlmrec.report.comparison import table
 
@@ -68,10 +67,12 @@ def main() -> None:
             scores, histories, targets = rankings(arguments.users, fineness, num_targets)
             distinct = np.mean([len(np.unique(row)) for row in scores])
             theirs = of_ranx(scores, histories, targets)
-            ours = metrics_of_sets(top_from_scores(scores, histories, max(KS), behind=targets), targets, KS)
-            compared = {"lists": ours}
+            users, columns = np.nonzero(targets)
+            ranks = rank_from_scores(scores[users], targets[users, columns], histories[users])
+            sets = metrics(ranks, KS, users)
+            compared = {"sets": {name: value for name, value in sets.items() if name.partition("@")[0] in PEER_NAMES}}
             if num_targets == 1:
-                compared["ranks"] = metrics(rank_from_scores(scores, targets[:, 0], histories), KS)
+                compared["single targets"] = metrics(ranks, KS)
             for way, values in compared.items():
                 largest = max(abs(values[name] - theirs[name]) for name in values)
                 name = f"up to {num_targets} targets, fineness {fineness:,}, {way}"

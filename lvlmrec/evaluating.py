@@ -23,13 +23,14 @@ from lvlmrec.data.split import Holdout, Split
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
 from lvlmrec.evaluation.lists import top_from_scores, top_items
-from lvlmrec.evaluation.metrics import metrics
+from lvlmrec.evaluation.metrics import metrics, per_user
 from lvlmrec.evaluation.ranking import rank_from_scores, rank_targets
-from lvlmrec.evaluation.significance import holm, paired_test
+from lvlmrec.evaluation.significance import holm, permutation_test
 from lvlmrec.evaluation.slices import by_coldness, by_history_length, by_popularity, slice_metrics
 from lvlmrec.fitting import encode_catalogue, encode_users
 
 USERS_AT_ONCE = 512
+COMPARED = "ndcg@10"
 
 
 @dataclass(frozen=True)
@@ -152,16 +153,17 @@ def read_ranks(uri: str) -> pd.DataFrame:
 
 
 def compare(ours: str, others: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
-    """Paired tests with other evaluations over the same users and targets: all, warm and cold, of each other's URI.
+    """Permutation tests over users with other evaluations of the same targets: all, warm and cold, of each other's URI.
 
-    `p_holm` is Holm's correction over all others, of each slice by itself. Raises `InputError`.
+    `p_users_holm` is Holm's correction over all others, of each slice by itself. `p_seeds` is None: these are single
+    runs, and only a study has several seeds of each method. Raises `InputError`.
     """
     own = read_ranks(ours)
     tests = {other: _compare(own, ours, other, seed) for other in others}
     for name in next(iter(tests.values())):
-        corrected = holm({other: slices[name]["p_value"] for other, slices in tests.items()})
+        corrected = holm({other: slices[name]["p_users"] for other, slices in tests.items()})
         for other, slices in tests.items():
-            slices[name]["p_holm"] = corrected[other]
+            slices[name]["p_users_holm"] = corrected[other]
     return tests
 
 
@@ -171,11 +173,14 @@ def _compare(own: pd.DataFrame, ours: str, other: str, seed: int) -> dict[str, d
     if not len(both) == len(own) == len(theirs):
         raise InputError(f"against {other!r}: its users and targets are not those of {ours!r}")
     slices = {"all": both, "warm": both[~both[COLD]], "cold": both[both[COLD]]}
-    return {
-        name: paired_test(rows[ITEM_RANK].to_numpy(), rows[f"{ITEM_RANK}_other"].to_numpy(), seed=seed)
-        for name, rows in slices.items()
-        if len(rows)
-    }
+    columns = ITEM_RANK, f"{ITEM_RANK}_other"
+    tests: dict[str, dict[str, Any]] = {}
+    for name, rows in slices.items():
+        if len(rows):
+            users = rows[USER_ID].to_numpy()
+            values = [per_user(rows[column].to_numpy(), COMPARED, users) for column in columns]
+            tests[name] = {"metric": COMPARED, "p_seeds": None, **permutation_test(*values, seed=seed)}
+    return tests
 
 
 def _baselines(names: list[str], split: Split, folder: str, ks: Sequence[int]) -> dict[str, Any]:

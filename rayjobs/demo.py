@@ -45,7 +45,7 @@ def main() -> int:
     rows |= {NAMES[encoder]: result["slices"] for encoder, result in evaluated.items()}
     print(f"\n{extracted['items']} videos, {extracted['features']} features of each, in {extracted['feature_set']}\n")
     print(comparison(rows))
-    print("\nDFF against ids alone, the same users (paired sign-flip test):")
+    print("\nDFF against ids alone, the same users (one seed of each: rayjobs/study.py compares over seeds):")
     (compared,) = evaluated["dff"]["against"].values()
     for name, test in compared.items():
         print(f"  {verdict(name, test)}")

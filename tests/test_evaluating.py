@@ -21,7 +21,7 @@ from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
 from lvlmrec.evaluation.metrics import metrics
-from lvlmrec.evaluation.significance import holm, paired_test
+from lvlmrec.evaluation.significance import holm
 from lvlmrec.fitting import encode_catalogue
 from lvlmrec.models.histories import pack
 from lvlmrec.report.evaluation import evaluation
@@ -193,8 +193,15 @@ def test_two_runs_are_compared_user_by_user(evaluated: dict) -> None:
     assert "against" not in evaluated["id"]
     ranks = {name: evaluating.read_ranks(result["ranks"])["item_rank"].to_numpy() for name, result in evaluated.items()}
     (compared,) = evaluated["dff"]["against"].values()
-    expected = paired_test(ranks["dff"], ranks["id"], seed=0)
-    assert compared["all"] == expected | {"p_holm": expected["p_value"]}
+    gains = {name: np.where(of < 11, 1 / np.log2(of + 1), 0) for name, of in ranks.items()}
+    change = gains["dff"] - gains["id"]
+    counted = {"better": (change > 0).sum(), "worse": (change < 0).sum(), "equal": (change == 0).sum(), "users": 150}
+    assert {name: compared["all"][name] for name in counted} == counted
+    signs = np.random.default_rng(1).choice([-1, 1], (20_000, 150))
+    p_value = (np.abs(signs @ change) >= abs(change.sum()) - 1e-9).mean()
+    assert compared["all"]["p_users"] == pytest.approx(p_value, abs=0.01)
+    assert compared["all"]["p_users_holm"] == compared["all"]["p_users"]
+    assert compared["all"]["metric"] == "ndcg@10" and compared["all"]["p_seeds"] is None
     difference = evaluated["dff"]["test"]["ndcg@10"] - evaluated["id"]["test"]["ndcg@10"]
     assert compared["all"]["difference"] == pytest.approx(difference)
     assert difference > 0
@@ -209,9 +216,9 @@ def test_several_runs_are_corrected_together_slice_by_slice(evaluated: dict, tra
     result = evaluate(tmp_path, trained["dff"], against=json.dumps([*others, others[0]]), baselines="[]")
     assert list(result["against"]) == others
     for part in ("all", "warm"):
-        p_values = {other: result["against"][other][part]["p_value"] for other in others}
-        assert {other: result["against"][other][part]["p_holm"] for other in others} == holm(p_values)
-        assert any(result["against"][other][part]["p_holm"] > p_values[other] for other in others)
+        p_values = {other: result["against"][other][part]["p_users"] for other in others}
+        assert {other: result["against"][other][part]["p_users_holm"] for other in others} == holm(p_values)
+        assert any(result["against"][other][part]["p_users_holm"] > p_values[other] for other in others)
     assert result["against"][others[0]]["all"] != result["against"][others[1]]["all"]
 
 

@@ -26,16 +26,19 @@ def test_the_comparison_has_a_row_for_each_run_and_a_dash_for_an_empty_slice() -
     assert dff.split() == ["dff", "0.7500", "0.2500", "0.5000", "0.2500", "-", "-"]
 
 
-def test_a_verdict_names_difference_p_value_and_users() -> None:
-    test = {"metric": "ndcg@10", "difference": -0.01234, "p_value": 0.0421, "users": 9}
+def test_a_verdict_says_that_one_run_of_each_leaves_the_seeds_out() -> None:
+    test = {"metric": "ndcg@10", "difference": -0.01234, "p_seeds": None, "p_users": 0.0421, "users": 9}
     line = verdict("cold", test | {"better": 1, "worse": 3, "equal": 5})
-    assert line == "cold (9 users): NDCG@10 -0.0123, p = 0.042, better for 1, worse for 3, equal for 5"
+    assert line == (
+        "cold (9 users): NDCG@10 -0.0123, p over seeds - (one run of each), p_users = 0.042 (seeds left out), "
+        "better for 1, worse for 3, equal for 5"
+    )
 
 
 def test_a_verdict_tells_holms_p_value_when_it_is_another() -> None:
-    test = {"metric": "hr@10", "difference": 0.1, "p_value": 0.01, "users": 9, "better": 1, "worse": 0, "equal": 8}
-    assert "p = 0.01 (Holm 0.03), better" in verdict("all", test | {"p_holm": 0.03})
-    assert "p = 0.01, better" in verdict("all", test | {"p_holm": 0.01})
+    test = {"metric": "hr@10", "difference": 0.1, "p_users": 0.01, "users": 9, "better": 1, "worse": 0, "equal": 8}
+    assert "p_users = 0.01 (Holm 0.03) (seeds left out), better" in verdict("all", test | {"p_users_holm": 0.03})
+    assert "p_users = 0.01 (seeds left out), better" in verdict("all", test | {"p_users_holm": 0.01})
 
 
 def test_the_tables_of_an_evaluation_have_a_dash_for_what_is_not_there() -> None:

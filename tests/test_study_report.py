@@ -73,11 +73,11 @@ def test_rows_are_means_and_deviations_over_seeds(plan: Plan, tmp_path: Path) ->
     assert by_name["ID"]["test hr@10"] == pytest.approx(4.5 / 40)
     assert by_name["ID"]["test hr@10 sd"] == pytest.approx(1 / 40 / np.sqrt(2))
     assert by_name["DFF"]["difference hr@10"] == pytest.approx(10 / 40)
-    assert by_name["DFF"]["permutation p hr@10"] == pytest.approx(2**-9, rel=0.5), "10 users, all better: 2 of 2^10"
-    assert by_name["DFF"]["t-test p hr@10"] is None, "the difference is the same for both seeds"
+    p_users = by_name["DFF"]["p_users (seeds left out) hr@10"]
+    assert p_users == pytest.approx(2**-9, rel=0.5), "10 users, all better: 2 of 2^10"
+    assert by_name["DFF"]["p over seeds hr@10"] is None, "the difference is the same for both seeds"
+    assert by_name["DFF"]["Holm p over seeds hr@10"] is None
     assert "difference hr@10" not in by_name["ID"]
-    smallest = min(row["permutation p hr@10"] for row in rows[1:])
-    assert min(row["Holm p hr@10"] for row in rows[1:]) == pytest.approx(6 * smallest)
     assert {row["status"] for row in rows} == {"complete"}
     text = report.to_text(rows, "ID")
     assert "0.1125 ± 0.0177" in text and "+0.2500" in text and "1,234" in text
@@ -88,21 +88,56 @@ def test_rows_are_means_and_deviations_over_seeds(plan: Plan, tmp_path: Path) ->
     assert report.to_csv(rows).splitlines()[0].startswith("method,status,setting")
 
 
-def test_the_t_test_is_over_the_seeds_that_both_have(plan: Plan, tmp_path: Path) -> None:
+def test_the_primary_p_value_is_over_the_seeds_that_both_have(plan: Plan, tmp_path: Path) -> None:
     outcomes = whole(plan, tmp_path)
     outcomes.evaluated[Trial("DFF", 0, 1)]["test"] = dict.fromkeys(report.TEST, 0.9)
     del outcomes.evaluated[Trial("mean", 0, 1)]
     found = report.tests(report.collect(plan, outcomes), "ID")
-    assert found["DFF"]["t-test p hr@10"] == pytest.approx(ttest_rel([14 / 40, 0.9], [4 / 40, 5 / 40]).pvalue)
-    assert (found["mean"]["seeds compared"], found["mean"]["t-test p hr@10"]) == (1, None)
+    p_value = ttest_rel([14 / 40, 0.9], [4 / 40, 5 / 40]).pvalue
+    assert found["DFF"]["p over seeds hr@10"] == pytest.approx(p_value)
+    assert (found["mean"]["seeds compared"], found["mean"]["p over seeds hr@10"]) == (1, None)
     assert found["mean"]["difference hr@10"] == pytest.approx(8 / 40)
+
+
+def test_holms_correction_is_over_the_methods_that_have_a_p_value_over_seeds(plan: Plan, tmp_path: Path) -> None:
+    """Three of six: the others differ alike with both seeds."""
+    outcomes = whole(plan, tmp_path)
+    for name, value in (("DFF", 0.9), ("mean", 0.31), ("DFF shuffled", 0.5)):
+        outcomes.evaluated[Trial(name, 0, 1)]["test"] = dict.fromkeys(report.TEST, value)
+    found = report.tests(report.collect(plan, outcomes), "ID")
+    p_values = {name: row["p over seeds hr@10"] for name, row in found.items() if row["p over seeds hr@10"] is not None}
+    assert set(p_values) == {"DFF", "mean", "DFF shuffled"}
+    smallest = min(p_values, key=p_values.__getitem__)
+    assert found[smallest]["Holm p over seeds hr@10"] == pytest.approx(min(1, 3 * p_values[smallest]))
+    for name, row in found.items():
+        assert (row["Holm p over seeds hr@10"] is None) == (name not in p_values)
+    _, _, (title, head, body), _ = report.blocks(report.rows(report.collect(plan, outcomes), {}, "ID"), "ID")
+    shown = {row[0]: dict(zip(head, row, strict=True)) for row in body}
+    assert shown["fusion llm.0"]["HR@10 p over seeds"] == shown["fusion llm.0"]["HR@10 Holm p over seeds"] == "-"
+    assert "p over seeds: - with fewer than two seeds, or where all of them differ alike" in title
+    assert shown["DFF"]["HR@10 p over seeds"] == f"{p_values['DFF']:.2g}"
+    assert "HR@10 p_users (seeds left out)" in head
+
+
+def test_one_seed_has_no_p_value_over_seeds_whatever_the_users_say(plan: Plan, tmp_path: Path) -> None:
+    outcomes = whole(plan, tmp_path)
+    for trial in [trial for trial in outcomes.evaluated if trial.seed == plan.seeds[1]]:
+        del outcomes.evaluated[trial]
+    found = report.tests(report.collect(plan, outcomes), "ID")
+    assert found["DFF"]["p_users (seeds left out) hr@10"] < 0.05
+    assert {
+        row[f"{kind} {metric}"]
+        for row in found.values()
+        for kind in (report.P_SEEDS, report.P_HOLM)
+        for metric in report.TESTED
+    } == {None}
 
 
 def test_users_are_compared_by_name_not_by_place(tmp_path: Path) -> None:
     first = write_ranks(str(tmp_path / "a.parquet"), [1, 1, 50])
     shuffled = storage.read_table(first).take([2, 0, 1])
     storage.write_table(str(tmp_path / "b.parquet"), shuffled)
-    assert report.compare((first,), (str(tmp_path / "b.parquet"),), "hr@10") == (0.0, 1.0)
+    assert report.compare((first,), (str(tmp_path / "b.parquet"),), "hr@10")["p_users"] == 1
     fewer = write_ranks(str(tmp_path / "c.parquet"), [1, 1])
     with pytest.raises(InputError, match="its users and targets are not those of"):
         report.compare((first,), (fewer,), "hr@10")

@@ -4,7 +4,7 @@ The rule, the same for every model and baseline: the candidates are all items bu
 score first. Ties are broken by the smaller item index, which repeats and says nothing of the items. As in the ranking
 of targets NaN counts as higher than any number. A user with fewer candidates than K has 0 in the places left.
 
-Shapes: U users, E embedding, I items, H history, K cut-off, T items behind; column 0 of the scores is padding.
+Shapes: U users, E embedding, I items, H history, K cut-off; column 0 of the scores is padding.
 """
 
 from __future__ import annotations
@@ -35,22 +35,12 @@ def top_items(
     return np.concatenate(lists)
 
 
-def top_from_scores(scores: Array, histories: Array, k: int, behind: Array | None = None) -> NDArray[np.int64]:
-    """The best `k` item indices [U, K] for scores [U, I + 1] and histories [U, H] padded with 0.
-
-    `behind` [U, T], padded with 0, come after all they tie with, and are left out when they score NaN or -inf: given
-    the targets, neither helps them, as in their ranking.
-    """
+def top_from_scores(scores: Array, histories: Array, k: int) -> NDArray[np.int64]:
+    """The best `k` item indices [U, K] for scores [U, I + 1] and histories [U, H] padded with 0."""
     scores = torch.as_tensor(scores)
     histories = torch.as_tensor(histories, dtype=torch.int64, device=scores.device)
-    if behind is not None:
-        scores = scores.double()  # so that no float32 score lies between one and the next below
     lowest = torch.finfo(scores.dtype).min  # a candidate of -inf is one all the same
-    given, scores = scores, scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=lowest)
-    if behind is not None:
-        behind = torch.as_tensor(behind, dtype=torch.int64, device=scores.device)
-        own = given.gather(1, behind).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        scores.scatter_(1, behind, own.nextafter(torch.full_like(own, -torch.inf)))
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=lowest)
     scores[:, 0] = -torch.inf
     scores.scatter_(1, histories, -torch.inf)
     best, items = scores.topk(min(k + 1, scores.shape[1]), dim=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lvlmrec.evaluation.significance import LEFT_OUT
+
 SLICES = ("overall", "warm", "cold")
 METRICS = ("hr@10", "ndcg@10")
 
@@ -31,13 +33,14 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def verdict(name: str, test: Mapping[str, Any]) -> str:
-    """One line of a paired test: the difference, its p values, and for how many users each run is better."""
-    p_values = f"p = {test['p_value']:.2g}"
-    if test.get("p_holm", test["p_value"]) != test["p_value"]:
-        p_values += f" (Holm {test['p_holm']:.2g})"
+    """One line of a test over users of two single runs: the difference, its p values, for how many each is better."""
+    p_users = f"p_users = {test['p_users']:.2g}"
+    if test.get("p_users_holm", test["p_users"]) != test["p_users"]:
+        p_users += f" (Holm {test['p_users_holm']:.2g})"
     return (
         f"{name} ({test['users']} users): {test['metric'].upper()} {test['difference']:+.4f}, "
-        f"{p_values}, better for {test['better']}, worse for {test['worse']}, equal for {test['equal']}"
+        f"p over seeds - (one run of each), {p_users} ({LEFT_OUT}), "
+        f"better for {test['better']}, worse for {test['worse']}, equal for {test['equal']}"
     )
 
 

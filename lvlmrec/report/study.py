@@ -1,8 +1,8 @@
 """The tables of a study: what was chosen, what it measured over the seeds, and whether that differs from the reference.
 
-Two tests of a method against the reference, in HR@10 and in NDCG@10, over the seeds that both have: Student's paired
-t-test over the seeds' means, and the paired sign-flip permutation test over users of each user's mean over the seeds,
-with Holm's correction over all methods.
+A method against the reference, over the seeds that both have: the p value is that of Student's paired t-test over the
+seeds, with Holm's correction over all methods that have one. Beside it stands `p_users`, of the sign-flip permutation
+test over users of each user's mean over the seeds, which takes these runs as given and leaves the seeds out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lvlmrec.columns import ITEM_ID, ITEM_RANK, USER_ID
 from lvlmrec.errors import InputError
 from lvlmrec.evaluating import read_ranks
 from lvlmrec.evaluation.metrics import per_user
-from lvlmrec.evaluation.significance import holm, sign_flip_p_value
+from lvlmrec.evaluation.significance import LEFT_OUT, holm, paired_t_test, permutation_test
 from lvlmrec.experiment import TrainConfig
 from lvlmrec.grid import Outcomes, Plan, Step, Trial, choose
 from lvlmrec.report.comparison import table
@@ -31,6 +31,8 @@ TESTED = ("hr@10", "ndcg@10")
 SLICED = "hr@10"
 NUM_RESAMPLES = 10_000  # means over seeds have many distinct differences, and each costs that many draws
 NONE = "-"
+P_SEEDS, P_HOLM, P_USERS = "p over seeds", "Holm p over seeds", f"p_users ({LEFT_OUT})"
+WHY_NONE = "p over seeds: - with fewer than two seeds, or where all of them differ alike"
 
 
 @dataclass(frozen=True)
@@ -105,62 +107,56 @@ def rows(methods: Sequence[Method], baselines: Mapping[str, Any], reference: str
 
 
 def tests(methods: Sequence[Method], reference: str) -> dict[str, dict[str, Any]]:
-    """For each other method that shares a tested seed with the reference: differences and p values, by metric."""
+    """For each other method that shares a tested seed with the reference: differences and p values, by metric.
+
+    The p values over seeds are None with fewer than two seeds, or where all of them differ alike.
+    """
     base = next(method for method in methods if method.name == reference)
     found: dict[str, dict[str, Any]] = {}
     for metric in TESTED:
-        uncorrected = {}
+        over_seeds = {}
         for method in methods:
             seeds = [seed for seed in method.evaluations if seed in base.evaluations]
             if method.name == reference or not seeds:
                 continue
             ours, theirs = ([m.evaluations[seed] for seed in seeds] for m in (method, base))
-            ours_uris, theirs_uris = (tuple(e["ranks"] for e in evaluations) for evaluations in (ours, theirs))
-            difference, p_value = compare(ours_uris, theirs_uris, metric)
-            uncorrected[method.name] = p_value
+            compared = compare(*(tuple(e["ranks"] for e in evaluations) for evaluations in (ours, theirs)), metric)
+            values = [[e["test"][metric] for e in evaluations] for evaluations in (ours, theirs)]
+            p_value = paired_t_test(*values)["p_value"] if len(seeds) > 1 else None
+            if p_value is not None:
+                over_seeds[method.name] = p_value
             found.setdefault(method.name, {"seeds compared": len(seeds)}).update(
                 {
-                    f"difference {metric}": difference,
-                    f"t-test p {metric}": _t_test(
-                        [e["test"][metric] for e in ours], [e["test"][metric] for e in theirs]
-                    ),
-                    f"permutation p {metric}": p_value,
+                    f"difference {metric}": compared["difference"],
+                    f"{P_SEEDS} {metric}": p_value,
+                    f"{P_HOLM} {metric}": None,
+                    f"{P_USERS} {metric}": compared["p_users"],
                 }
             )
-        for name, p_value in holm(uncorrected).items():
-            found[name][f"Holm p {metric}"] = p_value
+        for name, p_value in holm(over_seeds).items():
+            found[name][f"{P_HOLM} {metric}"] = p_value
     return found
 
 
 @cache
-def compare(ours: tuple[str, ...], theirs: tuple[str, ...], metric: str) -> tuple[float, float]:
-    """Mean difference and its p value of users' means over seeds; ranks by URI, seed by seed. Raises `InputError`."""
+def compare(ours: tuple[str, ...], theirs: tuple[str, ...], metric: str) -> Mapping[str, float | int]:
+    """The permutation test of users' means over seeds; ranks by URI, seed by seed. Raises `InputError`."""
     if _targets(ours[0]) != _targets(theirs[0]):
         raise InputError(f"ranks {ours[0]!r}: its users and targets are not those of {theirs[0]!r}")
     mean, other = (np.mean([_user_metric(uri, metric) for uri in uris], axis=0) for uris in (ours, theirs))
-    differences = mean - other
-    return float(differences.mean()), sign_flip_p_value(differences, NUM_RESAMPLES, seed=0)
+    return permutation_test(mean, other, NUM_RESAMPLES)
 
 
 @cache
 def _user_metric(uri: str, metric: str) -> np.ndarray:
-    ranks = read_ranks(uri).sort_values(USER_ID)
-    # Rounded, so that differences equal on paper fall together.
-    return per_user(ranks[ITEM_RANK].to_numpy(), metric).round(9)
+    ranks = read_ranks(uri)
+    return per_user(ranks[ITEM_RANK].to_numpy(), metric, ranks[USER_ID].to_numpy())
 
 
 @cache
 def _targets(uri: str) -> int:
-    ranks = read_ranks(uri).sort_values(USER_ID)
+    ranks = read_ranks(uri).sort_values([USER_ID, ITEM_ID])
     return hash((*ranks[USER_ID], *ranks[ITEM_ID]))
-
-
-def _t_test(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    if len(ours) < 2 or np.ptp(np.subtract(ours, theirs)) < 1e-12:  # without spread there is no t
-        return None
-    from scipy.stats import ttest_rel  # here, for workers that train do without it
-
-    return float(ttest_rel(ours, theirs).pvalue)
 
 
 def _baseline_row(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +222,7 @@ def blocks(rows: Sequence[Mapping[str, Any]], reference: str) -> list[tuple[str,
     return [
         ("Settings", head, settings),
         ("Mean ± standard deviation over seeds", ["method", *map(_headed, measured)], results),
-        (f"Test, against {reference}", ["method", "seeds", *kinds], compared),
+        (f"Test, against {reference} ({WHY_NONE})", ["method", "seeds", *kinds], compared),
         (f"Test {SLICED.upper()} by target and length of history, with how many users", *_sliced(rows)),
     ]
 
@@ -242,9 +238,9 @@ def _sliced(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str
 
 KINDS: dict[str, Callable[[Any], str]] = {
     "difference": lambda value: f"{value:+.4f}",
-    "t-test p": lambda value: f"{value:.2g}",
-    "permutation p": lambda value: f"{value:.2g}",
-    "Holm p": lambda value: f"{value:.2g}",
+    P_SEEDS: lambda value: f"{value:.2g}",
+    P_HOLM: lambda value: f"{value:.2g}",
+    P_USERS: lambda value: f"{value:.2g}",
 }
 
 

@@ -5,17 +5,14 @@ import pytest
 import torch
 
 from lvlmrec.evaluation.lists import top_from_scores, top_items
-from lvlmrec.evaluation.ranking import rank_from_scores
 
 
-def sorted_whole(scores, histories, k, behind=None):
+def sorted_whole(scores, histories, k):
     """The rule, one user at a time: best score first, NaN above all, of tied items the smaller index first."""
     lists = []
-    for user, (row, history) in enumerate(zip(scores, histories, strict=True)):
-        late = () if behind is None else behind[user]
+    for row, history in zip(scores, histories, strict=True):
         candidates = [item for item in range(1, len(row)) if item not in history]
-        candidates = [item for item in candidates if item not in late or row[item] > -np.inf]
-        keys = {item: (-np.inf if np.isnan(row[item]) else -row[item], item in late, item) for item in candidates}
+        keys = {item: (-np.inf if np.isnan(row[item]) else -row[item], item) for item in candidates}
         best = sorted(candidates, key=keys.__getitem__)[:k]
         lists.append(best + [0] * (k - len(best)))
     return np.array(lists)
@@ -56,22 +53,6 @@ def test_equal_and_nan_scores_list_the_first_candidates():
     for value in (0.0, np.nan, np.inf, -np.inf):
         assert top_from_scores(np.full((1, 8), value), history, 3).tolist() == [[1, 4, 5]]
     assert top_items(torch.full((1, 2), torch.nan), torch.randn(8, 2), history, 3).tolist() == [[1, 4, 5]]
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("seed", range(4))
-def test_targets_that_are_put_behind_stand_at_the_place_of_their_rank(seed, dtype):
-    scores, histories = case(seed, odd=0.02)
-    scores, before = scores.astype(dtype), scores.astype(dtype)
-    targets = np.random.default_rng(seed).integers(1, 16, (60, 1))
-    histories[histories == targets] = 0
-    lists = top_from_scores(scores, histories, 15, behind=targets)
-    np.testing.assert_array_equal(lists, sorted_whole(scores, histories, 15, behind=targets))
-    np.testing.assert_array_equal(scores, before)
-    ranks = rank_from_scores(scores, targets[:, 0], histories)
-    listed = scores[np.arange(60), targets[:, 0]] > -np.inf  # neither NaN nor -inf
-    assert listed.sum() > 50
-    np.testing.assert_array_equal(lists[listed, ranks[listed] - 1], targets[listed, 0])
 
 
 def test_half_precision_and_autocast_make_no_ties():

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from lvlmrec.evaluation.lists import top_from_scores
-from lvlmrec.evaluation.metrics import metrics, metrics_of_sets
+from lvlmrec.errors import InputError
+from lvlmrec.evaluation.metrics import metrics, per_user
 from lvlmrec.evaluation.ranking import rank_from_scores
 
 
@@ -20,7 +20,7 @@ def ranking(row, history, relevant):
 
 
 def reference(scores, histories, targets, ks):
-    """hr, recall, ndcg and mrr from their definitions, users averaged with equal weight."""
+    """hr, recall, ndcg, map and mrr from their definitions, users averaged with equal weight."""
     sums = {}
     for row, history, wanted in zip(scores, histories, targets, strict=True):
         relevant = {int(item) for item in wanted if item}
@@ -32,6 +32,7 @@ def reference(scores, histories, targets, ks):
                 "hr": 1.0 if places else 0.0,
                 "recall": len(places) / len(relevant),
                 "ndcg": sum(1 / math.log2(place + 1) for place in places) / ideal,
+                "map": sum(n / place for n, place in enumerate(places, start=1)) / min(k, len(relevant)),
                 "mrr": 1 / places[0] if places else 0.0,
             }
             for name, value in values.items():
@@ -57,34 +58,55 @@ def test_metrics_of_one_target(seed):
     ranks = rank_from_scores(scores, targets[:, 0], histories)
     result = metrics(ranks, (1, 5, 10, 40))
     assert result == pytest.approx({name: expected[name] for name in result})
-    assert all(expected[f"recall@{k}"] == expected[f"hr@{k}"] for k in (1, 5, 10, 40))
-    lists = top_from_scores(scores, histories, 40, behind=targets)
-    assert metrics_of_sets(lists, targets, (1, 5, 10, 40)) == pytest.approx(expected)
+    assert metrics(ranks, (1, 5, 10, 40), users=np.arange(80)) == pytest.approx(expected)
 
 
+def rows_of(scores, histories, targets):
+    """One row per target: its rank and its user, in any order."""
+    users, columns = np.nonzero(targets)
+    order = np.random.default_rng(0).permutation(len(users))
+    users, columns = users[order], columns[order]
+    return rank_from_scores(scores[users], targets[users, columns], histories[users]), users
+
+
+@pytest.mark.parametrize("levels", [2, 6, 10**6])  # of the scores: nearly all tied, some, none
 @pytest.mark.parametrize("seed", range(3))
-def test_metrics_of_several_targets(seed):
-    scores, histories, targets = case(seed, num_targets=7)
-    lists = top_from_scores(scores, histories, 20, behind=targets)
-    result = metrics_of_sets(lists, targets, (1, 5, 20))
+def test_metrics_of_several_targets(seed, levels):
+    scores, histories, targets = case(seed, num_targets=7, levels=levels)
+    ranks, users = rows_of(scores, histories, targets)
+    result = metrics(ranks, (1, 5, 20), users)
+    assert list(result) == [f"{name}@{k}" for k in (1, 5, 20) for name in ("hr", "recall", "ndcg", "map", "mrr")]
     assert result == pytest.approx(reference(scores, histories, targets, (1, 5, 20)))
-    assert len(set(result.values())) > 8, "the metrics do not say the same"
+    assert levels == 2 or len(set(result.values())) > 8, "the metrics do not say the same"
 
 
 def test_sets_by_hand():
-    result = metrics_of_sets(np.array([[4, 1, 2], [5, 6, 0]]), np.array([[1, 2, 9], [7, 0, 0]]), ks=(2, 3))
-    assert list(result) == [f"{name}@{k}" for k in (2, 3) for name in ("hr", "recall", "ndcg", "mrr")]
+    """User b has targets at places 2, 3 and 30 of the list, user a one at 7."""
+    ranks, users = np.array([30, 7, 2, 3]), np.array(["b", "a", "b", "b"], dtype=object)
+    result = metrics(ranks, (2, 3, 10), users)
     gains = {1: 1.0, 2: 1 / math.log2(3), 3: 0.5}
-    assert result["hr@2"] == 0.5 and result["mrr@3"] == pytest.approx(1 / 4)
+    assert (result["hr@2"], result["hr@10"]) == (0.5, 1.0)
     assert result["recall@2"] == pytest.approx(1 / 6) and result["recall@3"] == pytest.approx(2 / 6)
     assert result["ndcg@2"] == pytest.approx(gains[2] / (gains[1] + gains[2]) / 2)
     assert result["ndcg@3"] == pytest.approx((gains[2] + gains[3]) / sum(gains.values()) / 2)
+    assert result["map@2"] == pytest.approx(1 / 2 / 2 / 2), "of three targets two can be among the first two"
+    assert result["map@10"] == pytest.approx(((1 / 2 + 2 / 3) / 3 + 1 / 7) / 2)
+    assert result["mrr@10"] == pytest.approx((1 / 2 + 1 / 7) / 2)
+    np.testing.assert_allclose(per_user(ranks, "recall@3", users), [0, 2 / 3]), "users in sorted order"
 
 
-def test_users_without_targets_and_short_lists_are_refused():
-    with pytest.raises(ValueError, match="1 of 2 users have none"):
-        metrics_of_sets(np.array([[1], [2]]), np.array([[1], [0]]), ks=(1,))
-    with pytest.raises(ValueError, match="0 of 0 users"):
-        metrics_of_sets(np.zeros((0, 1), int), np.zeros((0, 1), int), ks=(1,))
-    with pytest.raises(ValueError, match="1 places, expected 5"):
-        metrics_of_sets(np.array([[1]]), np.array([[1]]), ks=(1, 5))
+def test_targets_of_a_user_that_tie_have_a_place_each():
+    """Scores 5 5 3 of targets x, y and another item: x and y both rank 2, and stand first and second."""
+    scores, history = np.array([[0, 5, 5, 3.0]]), np.array([[0]])
+    ranks = np.concatenate([rank_from_scores(scores, np.array([target]), history) for target in (1, 2)])
+    assert ranks.tolist() == [2, 2]
+    result = metrics(ranks, (1, 2), users=np.array([7, 7]))
+    assert (result["recall@1"], result["recall@2"], result["ndcg@2"], result["map@2"]) == (0.5, 1, 1, 1)
+    others = metrics(ranks, (1, 2), users=np.array([7, 8]))
+    assert others["recall@1"] == 0, "of two users each stays where it is"
+
+
+@pytest.mark.parametrize("name", ["precision@10", "recall", "map@0"])
+def test_an_unknown_metric_of_sets_names_the_choices(name):
+    with pytest.raises(InputError, match="expected hr@K, recall@K, ndcg@K, map@K, mrr@K"):
+        per_user(np.array([1]), name, np.array([0]))
