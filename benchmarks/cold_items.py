@@ -65,7 +65,8 @@ def run_seed(workspace: str, seed: int) -> tuple[dict[str, dict[str, dict[str, f
         print(" ".join(rows[-1]), flush=True)
     tests = []
     for kind in list(KINDS)[1:]:
-        test = permutation_test(*(per_user(ranks[name][cold], "hr@10") for name in (kind, "ids alone")), seed=seed)
+        hits, twins = (per_user(ranks[name][cold], "hr@10") for name in (kind, "ids alone"))
+        test = permutation_test(hits, twins, seed=seed)
         said = f"{test['difference']:+.4f}, p_users = {test['p_users']:.2g} ({LEFT_OUT})"
         tests.append(f"seed {seed}, {kind} against ids alone, cold, HR@10: {said}")
     return slices, rows, tests

@@ -178,8 +178,8 @@ def _compare(own: pd.DataFrame, ours: str, other: str, seed: int) -> dict[str, d
     for name, rows in slices.items():
         if len(rows):
             users = rows[USER_ID].to_numpy()
-            values = [per_user(rows[column].to_numpy(), COMPARED, users) for column in columns]
-            tests[name] = {"metric": COMPARED, "p_seeds": None, **permutation_test(*values, seed=seed)}
+            values, other_values = (per_user(rows[column].to_numpy(), COMPARED, users) for column in columns)
+            tests[name] = {"metric": COMPARED, "p_seeds": None, **permutation_test(values, other_values, seed=seed)}
     return tests
 
 

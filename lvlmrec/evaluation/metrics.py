@@ -69,7 +69,7 @@ def per_user(ranks: NDArray[np.int64], metric: str, users: NDArray | None = None
     places = ranks - np.bincount(tied)[tied] + _within(tied)
     sizes = np.bincount(owners)
     added = GAINS_OF_SETS[gain](places, _within(owners), sizes[owners], k)
-    return np.bincount(owners, weights=np.where(places <= k, added, 0.0))
+    return np.bincount(owners, weights=np.where(places <= k, added, 0.0)).astype(np.float64)
 
 
 def _within(groups: NDArray[np.integer]) -> NDArray[np.int64]:
