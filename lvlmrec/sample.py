@@ -7,6 +7,7 @@ sample/models/<family>/                a tiny, randomly initialised LVLM (lvlms/
 from __future__ import annotations
 
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ from lvlmrec import storage
 from lvlmrec.data import micro_world
 from lvlmrec.errors import InputError
 from lvlmrec.extraction import pipeline
-from lvlmrec.features import store
+from lvlmrec.features import lease, store
+from lvlmrec.locks import locked
 from lvlmrec.lvlms import LVLMS
 
 if TYPE_CHECKING:
@@ -39,13 +41,14 @@ def ensure(workspace: str, *uris: str) -> None:
         print(
             "sample: this model is tiny and untrained; set lvlm.model for features that mean something", file=sys.stderr
         )
-    for path in inside:
-        if path.parent == root / "models":
-            _ensure_model(path)
-        else:
-            if not (root / micro_world.MARKER).exists():
-                print(f"sample: rendering the micro-world in {root}", file=sys.stderr)
-            micro_world.make(root, micro_world.MicroWorldConfig(seed=SEED))
+    if not inside:
+        return
+    with locked(root / ".lock"):  # of the first jobs of a workspace one makes it, the others wait
+        for path in inside:
+            if path.parent == root / "models":
+                _ensure_model(path)
+            else:
+                _ensure_world(root)
 
 
 def ensure_features(config: TrainConfig) -> None:
@@ -63,7 +66,18 @@ def ensure_features(config: TrainConfig) -> None:
     print("sample: no features yet, extracting them (python rayjobs/extract.py)", file=sys.stderr)
     extract = configs.load(pipeline.ExtractConfig, [{"workspace": config.workspace}])
     ensure(extract.workspace, extract.input, extract.lvlm.model)
-    pipeline.run(pipeline.plan(extract), lambda metrics, step: None)
+    plan = pipeline.plan(extract)
+    while not store.committed(own):
+        try:
+            pipeline.run(plan, lambda metrics, step: None)
+        except lease.BusyInputError:  # another job extracts them
+            time.sleep(lease.BEAT)
+
+
+def _ensure_world(root: Path) -> None:
+    if not (root / micro_world.MARKER).exists():
+        print(f"sample: rendering the micro-world in {root}", file=sys.stderr)
+    micro_world.make(root, micro_world.MicroWorldConfig(seed=SEED))
 
 
 def _ensure_model(path: Path) -> None:

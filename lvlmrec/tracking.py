@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvlmrec import tracking_database
 from lvlmrec.config import flatten
 from lvlmrec.errors import InputError
 
@@ -74,13 +76,13 @@ class Run:
 def start(tracking_uri: str, workspace: str, name: str, tags: Mapping[str, str], parent: Run | None = None) -> Run:
     """Open a run. Raises `InputError` when the tracking server or database cannot be reached."""
     tracking_uri = _absolute(tracking_uri)
+    file = _database_file(tracking_uri)
     try:
-        with _first_call():
+        with _first_call(), tracking_database.guarded(file) if file and not parent else nullcontext():
             client = _client(tracking_uri)
             experiment_id = _experiment(client, tracking_uri, workspace)
     except Exception as error:  # MLflow lets through what SQLAlchemy, requests or the file system raised
-        reason = " ".join(masked(str(error)).split())[:200]
-        raise InputError(f"tracking_uri {masked(tracking_uri)!r}: {reason}") from error
+        raise InputError(f"tracking_uri {masked(tracking_uri)!r}: {_reason(error)}{_remedy(file)}") from error
     labels = {"mlflow.source.git.commit": git_revision(), **tags}
     if parent is not None:
         labels["mlflow.parentRunId"] = parent.id
@@ -131,7 +133,27 @@ def _experiment(client: mlflow.MlflowClient, tracking_uri: str, workspace: str) 
     if experiment is not None:
         return str(experiment.experiment_id)
     artifacts = str(Path(workspace, "artifacts").absolute()) if _is_database(tracking_uri) else None
-    return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+    try:
+        return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+    except Exception:
+        experiment = client.get_experiment_by_name(EXPERIMENT)  # another job made it between the two calls
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(masked(str(error)).split())[:200]
+
+
+def _remedy(file: Path | None) -> str:
+    """What to do with a database that does not open."""
+    try:
+        if file and tracking_database.is_outdated(file):
+            return f"; a copy of it made first, try 'mlflow db upgrade sqlite:///{file}', or move it away for a new one"
+    except (OSError, sqlite3.Error):
+        pass
+    return ""
 
 
 @contextmanager
@@ -151,11 +173,13 @@ def _absolute(tracking_uri: str) -> str:
     return f"sqlite:///{Path(path).absolute()}" if path != tracking_uri and path else tracking_uri
 
 
+def _database_file(tracking_uri: str) -> Path | None:
+    return Path(tracking_uri.removeprefix("sqlite:///")) if tracking_uri.startswith("sqlite:///") else None
+
+
 def _client(tracking_uri: str) -> mlflow.MlflowClient:
     import mlflow
 
-    if tracking_uri.startswith("sqlite:///"):
-        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return mlflow.MlflowClient(tracking_uri)
 
 

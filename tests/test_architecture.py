@@ -12,7 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # library -> rooms and files that may import it
 LIBRARIES = {
     "ray": ("rayjobs", "extraction", "cluster.py", "training.py", "tuning.py", "study.py", "serving"),
-    "mlflow": ("tracking.py",),
+    "mlflow": ("tracking.py", "tracking_database.py"),
     "transformers": ("lvlms",),
     "fsspec": ("storage.py",),
     "s3fs": ("storage.py",),

@@ -32,6 +32,10 @@ BEAT = 5.0  # seconds
 EXPIRY = 90.0  # seconds: a beat that storage throttles takes its retries, see storage
 
 
+class BusyInputError(InputError):
+    """Another process is writing the feature set."""
+
+
 class Lease:
     """The right to write a feature set, as long as nobody else took it over."""
 
@@ -71,7 +75,7 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(uri: str) -> Iterator[Lease]:
-    """The lease of the feature set at `uri`; waits for one that may be dead. Raises `InputError` for a living one."""
+    """The lease of the feature set; waits for one that may be dead. Raises `BusyInputError` for a living one."""
     lease = _take(uri)
     try:
         yield lease
@@ -97,7 +101,7 @@ def _take(uri: str) -> Lease:
 
 
 def _wait_for_the_end(uri: str, number: int) -> None:
-    """Returns when the lease `number` is released or dead. Raises `InputError` when it is alive."""
+    """Returns when the lease `number` is released or dead. Raises `BusyInputError` when it is alive."""
     about = _read(uri, number)
     is_here = about["host"] == _host()
     if about["released"] or (is_here and _born(about["pid"]) != about["born"]):
@@ -113,7 +117,7 @@ def _wait_for_the_end(uri: str, number: int) -> None:
             return
         is_alive = now["beat"] != about["beat"]
     if is_alive:
-        raise InputError(
+        raise BusyInputError(
             f"feature set {uri!r}: {name} is writing it; wait for that extraction, or stop it and start this one "
             "again, which goes on where it stopped"
         )
