@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
+START_TRIES = 3
 DETECTION = {  # a dead raylet is noticed within seconds, not half a minute
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
@@ -32,22 +33,49 @@ def raylets(num_workers: int = 2, cpus: float = 2, head_cpus: float = 0) -> Iter
     Its processes have this process's environment: set AWS_* before. `cluster.remove_node(node, allow_graceful=False)`
     kills a node, `cluster.add_node(num_cpus=...)` brings another.
     """
-    from ray.cluster_utils import Cluster
-
     path = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), path]) if path else str(ROOT)
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": head_cpus, "include_dashboard": False, "_system_config": DETECTION},
-    )
     try:
-        for _ in range(num_workers):
-            cluster.add_node(num_cpus=cpus)
-        cluster.wait_for_nodes()
-        yield cluster
+        cluster = _started([head_cpus] + [cpus] * num_workers)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
     finally:
         os.environ["PYTHONPATH"] = path
-        cluster.shutdown()
+
+
+def _started(cpus_of_nodes: Sequence[float]) -> Any:
+    """A cluster whose nodes are all up; on a busy machine a node may fail to start, so it is tried `START_TRIES` times.
+
+    Raises what the last try raised.
+    """
+    from ray.cluster_utils import Cluster
+
+    for tries_left in reversed(range(START_TRIES)):
+        before, cluster = set(psutil.Process().children()), Cluster()
+        try:
+            for number, num_cpus in enumerate(cpus_of_nodes):
+                head = {} if number else {"include_dashboard": False, "_system_config": DETECTION}
+                cluster.add_node(num_cpus=num_cpus, **head)
+            cluster.wait_for_nodes()
+            return cluster
+        except Exception as error:
+            with suppress(Exception):
+                cluster.shutdown()
+            # Of a node that did not come up Ray gives no handle; its processes are children of this one.
+            _end(set(psutil.Process().children()) - before)
+            if not tries_left:
+                raise
+            print(f"Ray did not start, {tries_left} tries are left: {error}", file=sys.stderr)
+    raise AssertionError("no try")
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
 
 
 def workers(node: Any, name: str = "") -> list[psutil.Process]:
