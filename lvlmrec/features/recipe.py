@@ -32,6 +32,7 @@ INPUTS = (*MEDIA, "text")
 FRAMES, MOTION = "frames", "motion"  # what a model is shown of a video
 ANSWER, FINISH = "text", "finish"  # last part of the names of the columns with what was generated, and why it ended
 FORMAT = 3  # counted up when sampling, pooling or naming change what a feature is
+LATER = ("bos_written",)  # keys of recipes that came later: without effect they do not count
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class LVLMInfo:
     number it was made for, 0 for any; it reads them in groups of `frame_group`. `video_options` are those of its video
     processor, with their defaults. `video_form` is what it is shown of a video: `frames`, or key frames and the
     `motion` that `video_encoder` found. A model that `is_random` draws random numbers whenever it looks at a video.
-    `dtypes` are those that its features can be stored in.
+    `dtypes` are those that its features can be stored in. `bos_written`: the chat template writes the
+    beginning-of-text token that the tokenizer would add, so that the tokenizer adds no special tokens.
     """
 
     family: str
@@ -107,6 +109,7 @@ class LVLMInfo:
     video_encoder: str = ""
     is_random: bool = False
     dtypes: tuple[str, ...] = DTYPES
+    bos_written: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class Recipe:
     texts_from: str = ""
     video_form: str = FRAMES
     video_encoder: str = ""
+    bos_written: bool = False
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -205,7 +209,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `Recipe.from_json` reads them back."""
-        return asdict(self) | {
+        values = {key: value for key, value in asdict(self).items() if value or key not in LATER}
+        return values | {
             "taps": [str(tap) for tap in self.taps],
             "poolings": list(self.poolings),
             "format": FORMAT,
@@ -287,6 +292,7 @@ def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str
         texts_from=texts_from if any(prompt.fields for prompt in config.prompts.values()) else "",
         video_form=info.video_form,
         video_encoder=info.video_encoder,
+        bos_written=info.bos_written,
     )
 
 

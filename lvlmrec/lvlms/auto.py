@@ -32,7 +32,8 @@ class Found(NativeFamily):
         """What the model is, from its files. Raises `ConfigError`."""
         text = source.read_model_config(config, self.name).get_text_config()
         layers, width = {"llm": text.num_hidden_layers}, {"llm": text.hidden_size}
-        return LVLMInfo(self.name, source.identity(config), config.dtype, layers, width)
+        written = source.bos_written(config)
+        return LVLMInfo(self.name, source.identity(config), config.dtype, layers, width, bos_written=written)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,21 @@ def joined_messages(conversation: Sequence[Mapping[str, Any]], placeholder: str)
     ]
 
 
+def adds_special_tokens(processor: Any, text: str) -> bool:
+    """Whether the tokenizer adds its special tokens to a rendered conversation.
+
+    The rule of transformers' `ProcessorMixin.apply_chat_template(tokenize=True)`: none where the chat template wrote
+    the beginning-of-text token, else as the processor has it.
+    """
+    bos = processor.tokenizer.bos_token
+    if bos is not None and text.startswith(bos):
+        return False
+    if not hasattr(processor, "_merge_kwargs"):  # a port
+        return True
+    options = processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs)["text_kwargs"]
+    return bool(options.get("add_special_tokens", True))
+
+
 def fill(text: str, prompt: Prompt, fields: Mapping[str, str], special_tokens: Sequence[str]) -> str:
     """The rendered text with an item's own words in it. A model's special tokens among them become spaces."""
 

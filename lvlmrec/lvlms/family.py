@@ -6,7 +6,7 @@ Legend: B clips, F frames, P patch tokens, D width of the vision tower.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,8 @@ class NativeFamily:
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
         model_config = source.read_model_config(config, self.name)
-        return describe(self.name, config, model_config, self.video_options, self.vision_width)
+        info = describe(self.name, config, model_config, self.video_options, self.vision_width)
+        return replace(info, bos_written=source.bos_written(config))
 
     def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""

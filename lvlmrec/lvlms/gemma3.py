@@ -12,7 +12,11 @@ from lvlmrec.lvlms.family import NativeFamily, patches_of_frames
 
 
 def tiny() -> tuple[Any, Any]:
-    """4 layers x 64, every other one sliding, over 3 vision layers x 48; 56 px frames of 4 tokens."""
+    """4 layers x 64, every other one sliding, over 3 vision layers x 48; 56 px frames of 4 tokens.
+
+    As published, the tokenizer adds a beginning-of-text token, and the chat template writes one.
+    """
+    from tokenizers.processors import TemplateProcessing
     from transformers import Gemma3Config, Gemma3ImageProcessor, Gemma3Processor, Gemma3TextConfig, SiglipVisionConfig
 
     from lvlmrec.lvlms.tiny import chat_sizes, chat_template, tokenizer
@@ -22,7 +26,12 @@ def tiny() -> tuple[Any, Any]:
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
             "image_token": "<image_soft_token>",
-        }
+        },
+        ["<bos>"],
+    )
+    words.bos_token = "<bos>"
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        "<bos> $A", special_tokens=[("<bos>", words.bos_token_id)]
     )
     side, patch, tokens_per_frame = 56, 14, 4
     sizes: dict[str, Any] = {"num_attention_heads": 4}
@@ -42,7 +51,7 @@ def tiny() -> tuple[Any, Any]:
         image_processor=Gemma3ImageProcessor(size={"height": side, "width": side}),
         tokenizer=words,
         image_seq_length=tokens_per_frame,
-        chat_template=chat_template("", "<start_of_image>"),
+        chat_template="{{ bos_token }}" + chat_template("", "<start_of_image>"),
     )
     return model_config, processor
 

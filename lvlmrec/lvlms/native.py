@@ -101,6 +101,7 @@ class NativeLVLM:
         self._has_llm_taps = any(tap.tower == "llm" for tap in recipe.taps)
         prompts = recipe.prompts if self._has_llm_taps or recipe.text_names else {}
         self._texts = {name: conversation.render(processor, name, prompt) for name, prompt in prompts.items()}
+        self._adds = {name: conversation.adds_special_tokens(processor, text) for name, text in self._texts.items()}
         self.hooks = Hooks(self._base, family.vision_layers, recipe, info.num_layers["llm"])
         self._bank = Bank(self._base, self.hooks, recipe, batch_size, family.shares_prefix)
 
@@ -163,7 +164,7 @@ class NativeLVLM:
             if kind in shown:
                 token = media.placeholder(self._processor, kind)
                 texts = [text.replace(token, own) for text, own in zip(texts, shown[kind].texts, strict=True)]
-            prompts[name] = self._processor.tokenizer(texts)["input_ids"]
+            prompts[name] = self._processor.tokenizer(texts, add_special_tokens=self._adds[name])["input_ids"]
         return Batch(rows, [items[row].item_id for row in rows], shown, prompts)
 
     @torch.inference_mode()

@@ -88,21 +88,61 @@ def refuse(config: ModelConfig, model_type: str, family: str, expected: str) -> 
 
 def read_json(config: ModelConfig, name: str) -> Any:
     """The JSON in a file of the model, None where the model has no such file. Raises `ConfigError`."""
-    from transformers.utils import cached_file
-
     try:
-        if Path(config.model).is_dir():
-            path = Path(config.model) / name
-        else:
-            revision = resolve_revision(config)
-            path = Path(
-                cached_file(config.model, name, revision=revision, _raise_exceptions_for_missing_entries=False) or ""
-            )
-        if not path.is_file():
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
+        path = _file(config, name)
+        return json.loads(path.read_text(encoding="utf-8")) if path else None
     except (OSError, ValueError) as error:
         raise ConfigError(f"lvlm.model: {config.model!r}: {name}: {one_line(error)}") from error
+
+
+def _file(config: ModelConfig, name: str) -> Path | None:
+    """A file of the model, None where it has no such file. Raises `OSError`."""
+    from transformers.utils import cached_file
+
+    if Path(config.model).is_dir():
+        path = Path(config.model) / name
+    else:
+        found = cached_file(
+            config.model, name, revision=resolve_revision(config), _raise_exceptions_for_missing_entries=False
+        )
+        path = Path(found or "")
+    return path if path.is_file() else None
+
+
+def bos_written(config: ModelConfig) -> bool:
+    """Whether the chat template begins with the beginning-of-text token, and the tokenizer would add special tokens.
+
+    The tokenizer is loaded only where the template could write the token. Raises `ConfigError`.
+    """
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    template = _chat_template(config)
+    named = (read_json(config, "tokenizer_config.json") or {}).get("bos_token") or ""
+    bos = named.get("content", "") if isinstance(named, dict) else named
+    if "bos_token" not in template and (not bos or bos not in template):
+        return False
+    try:
+        words: Any = AutoTokenizer.from_pretrained(
+            config.model, revision=resolve_revision(config), trust_remote_code=config.trust_remote_code
+        )
+        message = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+        text = words.apply_chat_template([message], chat_template=template, tokenize=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, TemplateError):
+        return False  # loading says what is wrong
+    if not words.bos_token or not text.startswith(words.bos_token):
+        return False
+    return bool(words(text)["input_ids"] != words(text, add_special_tokens=False)["input_ids"])
+
+
+def _chat_template(config: ModelConfig) -> str:
+    """The chat template of a processor's files; empty where there is none. Raises `ConfigError`."""
+    try:
+        path = _file(config, "chat_template.jinja")
+        text = path.read_text(encoding="utf-8") if path else (read_json(config, "chat_template.json") or {})
+        return text if isinstance(text, str) else str(text.get("chat_template", ""))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"lvlm.model: {config.model!r}: chat template: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

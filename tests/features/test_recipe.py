@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from lvlmrec.config import load
@@ -75,6 +77,12 @@ def test_the_fingerprint_names_the_model_by_content_and_ignores_how_taps_are_wri
     other = LVLMInfo("llava_onevision", "content:2", "float32", INFO.num_layers, INFO.width)
     assert make(info=other).fingerprint != make().fingerprint
     assert make("taps=[llm.-1,llm.0]").fingerprint == make("taps=[llm.0,llm.4]").fingerprint
+
+
+def test_keys_that_came_later_count_where_they_have_an_effect_alone() -> None:
+    assert make().fingerprint == "b904d6f064389040"  # as before there were such keys
+    written = make(info=dataclasses.replace(INFO, bos_written=True))
+    assert written.fingerprint != make().fingerprint and Recipe.from_json(written.to_json()) == written
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,32 @@ def messages(processor: Any, prompt: Prompt, num_frames: int) -> list[dict[str, 
     return [{"role": "user", "content": content}]
 
 
+def read(processor: Any, conversation: list[dict[str, Any]], shown: dict[str, Any]) -> Any:
+    """What a user of transformers gives the model, one row for each video or list of images in `shown`."""
+    (message,) = conversation
+    media = {part["type"] for part in message["content"]} - {"text"}
+    options = {"padding": True, **shown}
+    is_port = not type(processor).__module__.startswith("transformers.")
+    if is_port or (shown and not media):  # the latter has its place-holder in the text
+        text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+        num_rows = len(shown.get("videos", shown.get("images", [0])))
+        return processor(text=[text] * num_rows, return_tensors="pt", **options)
+    rows = options.pop("videos", None) or options.pop("images", [[]])
+    conversations = []
+    for row in rows:
+        left = iter(row if isinstance(row, list) else [row])
+        content = [p if p["type"] == "text" else p | {p["type"]: next(left)} for p in message["content"]]
+        conversations.append([message | {"content": content}])
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=options,
+    )
+
+
 @functools.cache
 def hugging_face(directory: Path) -> tuple[Any, Any]:
     """Model and processor; of ports, which transformers does not hold, what the tests say they are."""
@@ -146,8 +172,7 @@ def hugging_face(directory: Path) -> tuple[Any, Any]:
 @torch.inference_mode()
 def reference(directory: Path, clips: Sequence[Clip], prompt: Prompt) -> Reference:
     model, processor = hugging_face(directory)
-    text = processor.apply_chat_template(messages(processor, prompt, len(clips[0].frames)), add_generation_prompt=True)
-    inputs = processor(text=[text] * len(clips), return_tensors="pt", padding=True, **videos(processor, clips))
+    inputs = read(processor, messages(processor, prompt, len(clips[0].frames)), videos(processor, clips))
     modality = "video" if "pixel_values_videos" in inputs else "image"
     encode = getattr(model.model, f"get_{modality}_features")
     wanted = inspect.signature(encode).parameters

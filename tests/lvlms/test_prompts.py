@@ -18,7 +18,7 @@ from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
 from lvlmrec.lvlms.media import placeholder
 from lvlmrec.lvlms.protocol import Item
 from tests.lvlms.conftest import LVLM_FAMILIES
-from tests.lvlms.test_contract import LINEAR, READS_PROMPTS_ALONE, hugging_face, messages, videos
+from tests.lvlms.test_contract import LINEAR, READS_PROMPTS_ALONE, hugging_face, messages, read, videos
 
 TOLERANCE = 2e-6  # share of a feature's largest entry, float32: rows of other lengths are summed in another order
 ASK = Prompt("What is shown?", max_new_tokens=6)
@@ -59,18 +59,15 @@ def extract(model: LVLM, items: Sequence[Item]) -> dict[str, Any]:
 def processed(directory: Path, item: Item, prompt: Prompt) -> dict[str, Any]:
     """One item and prompt as a user of transformers writes them."""
     _, processor = hugging_face(directory)
-    shown: dict[str, Any] = {"text": []}
+    shown: dict[str, Any] = {}
     if prompt.input == "video":
         assert item.video is not None
         shown = videos(processor, [item.video])
     elif prompt.input == "cover":
         assert item.cover is not None
         shown = {"images": [item.cover.frames[0]], "input_data_format": "channels_last"}
-    else:
-        shown = {}
     prompt = dataclasses.replace(prompt, text=prompt.text.replace("{title}", item.texts.get("title", "")))
-    written = processor.apply_chat_template(messages(processor, prompt, 4), add_generation_prompt=True)
-    return dict(processor(text=[written], return_tensors="pt", **shown))
+    return dict(read(processor, messages(processor, prompt, 4), shown))
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, family: str, what: object) -> None:

@@ -18,7 +18,7 @@ from lvlmrec.lvlms.family import NativeFamily
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.video import Clip
 from tests.lvlms.conftest import WITHOUT_TINY
-from tests.lvlms.test_contract import messages, videos
+from tests.lvlms.test_contract import messages, read, videos
 
 NUM_COLOURS = 4
 NUM_FRAMES = 4
@@ -48,8 +48,7 @@ def test_auto_classes_load_and_generate(tiny_models, clips, family) -> None:
     model, report = AutoModelForImageTextToText.from_pretrained(tiny_models[family], output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     content = messages(processor, Prompt("Describe this video."), len(clips[0].frames))
-    text = processor.apply_chat_template(content, add_generation_prompt=True)
-    inputs = processor(text=[text], return_tensors="pt", **videos(processor, clips[:1]))
+    inputs = read(processor, content, videos(processor, clips[:1]))
     length = inputs["input_ids"].shape[1]
     tokens = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert tokens.shape == (1, length + 3)
