@@ -26,7 +26,8 @@ import numpy as np
 from av.video.frame import VideoFrame
 from PIL import Image
 
-from lvlmrec.video import DEFAULT_FPS, geometry_of
+from lvlmrec.orientation import geometry_of
+from lvlmrec.video import DEFAULT_FPS
 from lvlmrec.video_file import VideoError, decode_frames, demux, faults_named, open_video
 
 FPS = 6

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
-from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from lvlmrec.bitstream import Picture, PictureReader, decode_plan, picture_reader, trusted_pictures
+from lvlmrec.orientation import Geometry, geometry_of, still_picture
 from lvlmrec.video_file import VideoError, decode_frames, demux, faults_named, open_video
 
 DEFAULT_FPS = 25.0  # where neither timestamps nor the container say
@@ -103,7 +103,7 @@ def probe(path: str | Path) -> VideoInfo:
         frame = next(decode_frames(stream, demux(container, stream)), None)
         if frame is None:
             raise VideoError("decode", "no_frames", "no frame came out of the decoder")
-        geometry = geometry_of(frame, max(frame.width, frame.height))
+        geometry = geometry_of(frame, max(frame.width, frame.height), still_picture(path, container.format.name))
     shown = sorted((pts is None, pts or 0, k) for k, pts in enumerate(packets.pts) if packets.shown[k])
     times = _seconds([packets.pts[k] for _, _, k in shown], packets.duration[shown[-1][2]], packets)
     width, height = geometry.width, geometry.height
@@ -149,30 +149,6 @@ class _Packets:
     time_base: Fraction
     fps: float
     held: list[av.Packet]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a decoded frame becomes a picture: scaled to width x height, then transposed, then flipped."""
-
-    width: int
-    height: int
-    transpose: bool
-    flip_x: bool
-    flip_y: bool
-
-    @property
-    def mirrored(self) -> bool:
-        return (self.transpose + self.flip_x + self.flip_y) % 2 == 1
-
-    @property
-    def rotation(self) -> int:
-        flip_x, flip_y = self.flip_x, self.flip_y
-        if self.mirrored:  # take the horizontal flip of the source off again
-            flip_x, flip_y = (flip_x, not flip_y) if self.transpose else (not flip_x, flip_y)
-        if self.transpose:
-            return 90 if flip_x else 270
-        return 180 if flip_x and flip_y else 0
 
 
 def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
@@ -252,11 +228,11 @@ def _sample_all(path: str | Path, packets: _Packets, num_frames: int, max_side: 
     guess = sum(packets.shown)
     while True:
         indices = sample_indices(guess, num_frames)
-        frames = _Frames(indices, max_side)
         wanted = set(indices.tolist())
         pts: list[int | None] = []
         last_duration = 0
         with open_video(path) as (container, stream):
+            frames = _Frames(indices, max_side, still_picture(path, container.format.name))
             for frame in decode_frames(stream, demux(container, stream)):
                 if len(pts) in wanted:
                     frames.put(len(pts), frame)
@@ -275,8 +251,8 @@ class _Frames:
     They are written where they stay, in the geometry of the first: fresh memory costs as much as the conversion.
     """
 
-    def __init__(self, indices: np.ndarray, max_side: int) -> None:
-        self._indices, self._max_side = indices, max_side
+    def __init__(self, indices: np.ndarray, max_side: int, picture: str | Path | None = None) -> None:
+        self._indices, self._max_side, self._picture = indices, max_side, picture
         self._rows: dict[int, list[int]] = {}
         for row, index in enumerate(indices.tolist()):
             self._rows.setdefault(index, []).append(row)
@@ -285,7 +261,7 @@ class _Frames:
 
     def put(self, index: int, frame: VideoFrame) -> None:
         """The frame at `index` of the video is this one. Raises `VideoError`."""
-        self._geometry = self._geometry or geometry_of(frame, self._max_side)
+        self._geometry = self._geometry or geometry_of(frame, self._max_side, self._picture)
         picture = _render(frame, self._geometry)
         if not self._frames.size:
             self._frames = np.empty((len(self._indices), *picture.shape), np.uint8)
@@ -295,20 +271,6 @@ class _Frames:
     def clip(self, times: np.ndarray) -> Clip:
         """All are there; `times` are `_seconds`."""
         return Clip(self._frames, times[self._indices], self._indices, len(times) - 1, float(times[-1]))
-
-
-def geometry_of(frame: VideoFrame, max_side: int) -> Geometry:
-    """How the pictures of a video become upright ones of at most `max_side` pixels, from one of its frames."""
-    scale = min(1.0, max_side / max(frame.width, frame.height))
-    width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
-    matrix = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-    # x' = a x + c y, y' = b x + d y (libavutil/display.h); what is not a quarter turn or a flip is nonsense here
-    if min(abs(a), abs(d)) > max(abs(b), abs(c)):
-        return Geometry(width, height, transpose=False, flip_x=a < 0, flip_y=d < 0)
-    if min(abs(b), abs(c)) > max(abs(a), abs(d)):
-        return Geometry(width, height, transpose=True, flip_x=c < 0, flip_y=b < 0)
-    return Geometry(width, height, transpose=False, flip_x=False, flip_y=False)
 
 
 def _render(frame: VideoFrame, geometry: Geometry) -> np.ndarray:

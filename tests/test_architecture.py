@@ -42,6 +42,7 @@ GROUND = {
     "video",
     "video_file",
     "motion",
+    "orientation",
     "taps",
     "bitstream",
     "av1",
