@@ -3,7 +3,9 @@
     schema defaults  <  YAML layers in the order given  <  dotted.key=value
 
 A value is written once, in the dataclass of the component that reads it; `option` adds its help text,
-choices and bound, `variant` says that a part of the schema is chosen by its `name` from a table.
+choices and bounds, `variant` says that a part of the schema is chosen by its `name` from a table. What several keys
+of a dataclass ask of each other stands in its method `check`, which raises `ConfigError` and names keys from there:
+`load` calls it, of the parts first, and puts the path in front.
 URIs are `str`: `pathlib` would turn `s3://bucket` into `s3:/bucket`.
 """
 
@@ -11,9 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import operator
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -24,6 +29,14 @@ from lvlmrec.errors import ConfigError
 
 T = TypeVar("T")
 CONF = Path(__file__).resolve().parent.parent / "conf"
+BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {  # of `option`: what holds, and what is said otherwise
+    "minimum": (operator.ge, "is below"),
+    "maximum": (operator.le, "is above"),
+    "above": (operator.gt, "is not above"),
+    "below": (operator.lt, "is not below"),
+}
+UNSET = (None, "")  # given on the command line: key=null, key=
+MAX_SEED = 2**32 - 1  # the largest that NumPy's older generators take
 
 
 def option(
@@ -31,10 +44,18 @@ def option(
     help: str,
     *,
     choices: Mapping[str, Any] | Sequence[str] | None = None,
-    minimum: float | None = None,
+    required: bool = False,
+    distinct: bool = False,
+    **bounds: float,
 ) -> Any:
-    """A documented dataclass field. A list, a dict or a class as default becomes a default factory."""
-    metadata = {"help": help, "choices": choices, "minimum": minimum}
+    """A documented dataclass field. A list, a dict or a class as default becomes a default factory.
+
+    `bounds` are `minimum`, `maximum`, and without the bound itself `above`, `below`; like `choices` they are those of
+    each entry of a list or a dict. A `required` one may not be empty, one that is `distinct` lists nothing twice.
+    Numbers are finite and texts in a list not empty.
+    """
+    assert bounds.keys() <= BOUNDS.keys(), bounds
+    metadata = {"help": help, "choices": choices, "required": required, "distinct": distinct, "bounds": bounds}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list | dict):
@@ -46,6 +67,12 @@ def variant(table: Mapping[str, type], default: str, help: str) -> Any:
     """A field whose dataclass is `table[name]`, where `name` is the part's own `name` key."""
     metadata = {"help": help, "variants": table}
     return dataclasses.field(default_factory=table[default], metadata=metadata)
+
+
+def check_gpus(key: str, number: float) -> None:
+    """Ray gives a process a share of one GPU, or whole ones. Raises `ConfigError`."""
+    if number > 1 and number % 1:
+        raise ConfigError(f"{key}: {number}: expected a share of one GPU, up to 1, or a whole number of them")
 
 
 def load(schema: type[T], layers: Sequence[str | Path | Mapping[str, Any]], overrides: Sequence[str] = ()) -> T:
@@ -61,8 +88,8 @@ def load(schema: type[T], layers: Sequence[str | Path | Mapping[str, Any]], over
         OmegaConf.update(raw, key, _parse_value(text), merge=False, force_add=True)
     given = typing.cast(dict[str, Any], OmegaConf.to_container(raw))
     shape = _shape(schema, given, "")
-    _check_keys(shape, given, "")
-    resolved = _merge(shape, given)
+    _check_keys(shape, given, "", shape)
+    resolved = _merge(shape, _emptied(shape, given))
     _check_values(resolved, "")
     return typing.cast(T, resolved)
 
@@ -156,9 +183,10 @@ def _shape(schema: type, given: Any, prefix: str) -> Any:
     """A default instance of `schema` with every variant replaced by the one that `given` names."""
     instance = schema()
     replaced = {}
+    given = given if isinstance(given, dict) else {}
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
-        part = given.get(field.name, {}) if isinstance(given, dict) else {}
+        part = given.get(field.name, {})
         if "variants" in field.metadata:
             name = part.get("name", value.name) if isinstance(part, dict) else value.name
             table = field.metadata["variants"]
@@ -167,22 +195,45 @@ def _shape(schema: type, given: Any, prefix: str) -> Any:
             replaced[field.name] = _shape(table[name], part, f"{prefix}{field.name}.")
         elif dataclasses.is_dataclass(value):
             replaced[field.name] = _shape(type(value), part, f"{prefix}{field.name}.")
-        elif isinstance(value, dict) and isinstance(given, dict) and isinstance(given.get(field.name), dict):
+        elif isinstance(value, dict) and field.name in given and (isinstance(part, dict) or part in UNSET):
             replaced[field.name] = {}  # named things of a layer replace the default's, they do not join them
     return dataclasses.replace(instance, **replaced)
 
 
-def _check_keys(shape: Any, given: Any, prefix: str) -> None:
+def _check_keys(shape: Any, given: Any, prefix: str, root: Any) -> None:
     if not isinstance(given, dict):
         raise ConfigError(f"{prefix.rstrip('.')}: {given!r} is not a group of keys")
     names = [f.name for f in dataclasses.fields(shape)]
     for key, value in given.items():
         if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean {prefix}{close[0]}? " if close else ""
-            raise ConfigError(f"{prefix}{key}={value!r}: unknown key; {hint}choices: {', '.join(sorted(names))}")
+            path, value = next(flatten({f"{prefix}{key}": value}))
+            close = _meant(str(key), path, prefix, names, [known for known, _ in flatten(dataclasses.asdict(root))])
+            hint = f"did you mean {' or '.join(close[:3])}? " if close else ""
+            raise ConfigError(f"{path}={value!r}: unknown key; {hint}choices: {', '.join(sorted(names))}")
         if dataclasses.is_dataclass(getattr(shape, key)):
-            _check_keys(getattr(shape, key), value, f"{prefix}{key}.")
+            _check_keys(getattr(shape, key), value, f"{prefix}{key}.", root)
+
+
+def _meant(key: str, path: str, prefix: str, siblings: list[str], known: list[str]) -> list[str]:
+    """What `prefix` + `key`, the beginning of the unknown `path`, may be: a misspelt neighbour, or one elsewhere."""
+    close = [prefix + name for name in difflib.get_close_matches(key, siblings, n=1)]
+    whole = [name + path[len(prefix) + len(key) :] for name in close]
+    last = path.rsplit(".", 1)[-1]
+    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == last]
+    return [name for name in whole if name in known] or elsewhere or close
+
+
+def _emptied(shape: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with what is unset (`key=` or `key=null`) as the empty text, list or dict that its key holds."""
+    made = {}
+    for key, value in given.items():
+        default = getattr(shape, key)
+        if dataclasses.is_dataclass(default):
+            value = _emptied(default, value)
+        elif value in UNSET and isinstance(default, str | list | dict):
+            value = type(default)()
+        made[key] = value
+    return made
 
 
 def _merge(shape: Any, given: dict[str, Any]) -> Any:
@@ -200,17 +251,44 @@ def _check_values(config: Any, prefix: str) -> None:
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             _check_values(value, f"{key}.")
-            continue
-        if isinstance(value, dict) and all(dataclasses.is_dataclass(part) for part in value.values()):
+        elif isinstance(value, dict) and any(dataclasses.is_dataclass(part) for part in value.values()):
             for name, part in value.items():
                 _check_values(part, f"{key}.{name}.")
-            continue
-        choices, minimum = field.metadata.get("choices"), field.metadata.get("minimum")
-        for entry in value if isinstance(value, list) else [value]:
-            if choices is not None and entry not in choices:
-                raise ConfigError(f"{key}: {entry!r} is not one of {', '.join(sorted(choices))}")
-            if minimum is not None and entry is not None and entry < minimum:
-                raise ConfigError(f"{key}: {entry!r} is below {minimum}")
+        elif field.type not in (Any, "Any"):  # of those whoever reads them knows more
+            _check_value(key, value, **field.metadata)
+    try:
+        getattr(config, "check", lambda: None)()
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from error
+
+
+def _check_value(
+    key: str,
+    value: Any,
+    help: str = "",
+    choices: Mapping[str, Any] | Sequence[str] | None = None,
+    required: bool = False,
+    distinct: bool = False,
+    bounds: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Raises `ConfigError` when a value, or an entry of it, is not as its `option` says."""
+    if required and not value:
+        kind = "a value" if isinstance(value, str) else "at least one entry"
+        raise ConfigError(f"{key}: {value!r}: empty; expected {kind}: {help}")
+    entries = value if isinstance(value, list) else [*value.values()] if isinstance(value, dict) else [value]
+    for place, entry in enumerate(entries):
+        if isinstance(entry, float) and not math.isfinite(entry):
+            raise ConfigError(f"{key}: {entry!r} is not a finite number")
+        if choices is not None and entry not in choices:
+            raise ConfigError(f"{key}: {entry!r} is not one of {', '.join(sorted(choices))}")
+        if isinstance(value, list) and entry == "":
+            raise ConfigError(f"{key}: {value!r}: '' is no entry")
+        if distinct and entry in entries[:place]:
+            raise ConfigError(f"{key}: {value!r}: {entry!r} is given twice")
+        for name, bound in bounds.items():
+            holds, said = BOUNDS[name]
+            if entry is not None and not holds(entry, bound):
+                raise ConfigError(f"{key}: {entry!r} {said} {bound}")
 
 
 def _describe(config: Any, prefix: str, write: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from lvlmrec.baselines import BASELINES
 from lvlmrec.baselines.base import Baseline
 from lvlmrec.checkpoint import Checkpoint, load_checkpoint
 from lvlmrec.columns import COLD, ITEM_ID, ITEM_RANK, USER_ID
-from lvlmrec.config import option
+from lvlmrec.config import MAX_SEED, option
 from lvlmrec.data import load_split
 from lvlmrec.data.split import Holdout, Split
 from lvlmrec.errors import ConfigError, InputError
@@ -37,17 +37,21 @@ COMPARED = "ndcg@10"
 class EvaluateConfig:
     """The evaluate job."""
 
-    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here")
-    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database")
-    seed: int = option(0, "seed of the permutation tests")
-    checkpoint: str = option("${workspace}/checkpoints", "a checkpoint, or a folder: its newest one")
+    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here", required=True)
+    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
+    seed: int = option(0, "seed of the permutation tests", minimum=0, maximum=MAX_SEED)
+    checkpoint: str = option("${workspace}/checkpoints", "a checkpoint, or a folder: its newest one", required=True)
     dataset_path: str = option("", "where the dataset is now, if not where the checkpoint was trained")
     features: Any = option("", "where the feature set is now, or the list of them, if not where it was trained")
     ks: list[int] = option([10, 20], "cut-offs K of the metrics", minimum=1)
     baselines: list[str] = option(
-        ["popularity", "item_knn", "markov"], "fitted and ranked on the same split", choices=BASELINES
+        ["popularity", "item_knn", "markov"], "fitted and ranked on the same split", choices=BASELINES, distinct=True
     )
     against: Any = option("", "ranks of another evaluation, or a list of them: compared user by user")
+
+    def check(self) -> None:
+        if not self.ks:
+            raise ConfigError("ks: no cut-off given; as in ks=[10,20]")
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -57,8 +61,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     checkpoint was trained on.
     """
     ks, others = sorted(set(config.ks)), _others(config.against)
-    if not ks:
-        raise ConfigError("ks: no cut-off given; as in ks=[10,20]")
     for other in others:
         read_ranks(other)  # before the work, not after it
     checkpoint, split = _load(config)

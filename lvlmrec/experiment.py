@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from lvlmrec import config as configs
 from lvlmrec import pretrained, storage
-from lvlmrec.config import option, variant
+from lvlmrec.config import MAX_SEED, option, variant
 from lvlmrec.data import DatasetConfig, load_split
 from lvlmrec.data.split import Holdout, UserItems
 from lvlmrec.errors import ConfigError, InputError
@@ -43,7 +44,7 @@ class TrainingConfig:
     schedule: str = option(
         "constant", "the learning rate after its warm-up: constant, or down to 0 at the last epoch", choices=SCHEDULES
     )
-    warmup: float = option(0.0, "share of all steps in which the learning rate rises from 0", minimum=0)
+    warmup: float = option(0.0, "share of all steps in which the learning rate rises from 0", minimum=0, maximum=1)
     batch_size: int = option(512, "users per step, over all workers", minimum=1)
     num_workers: int = option(
         1, "data-parallel workers; they share each batch, dropout alone is drawn by each", minimum=1
@@ -53,22 +54,32 @@ class TrainingConfig:
     )
     use_gpu: bool = option(False, "one GPU for each worker")
     weight_decay: float = option(0.1, "weight decay of AdamW", minimum=0)
-    gradient_clip: float = option(5.0, "largest gradient norm", minimum=0)
+    gradient_clip: float = option(5.0, "largest gradient norm; 0: any, nothing is clipped", minimum=0)
     patience: int = option(5, "epochs without a better validation HR@10 before it stops", minimum=1)
     precision: str = option("float32", "arithmetic of the forward", choices=("float32", "bfloat16"))
     loss: LossConfig = variant(LOSSES, "in_batch_softmax", "what is minimised")
     alignment: float = option(0.0, "weight of the mean squared distance between query and label, normalised", minimum=0)
     uniformity: float = option(0.0, "weight of the uniformity of queries and items, the mean of both", minimum=0)
 
+    def check(self) -> None:
+        if self.min_workers > self.num_workers:
+            raise ConfigError(f"min_workers: {self.min_workers} is more than training.num_workers, {self.num_workers}")
+        if self.batch_size == 1 and self.loss.of_others:
+            others = ", ".join(name for name, loss in LOSSES.items() if not loss.of_others)
+            raise ConfigError(
+                f"batch_size: 1: {self.loss.name} takes its negatives from the batch's other users, there are none; "
+                f"choices: 2 or more, or training.loss.name of {others}"
+            )
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The train job."""
 
-    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here")
-    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database")
-    cache: str = option("${workspace}/cache", "local folder for memory-mapped features, one per machine")
-    seed: int = option(0, "seed of initialisation, order and dropout")
+    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here", required=True)
+    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
+    cache: str = option("${workspace}/cache", "local folder for memory-mapped features, one per machine", required=True)
+    seed: int = option(0, "seed of initialisation, order and dropout", minimum=0, maximum=MAX_SEED)
     dataset: DatasetConfig = option(DatasetConfig, "interactions")
     features: Any = option("${workspace}/features", "feature set, or a store that holds exactly one; or a list of them")
     feature_columns: list[str] = option([], "patterns of columns, as describe/llm.*/visual_mean; none: see README")
@@ -86,6 +97,10 @@ class TrainConfig:
     )
     model: ModelConfig = option(ModelConfig, "the recommender")
     training: TrainingConfig = option(TrainingConfig, "the optimisation")
+
+    def check(self) -> None:
+        check_video(self)
+        self.model.backbone.check_width(self.model.embedding_dim)
 
 
 @dataclass(frozen=True)
@@ -138,7 +153,6 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
 
     `every_layer` prepares all matching columns even for an item encoder that reads one: a search chooses among them.
     """
-    _check_video(config)
     split, report = load_split(config.dataset)
     fingerprint = split.fingerprint()
     of_two = split.training()[:, -2] > 0
@@ -164,6 +178,8 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
         features = pca.reduce(features, trained_on, config.feature_pca)
     if features is not None and config.feature_scaling == "standardize":
         features = features.standardized(trained_on)
+    if not every_layer:
+        check_model(config, len(item_ids), features)
     # Defaults do not count: a new option leaves the names of earlier runs as they were.
     flat = configs.changed(config)
     learned = {k: v for k, v in flat if k not in NOT_LEARNED and not k.startswith(SEARCH)}
@@ -171,8 +187,8 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
         learned = {k: v for k, v in learned.items() if not k.startswith("feature")}
     if config.model.item_encoder.pretrained:  # what the weights are, not where they lie
         learned["model.item_encoder.encoder_weights"] = pretrained.digest(config.model.item_encoder.pretrained)
-    learned |= {"format": FORMAT, "dataset.path": fingerprint, "features": features.digest if features else ""}
     learned["format"] = FORMAT + config.training.loss.format
+    learned |= {"dataset.path": fingerprint, "features": features.digest if features else ""}
     key = hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
     tags = {"dataset": fingerprint, "feature_set": "none", "recipe": "none"}
     if features is not None:
@@ -194,7 +210,7 @@ def _check_negatives(config: TrainConfig, data: TrainingData) -> None:
         )
 
 
-def _check_video(config: TrainConfig) -> None:
+def check_video(config: TrainConfig) -> None:
     """Raises `ConfigError` on what says nothing: of frames that are trained on, or of an encoder that there is not."""
     if not config.model.item_encoder.reads_frames:
         if config.training.encoder_lr:
@@ -212,6 +228,8 @@ def feature_uris(config: TrainConfig) -> list[str]:
     uris = config.features if isinstance(config.features, list) else [config.features]
     if not uris or not all(isinstance(uri, str) and uri for uri in uris):
         raise ConfigError(f"features: {config.features!r} is neither the URI of a feature set nor a list of URIs")
+    if len({*map(storage.absolute, uris)}) < len(uris):
+        raise ConfigError(f"features: {config.features!r}: a feature set is given twice")
     return uris
 
 
@@ -243,6 +261,12 @@ def build_model(config: ModelConfig, num_items: int, max_length: int, features: 
     """The recommender for a catalogue of `num_items` and the features' shape."""
     shapes = [FeatureShape(*shape, features.item_shape) for shape in features.shapes] if features else []
     return config.build(num_items, max_length, shapes)
+
+
+def check_model(config: TrainConfig, num_items: int, features: FeatureArray | None) -> None:
+    """Raises `ConfigError` when the recommender does not fit the features; none is made."""
+    with torch.device("meta"):
+        build_model(config.model, num_items, config.dataset.max_length, features)
 
 
 def summary(experiment: Experiment) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.baselines import BASELINES
-from lvlmrec.config import option
+from lvlmrec.config import MAX_SEED, check_gpus, option
 from lvlmrec.errors import ConfigError
 from lvlmrec.experiment import NOT_LEARNED, TrainConfig
 from lvlmrec.fitting import SELECTED_BY
@@ -55,14 +55,31 @@ class StudySettings:
     search: dict[str, Any] = option(
         {"training.lr": [1e-3, 2e-3]}, "key -> values: every combination is tried of every method, at the first seed"
     )
-    seeds: list[int] = option([0, 1], "the chosen setting is trained and tested with each", minimum=0)
+    seeds: list[int] = option(
+        [0, 1],
+        "the chosen setting is trained and tested with each",
+        minimum=0,
+        maximum=MAX_SEED,
+        required=True,
+        distinct=True,
+    )
     reference: str = option("ID", "the method that every other is tested against")
     baselines: list[str] = option(
-        ["popularity", "item_knn", "markov"], "fitted and ranked on the same split, once", choices=BASELINES
+        ["popularity", "item_knn", "markov"],
+        "fitted and ranked on the same split, once",
+        choices=BASELINES,
+        distinct=True,
     )
     max_concurrent: int = option(2, "runs at the same time", minimum=1)
     cpus_per_run: int = option(1, "CPUs that Ray reserves for a run, and its threads", minimum=1)
     gpus_per_run: float = option(0.0, "GPUs for a run", minimum=0)
+
+    def check(self) -> None:
+        if not NAME.fullmatch(self.name) or "/" in self.name:
+            raise ConfigError(f"name: {self.name!r} is not a folder's name of letters, digits, blanks, .:-_")
+        if self.reference not in (names := [str(name) for name in self.methods]):
+            raise ConfigError(f"reference: {self.reference!r} is not one of {', '.join(names)}")
+        check_gpus("gpus_per_run", self.gpus_per_run)
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,11 @@ class StudyConfig(TrainConfig):
     """The study job: everything of the train job as the base of all methods, and what is compared."""
 
     study: StudySettings = option(StudySettings, "methods, search, seeds")
+
+    def check(self) -> None:
+        """What the train job checks is checked of each method: the base alone need not be a run."""
+        if self.training.num_workers != 1:
+            raise ConfigError(f"training.num_workers: {self.training.num_workers}: a run of a study is one process")
 
 
 class Trial(NamedTuple):
@@ -130,14 +152,6 @@ def make_plan(config: StudyConfig) -> Plan:
     search = _search(study.search)
     settings = [dict(zip(search, values, strict=True)) for values in itertools.product(*search.values())]
     methods = {str(name): _overrides(str(name), keys, search) for name, keys in study.methods.items()}
-    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
-        raise ConfigError(f"study.seeds: {study.seeds}: expected different seeds, at least one")
-    if study.reference not in methods:
-        raise ConfigError(f"study.reference: {study.reference!r} is not one of {', '.join(methods)}")
-    if config.training.num_workers != 1:
-        raise ConfigError(f"training.num_workers: {config.training.num_workers}: a run of a study is one process")
-    if not NAME.fullmatch(study.name) or "/" in study.name:
-        raise ConfigError(f"study.name: {study.name!r} is not a folder's name of letters, digits, blanks, .:-_")
     made = {
         name: [_configured(config, name, keys | setting, study.seeds[0]) for setting in settings]
         for name, keys in methods.items()

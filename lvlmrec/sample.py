@@ -58,10 +58,9 @@ def ensure_features(config: TrainConfig) -> None:
     own = storage.join(storage.absolute(config.workspace), "features")
     sample = storage.join(storage.absolute(config.workspace), "sample")
     on_sample = storage.absolute(config.dataset.path).startswith(f"{sample}/")
-    reads_own = own in map(storage.absolute, feature_uris(config))
-    if config.model.item_encoder.layers == "none" or not on_sample or not reads_own:
+    if config.model.item_encoder.layers == "none" or not on_sample:
         return
-    if store.committed(own):
+    if own not in map(storage.absolute, feature_uris(config)) or store.committed(own):
         return
     print("sample: no features yet, extracting them (python rayjobs/extract.py)", file=sys.stderr)
     extract = configs.load(pipeline.ExtractConfig, [{"workspace": config.workspace}])

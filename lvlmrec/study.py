@@ -63,7 +63,7 @@ def check(config: StudyConfig, plan: Plan) -> None:
     for name, (first, *_) in plan.configs.items():
         try:
             features = experiment.load_features(first, list(split.item_ids))
-            experiment.build_model(first.model, len(split.item_ids), config.dataset.max_length, features)
+            experiment.check_model(first, len(split.item_ids), features)
         except InputError as error:
             raise InputError(f"study.methods.{name}: {error}") from error
 

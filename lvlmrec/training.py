@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer, get_device
 from safetensors.torch import load_file
 
 from lvlmrec import checkpoint, cluster, storage
-from lvlmrec.errors import ConfigError, JobFailed
+from lvlmrec.errors import JobFailed
 from lvlmrec.experiment import Experiment, TrainingConfig, load_features
 from lvlmrec.features import pca
 from lvlmrec.features.compact import FeatureArray
@@ -69,14 +69,8 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
 
 
 def _num_workers(settings: TrainingConfig) -> Any:
-    """A number, or from how many to how many: the loss is the same, so it may change between two checkpoints.
-
-    Raises `ConfigError`.
-    """
-    fewest, most = settings.min_workers, settings.num_workers
-    if fewest > most:
-        raise ConfigError(f"training.min_workers: {fewest} is more than training.num_workers, {most}")
-    return (fewest, most) if fewest else most
+    """A number, or from how many to how many: the loss is the same, so it may change between two checkpoints."""
+    return (settings.min_workers, settings.num_workers) if settings.min_workers else settings.num_workers
 
 
 def _worker(config: dict[str, Any]) -> None:

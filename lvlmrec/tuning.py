@@ -23,9 +23,9 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lvlmrec import cluster, storage, tracking
-from lvlmrec.config import option
-from lvlmrec.errors import InputError, JobFailed
-from lvlmrec.experiment import Experiment, TrainConfig
+from lvlmrec.config import check_gpus, option
+from lvlmrec.errors import ConfigError, InputError, JobFailed
+from lvlmrec.experiment import Experiment, TrainConfig, check_model, check_video
 from lvlmrec.fitting import SELECTED_BY, State, fit, new_state
 from lvlmrec.taps import parse_feature
 from lvlmrec.tracking import Run
@@ -44,10 +44,17 @@ class SearchConfig:
     gpus_per_trial: float = option(0.0, "GPUs for one trial", minimum=0)
     grace_epochs: int = option(3, "epochs before a trial may be stopped for being behind", minimum=1)
     reduction: int = option(3, "of how many trials one goes on at each rung", minimum=2)
-    lr_min: float = option(3e-4, "lower end of the learning rate, log-uniform", minimum=0)
-    lr_max: float = option(3e-3, "upper end of the learning rate", minimum=0)
-    embedding_dims: list[int] = option([32, 64, 128], "embedding sizes", minimum=1)
-    taps: list[str] = option([], "tap sets: all, or taps joined by + as llm.0+llm.4; none: all together and each alone")
+    lr_min: float = option(3e-4, "lower end of the learning rate, log-uniform", above=0)
+    lr_max: float = option(3e-3, "upper end of the learning rate", above=0)
+    embedding_dims: list[int] = option([32, 64, 128], "embedding sizes", minimum=1, required=True, distinct=True)
+    taps: list[str] = option(
+        [], "tap sets: all, or taps joined by + as llm.0+llm.4; none: all together and each alone", distinct=True
+    )
+
+    def check(self) -> None:
+        if self.lr_min > self.lr_max:
+            raise ConfigError(f"lr_min: {self.lr_min} is above search.lr_max={self.lr_max}")
+        check_gpus("gpus_per_trial", self.gpus_per_trial)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,14 @@ class TuneConfig(TrainConfig):
     """The tune job: everything of the train job, and a search over some of it."""
 
     search: SearchConfig = option(SearchConfig, "search space and budget")
+
+    def check(self) -> None:
+        check_video(self)
+        for width in self.search.embedding_dims:  # in place of `model.embedding_dim`
+            try:
+                self.model.backbone.check_width(width)
+            except ConfigError as error:
+                raise ConfigError(f"search.embedding_dims: {width}: {error}") from error
 
 
 def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, Any]:
@@ -107,14 +122,18 @@ def space(search: SearchConfig, experiment: Experiment) -> dict[str, Any]:
     one = experiment.config.model.item_encoder.layers == "one"
     sets = len(experiment.features.shapes)
     tap_sets = search.taps or ([ALL_TAPS, *each] if not one else each if sets == 1 else [ALL_TAPS])
+    first = configured(
+        experiment.config, {"model.embedding_dim": search.embedding_dims[0], "training.lr": search.lr_max}
+    )
     for tap_set in tap_sets:
-        read = experiment.features.select(columns_of(tap_set, experiment.features.names)).shapes
-        if one and [num_columns for num_columns, _ in read] != [1] * sets:
+        read = experiment.features.select(columns_of(tap_set, experiment.features.names))
+        if one and [num_columns for num_columns, _ in read.shapes] != [1] * sets:
             name = experiment.config.model.item_encoder.name
             of_each = "" if sets == 1 else " of each feature set; name one column of each in feature_columns, or here"
             raise InputError(
                 f"search.taps: {tap_set!r}: item encoder {name!r} reads one tap{of_each}; choices: {', '.join(each)}"
             )
+        check_model(first, len(experiment.data.item_ids), read)
     return chosen | {"taps": tune.choice(tap_sets)}
 
 

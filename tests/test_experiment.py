@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lvlmrec import experiment
+from lvlmrec import experiment, sample
 from lvlmrec.checkpoint import load_checkpoint
+from lvlmrec.config import load
 from lvlmrec.data.split import Holdout, Split
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.experiment import TrainConfig
 from tests.feature_sets import captions_recipe, recipe_of, write_set
-from tests.toy import ITEM_IDS, Fitting, fitted, publish, train_config, walks, write_pairs, write_world
+from tests.toy import ITEM_IDS, Fitting, fitted, publish, train_config, video, walks, write_pairs, write_world
 
 
 def key(config: TrainConfig) -> str:
@@ -157,6 +158,40 @@ def test_features_may_be_several_feature_sets(world: Path, tmp_path: Path, encod
         again = load_checkpoint(uri, {"features": [str(world / "features"), str(moved)]})
         assert again.features is not None
         np.testing.assert_array_equal(again.features.rows(every), prepared.features.rows(every))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model__item_encoder__frozen_blocks": 9}, "item_encoder.frozen_blocks: 9: the encoder has 3"),
+        ({"features": "{world}/features"}, "item_encoder.name: 'video' reads one set of stored frames"),
+        (
+            {"model__item_encoder__encoder": "{{name: videomae, patch_size: 7}}"},
+            "item_encoder.encoder: frames of .* do not divide into tubelets of 2 x 7 x 7",
+        ),
+    ],
+    ids=["frozen", "vectors", "patches"],
+)
+def test_a_model_that_does_not_fit_the_features_is_refused_before_training(
+    world: Path, tmp_path: Path, values: dict, message: str
+) -> None:
+    wrong = {key: str(value).format(world=world) for key, value in values.items()}
+    config = train_config(world, tmp_path, **(video(world) | wrong))
+    with pytest.raises(ConfigError, match=message):
+        experiment.prepare(config)
+
+
+def test_a_feature_set_that_is_given_twice_is_refused(world: Path, tmp_path: Path) -> None:
+    twice = f"[{world}/features,{world}/features/]"
+    config = train_config(world, tmp_path, features=twice, model__item_encoder__name="dff")
+    with pytest.raises(ConfigError, match=r"features: .*: a feature set is given twice"):
+        experiment.prepare(config)
+
+
+def test_no_features_are_asked_of_a_run_on_the_sample_that_reads_none(tmp_path: Path) -> None:
+    config = load(TrainConfig, [{"workspace": str(tmp_path), "features": "/nowhere"}], ["features="])
+    sample.ensure_features(config)
+    assert config.features == "" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("features", ["[]", "3", "[1]", "[[a]]", "''"])

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lvlmrec import experiment, tracking, training
-from lvlmrec.errors import ConfigError, JobFailed
+from lvlmrec.errors import JobFailed
 from lvlmrec.experiment import Experiment
 from lvlmrec.tracking import Run
 from lvlmrec.training import _worker as product_worker
@@ -164,8 +164,6 @@ def test_a_cluster_that_is_too_small_trains_with_the_workers_that_fit(
     prepared, state = fitted(train_config(world, tmp_path, **values))
     assert ray.cluster_resources()["CPU"] < 8 and result["checkpoint"] == prepared.checkpoint
     assert result["validation"] == pytest.approx(state.progress.best, abs=1e-9)
-    with pytest.raises(ConfigError, match=r"min_workers: 9 is more than training\.num_workers, 8"):
-        training._num_workers(replace(prepared.config.training, num_workers=8, min_workers=9))
 
 
 def test_workers_that_cannot_work_fail_the_job(

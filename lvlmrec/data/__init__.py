@@ -25,7 +25,9 @@ class DatasetConfig:
     """Which interactions to read, and how to split them."""
 
     name: str = option("microlens", "format of the interactions", choices=DATASETS)
-    path: str = option("${workspace}/sample/interactions", "the interaction file, or the folder that holds one")
+    path: str = option(
+        "${workspace}/sample/interactions", "the interaction file, or the folder that holds one", required=True
+    )
     split: str = option(
         "leave_one_out",
         "what is training, validation and test: the last two items of each user, two points in time, a draw, or as the "

@@ -18,8 +18,8 @@ from ray.runtime_env import RuntimeEnv
 
 from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE
-from lvlmrec.config import option
-from lvlmrec.errors import ConfigError, InputError, JobFailed
+from lvlmrec.config import MAX_SEED, check_gpus, option
+from lvlmrec.errors import ConfigError, JobFailed
 from lvlmrec.extraction import estimate, inspection, stages
 from lvlmrec.extraction.estimate import EstimateConfig
 from lvlmrec.extraction.failures import SharedAttempts, Streak
@@ -58,16 +58,23 @@ class PoolConfig:
     videos_per_block: int = option(8, "videos that travel together between stages", minimum=1)
     videos_per_part: int = option(64, "videos in one file of the feature set", minimum=1)
 
+    def check(self) -> None:
+        if self.max_actors < self.min_actors:
+            raise ConfigError(f"max_actors: {self.max_actors} is below pool.min_actors={self.min_actors}")
+        check_gpus("gpus_per_actor", self.gpus_per_actor)
+
 
 @dataclass(frozen=True)
 class ExtractConfig:
     """The extract job."""
 
-    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here")
-    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database")
-    seed: int = option(0, "seed of the sample and of everything random")
-    input: str = option("${workspace}/sample/videos", "item manifest (.csv, .parquet), folder or prefix of videos")
-    store: str = option("${workspace}/features", "folder or prefix that holds feature sets")
+    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here", required=True)
+    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
+    seed: int = option(0, "seed of the sample and of everything random", minimum=0, maximum=MAX_SEED)
+    input: str = option(
+        "${workspace}/sample/videos", "item manifest (.csv, .parquet), folder or prefix of videos", required=True
+    )
+    store: str = option("${workspace}/features", "folder or prefix that holds feature sets", required=True)
     lvlm: LVLMConfig = option(LVLMConfig, "the frozen model")
     recipe: RecipeConfig = option(RecipeConfig, "what to extract")
     decode: DecodeConfig = option(DecodeConfig, "limits of decoding")
@@ -97,8 +104,6 @@ class Plan:
 
 def plan(config: ExtractConfig) -> Plan:
     """Check the input and the model and resolve the recipe. Raises `InputError`."""
-    if config.pool.max_actors < config.pool.min_actors:
-        raise InputError(f"pool.max_actors: {config.pool.max_actors} is below pool.min_actors={config.pool.min_actors}")
     _check_environment(config.lvlm.environment)
     code = authors_code.of(config.lvlm)
     info = inspection.inspect(config.lvlm, code, config.workspace, _actor_resources(config))

@@ -40,8 +40,8 @@ PART_BYTES = 64 << 20  # of one file of the feature set, in float32
 class ImportConfig:
     """The import_features job."""
 
-    workspace: str = option("./workspace", "the tracking database lives here")
-    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database")
+    workspace: str = option("./workspace", "the tracking database lives here", required=True)
+    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
     file: str = option("", "the array [items, dim] or [items, layers, dim]: .npy, .safetensors, or .pt without code")
     tensor: str = option("", "name of the tensor in a file of several")
     item_ids: str = option(
@@ -49,10 +49,10 @@ class ImportConfig:
         "from_zero: row k is item k; from_one: item k + 1; else a .csv or .parquet with item_id, or a .txt of one id "
         "per line, in the order of the rows",
     )
-    name: str = option(IMPORTED, "of the feature set, and first part of its columns' names")
+    name: str = option(IMPORTED, "of the feature set, and first part of its columns' names", required=True)
     layers: list[str] = option([], "taps that the layers are, such as [llm.14, llm.28]; none: llm.0, llm.1, ...")
     dtype: str = option("float16", "dtype of the stored features", choices=DTYPES)
-    store: str = option("${workspace}/features", "folder or prefix that holds feature sets")
+    store: str = option("${workspace}/features", "folder or prefix that holds feature sets", required=True)
 
 
 class Array(NamedTuple):

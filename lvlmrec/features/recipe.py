@@ -45,7 +45,7 @@ class Prompt:
     max_new_tokens: int = option(0, "length limit of the answer; 0: the model reads and does not answer", minimum=0)
     stop: list[str] = option([], "strings that end an answer; they are not part of it")
     temperature: float = option(0.0, "0: the likeliest token; else sampled, seeded for each item", minimum=0)
-    top_p: float = option(1.0, "sample from the likeliest tokens that make up this share", minimum=0)
+    top_p: float = option(1.0, "sample from the likeliest tokens that make up this share", above=0, maximum=1)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -66,16 +66,18 @@ class RecipeConfig:
     taps: list[str] = option(
         ["llm.0", "llm.2", "llm.4", "llm.-1"],
         "hidden states to read: llm.14, llm.-1, llm.*, llm.-1.pre_norm, vision.-1, projector",
+        required=True,
     )
-    prompts: dict[str, Prompt] = option({"describe": Prompt()}, "the prompt bank: name -> text, place")
+    prompts: dict[str, Prompt] = option({"describe": Prompt()}, "the prompt bank: name -> text, place", required=True)
     poolings: list[str] = option(
         ["visual_mean"],
         "how the tokens of a hidden state become one vector: visual_mean, all_mean, last_token, new_mean (of the "
         "answer), eos, prompt_eos, first_token (of an encoder); or a few: merged_16, new_merged_8",
+        required=True,
     )
     dtype: str = option("float16", "dtype of the stored features; frames are uint8", choices=(*DTYPES, PIXEL_DTYPE))
     video_options: dict[str, int] = option(
-        {}, "options of the family's video processor, such as packing of minicpm_v_4_5"
+        {}, "options of the family's video processor, such as packing of minicpm_v_4_5", minimum=0
     )
 
 
@@ -258,8 +260,6 @@ def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str
     `seed` draws the answers that are sampled, and what a random model draws; `texts_from` names the feature set whose
     generated texts prompts read.
     """
-    if not config.taps or not config.poolings:
-        raise ConfigError("recipe.taps and recipe.poolings: expected at least one of each")
     if info.frames and config.frames != info.frames:
         raise ConfigError(f"recipe.frames: {config.frames}: this {info.family} reads exactly {info.frames} frames")
     if config.frames % info.frame_group:
@@ -303,6 +303,9 @@ def _video_options(config: RecipeConfig, info: LVLMInfo) -> dict[str, int]:
             raise ConfigError(
                 f"recipe.video_options.{name}={value}: not an option of {info.family}; choices: {choices}"
             )
+        default = info.video_options[name]
+        if value < 1 <= default and not isinstance(default, bool):  # one that may be off has 0 as default
+            raise ConfigError(f"recipe.video_options.{name}: {value} is below 1")
     return dict(info.video_options) | config.video_options
 
 
@@ -320,8 +323,6 @@ def _check_poolings(config: RecipeConfig, info: LVLMInfo) -> None:
 
 
 def _check_prompts(config: RecipeConfig, info: LVLMInfo) -> None:
-    if not config.prompts:
-        raise ConfigError("recipe.prompts: empty; expected at least one prompt")
     for name, prompt in config.prompts.items():
         key = f"recipe.prompts.{name}"
         if "/" in name or name in MEDIA:  # those name the columns of vision taps
@@ -340,5 +341,3 @@ def _check_prompts(config: RecipeConfig, info: LVLMInfo) -> None:
             raise ConfigError(f"{key}.text: {prompt.text!r}: {info.family} reads no text; leave it empty")
         if prompt.max_new_tokens and not {*OF_ANSWER} & {*info.poolings}:
             raise ConfigError(f"{key}.max_new_tokens: {prompt.max_new_tokens}: {info.family} generates no text")
-        if prompt.top_p == 0 or prompt.top_p > 1:
-            raise ConfigError(f"{key}.top_p: {prompt.top_p} is not above 0 and up to 1")

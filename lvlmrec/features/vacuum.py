@@ -13,9 +13,9 @@ from lvlmrec.features import lease, store
 class VacuumConfig:
     """The vacuum job."""
 
-    workspace: str = option("./workspace", "the tracking database lives here")
-    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database")
-    features: str = option("${workspace}/features", "feature set, or a store that holds exactly one")
+    workspace: str = option("./workspace", "the tracking database lives here", required=True)
+    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
+    features: str = option("${workspace}/features", "feature set, or a store that holds exactly one", required=True)
 
 
 def run(config: VacuumConfig) -> dict[str, Any]:

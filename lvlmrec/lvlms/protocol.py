@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lvlmrec.config import option
+from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.motion import MotionClips
 from lvlmrec.video import Clip
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu|hpu|npu)(:\d+)?")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 
 
@@ -38,6 +41,10 @@ class ModelConfig:
     environment: dict[str, Any] = option(
         {}, "Ray runtime_env of the processes that hold the model, such as {pip: [...]}, {py_executable: ...}"
     )
+
+    def check(self) -> None:
+        if not DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device: {self.device!r} is not one of auto, cpu, cuda, cuda:1, mps, xpu")
 
 
 @dataclass(frozen=True)

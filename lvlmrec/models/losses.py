@@ -68,11 +68,13 @@ class LossConfig(ABC):
     whole_catalogue  it reads all items that occur in training, not those of the batch alone. An item that never occurs
                      is nobody's label: a loss that read it could only push it down
     format           part of the names of runs with this loss, counted up when it comes to learn something else
+    of_others        its negatives are the items of the batch's other users
     """
 
     name: str
     whole_catalogue: ClassVar[bool] = False
     format: ClassVar[int] = 0
+    of_others: ClassVar[bool] = False
 
     @abstractmethod
     def sum(self, inputs: LossInputs) -> Tensor:
@@ -85,6 +87,7 @@ class InBatchSoftmaxConfig(LossConfig):
 
     name: str = option("in_batch_softmax", "softmax over the items of the batch, the user's own left out")
     log_popularity_correction: bool = option(True, "subtract log popularity from the logits")
+    of_others: ClassVar[bool] = True
 
     def sum(self, inputs: LossInputs) -> Tensor:
         return in_batch_softmax(inputs, self.log_popularity_correction)
@@ -146,7 +149,7 @@ class GBCEConfig(SampledLossConfig):
 
     name: str = option("gbce", "binary cross-entropy over drawn items, calibrated for their number")
     negatives: int = option(256, "items drawn for each position", minimum=1)
-    calibration: float = option(0.75, "t: 0 is binary cross-entropy, 1 full calibration", minimum=0)
+    calibration: float = option(0.75, "t: 0 is binary cross-entropy, 1 full calibration", minimum=0, maximum=1)
 
     def sum(self, inputs: LossInputs) -> Tensor:
         positive, negative = inputs.sampled_scores()

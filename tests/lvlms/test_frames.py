@@ -89,6 +89,8 @@ def test_what_says_nothing_of_frames_is_refused() -> None:
         recipe_of(dtype="float16")
     with pytest.raises(ConfigError, match=r"recipe.poolings: 'visual_mean' is not one of pixels"):
         recipe_of(poolings=["visual_mean"])
+    with pytest.raises(ConfigError, match=r"recipe.video_options.side: 0 is below 1"):
+        recipe_of(video_options={"side": 0})
     with pytest.raises(ConfigError, match=r"recipe.dtype: 'uint8': any is stored as float16"):
         recipes.resolve(RecipeConfig(dtype="uint8"), LVLMInfo("any", "x", "float32", {"llm": 6}, {"llm": 8}))
     assert recipe_of().fingerprint != recipe_of(video_options={"side": 32}).fingerprint

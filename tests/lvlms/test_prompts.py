@@ -234,7 +234,6 @@ def test_what_an_item_lacks_is_named(tiny_models, items, family) -> None:
         (Prompt("{title}", input="text"), ["visual_mean"], "'visual_mean' has no tokens in any prompt"),
         (Prompt("x"), ["new_mean"], "'new_mean' has no tokens in any prompt"),
         (Prompt("", input="text"), ["all_mean"], r"prompts\.p\.text: empty, and input=text"),
-        (Prompt("x", max_new_tokens=3, top_p=0.0), ["eos"], r"prompts\.p\.top_p: 0\.0"),
     ],
 )
 def test_recipes_that_cannot_be(tiny_models, family, prompt, poolings, message) -> None:

@@ -14,6 +14,9 @@ class BackboneConfig(ABC):
 
     name: str
 
+    def check_width(self, embedding_dim: int) -> None:  # noqa: B027  most are of any width
+        """Raises `ConfigError` when there is no such sequence encoder of this width."""
+
     @abstractmethod
     def build(self, embedding_dim: int, max_length: int) -> nn.Module:
         """A module `forward(embeddings [P, E], histories, last=False) -> [P, E]`.

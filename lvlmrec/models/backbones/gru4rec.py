@@ -20,7 +20,7 @@ class GRU4RecConfig(BackboneConfig):
 
     name: str = option("gru4rec", "a gated recurrent network over the history")
     num_blocks: int = option(1, "recurrent blocks, one on top of the other", minimum=1)
-    dropout: float = option(0.1, "dropout of the inputs", minimum=0)
+    dropout: float = option(0.1, "dropout of the inputs", minimum=0, below=1)
 
     def build(self, embedding_dim: int, max_length: int) -> nn.Module:
         return GRU4Rec(embedding_dim, self.num_blocks, self.dropout)

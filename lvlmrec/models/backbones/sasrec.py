@@ -27,12 +27,17 @@ class SASRecConfig(BackboneConfig):
     name: str = option("sasrec", "causal self-attention over the history")
     num_blocks: int = option(2, "attention blocks", minimum=1)
     num_heads: int = option(2, "attention heads per block; divides the embedding dim", minimum=1)
-    dropout: float = option(0.1, "dropout after the input, the attention and each half of a block", minimum=0)
+    dropout: float = option(0.1, "dropout after the input, the attention and each half of a block", minimum=0, below=1)
+
+    def check_width(self, embedding_dim: int) -> None:
+        if embedding_dim % self.num_heads:
+            raise ConfigError(
+                f"model.backbone.num_heads: {self.num_heads} does not divide embedding_dim {embedding_dim}"
+            )
 
     def build(self, embedding_dim: int, max_length: int) -> nn.Module:
         """Raises `ConfigError` when the heads do not divide the embedding dim."""
-        if embedding_dim % self.num_heads:
-            raise ConfigError(f"backbone.num_heads: {self.num_heads} does not divide embedding_dim {embedding_dim}")
+        self.check_width(embedding_dim)
         return SASRec(embedding_dim, max_length, self.num_blocks, self.num_heads, self.dropout)
 
 

@@ -35,7 +35,9 @@ class VideoConfig(FusionConfig):
     name: str = option("video", "a video encoder trained with the recommender, on frames of lvlm.name=frames")
     encoder: VideoEncoderConfig = variant(VIDEO_ENCODERS, "tiny", "what is trained on the frames")
     encoder_weights: str = option(
-        RANDOM, "what the encoder starts from: a local directory with config.json and safetensors, or random"
+        RANDOM,
+        "what the encoder starts from: a local directory with config.json and safetensors, or random",
+        required=True,
     )
     frozen_blocks: int = option(0, "first blocks of the encoder that are not trained, its embedding too", minimum=0)
     ids: str = option("none", "whether item embeddings are gated with the video's", choices=("none", "gate"))

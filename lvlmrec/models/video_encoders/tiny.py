@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lvlmrec.config import option
+from lvlmrec.errors import ConfigError
 from lvlmrec.models.video_encoders.base import VideoEncoder, VideoEncoderConfig, to_colours
 
 GROUPS = 4
@@ -19,6 +20,10 @@ class TinyConfig(VideoEncoderConfig):
     name: str = option("tiny", "a few convolutions, trained from nothing")
     channels: int = option(16, "channels of the first convolution; each of the next has twice as many", minimum=GROUPS)
     num_blocks: int = option(3, "convolutions behind the first", minimum=1)
+
+    def check(self) -> None:
+        if self.channels % GROUPS:
+            raise ConfigError(f"channels: {self.channels} is not a multiple of {GROUPS}, the groups of its norms")
 
     def build(self, shape: tuple[int, ...]) -> VideoEncoder:
         return Tiny(self.channels, self.num_blocks)

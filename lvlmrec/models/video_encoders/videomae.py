@@ -63,15 +63,17 @@ class VideoMAEConfig(VideoEncoderConfig):
     tubelet_size: int = option(2, "frames of a tubelet", minimum=1)
     use_mean_pooling: bool = option(False, "no norm behind the last block, as in checkpoints tuned on actions")
 
+    def check(self) -> None:
+        heads, width = self.num_attention_heads, self.hidden_size
+        if width % heads:
+            raise ConfigError(f"num_attention_heads: {heads} does not divide hidden_size {width}")
+
     def build(self, shape: tuple[int, ...]) -> VideoEncoder:
-        """Raises `ConfigError` when the frames do not divide into tubelets, or the width into heads."""
+        """Raises `ConfigError` when the frames do not divide into tubelets."""
         frames, _, height, width = shape
         if frames % self.tubelet_size or height % self.patch_size or width % self.patch_size:
             tubelet = f"{self.tubelet_size} x {self.patch_size} x {self.patch_size}"
             raise ConfigError(f"item_encoder.encoder: frames of {shape} do not divide into tubelets of {tubelet}")
-        if self.hidden_size % self.num_attention_heads:
-            heads = self.num_attention_heads
-            raise ConfigError(f"item_encoder.encoder.num_attention_heads: {heads} does not divide {self.hidden_size}")
         return VideoMAE(self, shape)
 
     def published_weights(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
