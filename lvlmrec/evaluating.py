@@ -15,6 +15,7 @@ import torch
 from lvlmrec import storage
 from lvlmrec.baselines import BASELINES
 from lvlmrec.baselines.base import Baseline
+from lvlmrec.baselines.item_knn import NEIGHBOURS_HELP, NUM_NEIGHBOURS
 from lvlmrec.checkpoint import Checkpoint, load_checkpoint
 from lvlmrec.columns import COLD, ITEM_ID, ITEM_RANK, USER_ID
 from lvlmrec.config import MAX_SEED, option
@@ -31,6 +32,7 @@ from lvlmrec.fitting import encode_catalogue, encode_users
 
 USERS_AT_ONCE = 512
 COMPARED = "ndcg@10"
+FORMAT = 2  # of evaluation.json: 1 had metrics of single targets where users have several
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class EvaluateConfig:
     baselines: list[str] = option(
         ["popularity", "item_knn", "markov"], "fitted and ranked on the same split", choices=BASELINES, distinct=True
     )
+    item_knn_neighbours: int = option(NUM_NEIGHBOURS, NEIGHBOURS_HELP, minimum=1)
     against: Any = option("", "ranks of another evaluation, or a list of them: compared user by user")
 
     def check(self) -> None:
@@ -76,13 +79,16 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     write_ranks(uri, split, holdout, ranks)
     result: dict[str, Any] = {
         "checkpoint": checkpoint.uri,
-        "users": len(ranks),
+        "format": FORMAT,
+        "users": len(holdout.first_rows),
+        "targets": len(ranks),
         "ranks": uri,
         **measure(split, holdout, ranks, lists, ks),
         "validation": checkpoint.result["validation"],
         "parameters": sum(tensor.numel() for tensor in checkpoint.model.state_dict().values()),
         "trials": checkpoint.result.get("trials"),  # configurations tried before this one; None: nobody wrote it down
-        "baselines": _baselines(config.baselines, split, folder, ks),
+        "baselines": _baselines(config, split, folder, ks),
+        "item_knn_neighbours": config.item_knn_neighbours,
         "layer_weights": layer_weights(checkpoint),
     }
     if others:
@@ -116,7 +122,10 @@ def _load(config: EvaluateConfig) -> tuple[Checkpoint, Split]:
 
 
 def measure(split: Split, holdout: Holdout, ranks: np.ndarray, lists: np.ndarray, ks: Sequence[int]) -> dict[str, Any]:
-    """Everything that is said of a run or a baseline: metrics, the same by slice, and beyond accuracy."""
+    """Everything that is said of a run or a baseline: metrics, the same by slice, and beyond accuracy.
+
+    ranks [T] and lists [T, K] of the holdout's rows.
+    """
     counts = split.train_counts()
     slices = {
         **by_coldness(split.is_cold(holdout.targets)),
@@ -124,9 +133,9 @@ def measure(split: Split, holdout: Holdout, ranks: np.ndarray, lists: np.ndarray
         **by_history_length(holdout.histories),
     }
     return {
-        "test": metrics(ranks, ks),
-        "slices": slice_metrics(ranks, slices, ks),
-        "beyond_accuracy": beyond_accuracy(lists, holdout.targets, counts, ks),
+        "test": metrics(ranks, ks, holdout.users),
+        "slices": slice_metrics(ranks, slices, ks, holdout.users),
+        "beyond_accuracy": beyond_accuracy(lists[holdout.first_rows], holdout.targets, counts, ks),
     }
 
 
@@ -185,21 +194,25 @@ def _compare(own: pd.DataFrame, ours: str, other: str, seed: int) -> dict[str, d
     return tests
 
 
-def _baselines(names: list[str], split: Split, folder: str, ks: Sequence[int]) -> dict[str, Any]:
-    """The same of the baselines, and their metrics on validation; their ranks stand beside the run's."""
+def _baselines(config: EvaluateConfig, split: Split, folder: str, ks: Sequence[int]) -> dict[str, Any]:
+    """The same of the baselines, and their metrics on validation; their ranks stand beside the run's.
+
+    They are fitted on each user's whole training history and read all that is masked, however few items a model reads.
+    """
     results = {}
-    for name in names:
-        baseline = BASELINES[name]()
-        baseline.fit(split.training(), len(split.item_ids))
-        validation, test = split.validation(), split.test()
+    settings = {"item_knn": {"num_neighbours": config.item_knn_neighbours}}
+    histories, validation, test = split.training_histories(), split.validation(), split.test()
+    for name in config.baselines:
+        baseline = BASELINES[name](**settings.get(name, {}))
+        baseline.fit(histories, len(split.item_ids))
         validated = [rank_from_scores(scores, *masks) for scores, *masks in _scored(baseline, validation)]
         ranks, lists = [], []
-        for scores, targets, histories in _scored(baseline, test):
-            ranks.append(rank_from_scores(scores, targets, histories))
-            lists.append(top_from_scores(scores, histories, ks[-1]))
+        for scores, targets, masked in _scored(baseline, test):
+            ranks.append(rank_from_scores(scores, targets, masked))
+            lists.append(top_from_scores(scores, masked, ks[-1]))
         write_ranks(storage.join(folder, f"ranks-{name}.parquet"), split, test, np.concatenate(ranks))
         results[name] = {
-            "validation": metrics(np.concatenate(validated)),
+            "validation": metrics(np.concatenate(validated), users=validation.users),
             **measure(split, test, np.concatenate(ranks), np.concatenate(lists), ks),
         }
     return results
@@ -208,7 +221,7 @@ def _baselines(names: list[str], split: Split, folder: str, ks: Sequence[int]) -
 def _scored(baseline: Baseline, holdout: Holdout) -> Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
     """Scores [B, I + 1], targets [B] and histories [B, H] of a block of users after the other."""
     for users in _blocks(holdout):
-        scores = torch.from_numpy(baseline.score(holdout.inputs[users]))
+        scores = torch.from_numpy(baseline.score(holdout.histories[users]))
         yield scores, holdout.targets[users], holdout.histories[users]
 
 

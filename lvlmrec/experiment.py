@@ -55,7 +55,9 @@ class TrainingConfig:
     use_gpu: bool = option(False, "one GPU for each worker")
     weight_decay: float = option(0.1, "weight decay of AdamW", minimum=0)
     gradient_clip: float = option(5.0, "largest gradient norm; 0: any, nothing is clipped", minimum=0)
-    patience: int = option(5, "epochs without a better validation HR@10 before it stops", minimum=1)
+    patience: int = option(
+        5, "epochs without a better validation HR@10 (README: other splits) before it stops", minimum=1
+    )
     precision: str = option("float32", "arithmetic of the forward", choices=("float32", "bfloat16"))
     loss: LossConfig = variant(LOSSES, "in_batch_softmax", "what is minimised")
     alignment: float = option(0.0, "weight of the mean squared distance between query and label, normalised", minimum=0)
@@ -189,6 +191,8 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
         learned["model.item_encoder.encoder_weights"] = pretrained.digest(config.model.item_encoder.pretrained)
     learned["format"] = FORMAT + config.training.loss.format
     learned |= {"dataset.path": fingerprint, "features": features.digest if features else ""}
+    if config.dataset.several_targets:  # such runs were once chosen by the HR@10 of single targets
+        learned["selected_by"] = config.dataset.selected_by
     key = hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
     tags = {"dataset": fingerprint, "feature_set": "none", "recipe": "none"}
     if features is not None:

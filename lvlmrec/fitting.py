@@ -39,7 +39,6 @@ from lvlmrec.models.item_features import ItemFeatures
 from lvlmrec.models.losses import LossInputs, alignment, uniformity
 from lvlmrec.models.recommender import Recommender
 
-SELECTED_BY = "hr@10"
 VIDEO_ENCODER = "item_encoder.encoder."  # what the names of its weights begin with
 ROWS_AT_ONCE = 4096
 USERS_AT_ONCE = 512
@@ -153,12 +152,15 @@ def fit(
     report: Callable[[dict[str, float], State], None],
     device: torch.device,
 ) -> None:
-    """Train until the last epoch or until validation HR@10 stops rising; `report` is called after every epoch."""
+    """Train until the last epoch or until the validation metric of the split stops rising, HR@10 or Recall@20.
+
+    `report` is called after every epoch.
+    """
     rank, world = _rank_and_world()
     loss: nn.Module = Loss(state.model, config.training, data.train_counts).to(device)
     if world > 1:
         loss = DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
-    settings = config.training
+    settings, selected_by = config.training, config.dataset.selected_by
     while not state.progress.finished(settings.epochs, settings.patience):
         epoch = state.progress.epoch
         started = time.perf_counter()
@@ -169,7 +171,7 @@ def fit(
         validation = _validate(state.model, data, features, device)
         progress = state.progress
         progress.epoch, progress.train_seconds = epoch + 1, progress.train_seconds + seconds
-        if not progress.best or validation[SELECTED_BY] > progress.best[SELECTED_BY]:
+        if not progress.best or validation[selected_by] > progress.best[selected_by]:
             progress.best, progress.best_epoch = validation, progress.epoch
             state.best_weights = _weights(state.model)
         prefixed = {f"validation/{name}": value for name, value in validation.items()}
@@ -325,14 +327,14 @@ def _validate(
     rank, world = _rank_and_world()
     model.eval()
     catalogue = encode_catalogue(model, len(data.item_ids), features, device)
-    holdout = data.validation
-    share = Holdout(holdout.inputs[rank::world], holdout.targets[rank::world], holdout.histories[rank::world])
-    ranks: list[Any] = [rank_holdout(model, catalogue, share)]
+    shares = [data.validation.share(worker, world) for worker in range(world)]
+    ranks: list[Any] = [rank_holdout(model, catalogue, shares[rank])]
     if world > 1:
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, ranks[0])
         ranks = gathered
-    return metrics(np.concatenate(ranks))
+    users = [share.users for share in shares if share.users is not None]
+    return metrics(np.concatenate(ranks), users=np.concatenate(users) if users else None)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """A study as facts: methods, the settings tried of each, seeds, and in which order their runs are done.
 
-    trials   every method x setting at the first seed; the setting with the best validation HR@10 is chosen
+    trials   every method x setting at the first seed; the setting that is best on validation is chosen
     finals   the chosen setting of every method at every seed; they alone are evaluated on test
 
 Methods come first, then settings and seeds: whenever a study stops, as many methods as possible can be compared.
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.baselines import BASELINES
+from lvlmrec.baselines.item_knn import NEIGHBOURS_HELP, NUM_NEIGHBOURS
 from lvlmrec.config import MAX_SEED, check_gpus, option
 from lvlmrec.errors import ConfigError
 from lvlmrec.experiment import NOT_LEARNED, TrainConfig
-from lvlmrec.fitting import SELECTED_BY
 
 # One split, one budget: neither a method nor the search may change them.
 SAME_FOR_ALL = ("workspace", "tracking_uri", "cache", "seed", "dataset", "training.epochs", "training.patience")
@@ -70,6 +70,7 @@ class StudySettings:
         choices=BASELINES,
         distinct=True,
     )
+    item_knn_neighbours: int = option(NUM_NEIGHBOURS, NEIGHBOURS_HELP, minimum=1)
     max_concurrent: int = option(2, "runs at the same time", minimum=1)
     cpus_per_run: int = option(1, "CPUs that Ray reserves for a run, and its threads", minimum=1)
     gpus_per_run: float = option(0.0, "GPUs for a run", minimum=0)
@@ -163,17 +164,18 @@ def make_plan(config: StudyConfig) -> Plan:
 
 
 def choose(plan: Plan, outcomes: Outcomes) -> dict[str, int]:
-    """The setting of each method whose trials have all ended: best validation HR@10, the first of equals.
+    """The setting of each method whose trials have all ended: best on validation, the first of equals.
 
     A method without a trial that succeeded has none.
     """
     chosen = {}
     for name in plan.methods:
+        selected_by = plan.configs[name][0].dataset.selected_by
         trials = [trial for trial in plan.trials() if trial.method == name]
         if all(Step("train", trial) in outcomes.ended for trial in trials):
             succeeded = [trial for trial in trials if trial in outcomes.trained]
             if succeeded:
-                best = max(succeeded, key=lambda trial: outcomes.trained[trial]["validation"][SELECTED_BY])
+                best = max(succeeded, key=lambda trial: outcomes.trained[trial]["validation"][selected_by])
                 chosen[name] = best.setting
     return chosen
 

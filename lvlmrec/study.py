@@ -27,7 +27,7 @@ from lvlmrec import config as configs
 from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.experiment import Experiment, TrainConfig
-from lvlmrec.fitting import SELECTED_BY, State, fit, new_state, publish
+from lvlmrec.fitting import State, fit, new_state, publish
 from lvlmrec.grid import Outcomes, Plan, Step, StudyConfig, Trial, choose, folder, next_steps
 from lvlmrec.report import study as report
 from lvlmrec.tracking import Run
@@ -119,7 +119,8 @@ def _start(study: Study, step: Step) -> ObjectRef:
     if step.action == "evaluate":
         carries = step.trial.method == study.plan.reference and step.trial.seed == study.plan.seeds[0]
         uri = study.outcomes.trained[step.trial]["checkpoint"]
-        return task(evaluate).remote(config, uri, settings.baselines if carries else [], threads)
+        baselines = settings.baselines if carries else []
+        return task(evaluate).remote(config, uri, baselines, settings.item_knn_neighbours, threads)
     tags = {"job": "study run", "method": step.trial.method}
     run = tracking.start(study.parent.tracking_uri, config.workspace, _name(study, step), tags, study.parent)
     run.log_config(configs.to_dict(config))
@@ -144,7 +145,8 @@ def _take(study: Study, task: ObjectRef) -> None:
         (outcomes.trained if step.action == "train" else outcomes.evaluated)[step.trial] = result
         child.log_metrics({f"{'best' if kind == 'validation' else kind}/{k}": v for k, v in result[kind].items()})
         child.finish("FINISHED")
-        said = f"{kind} {SELECTED_BY.upper()} {result[kind][SELECTED_BY]:.4f}" + ", reused" * result["reused"]
+        name = study.config.dataset.selected_by
+        said = f"{kind} {name.upper()} {result[kind][name]:.4f}" + ", reused" * result["reused"]
     del study.running[task]  # only now: an interrupted study closes the runs of what is in there
     left = len(next_steps(study.plan, outcomes))
     print(f"study: {step.action} {_name(study, step)}: {said}; {left} steps known to be left", file=sys.stderr)
@@ -162,8 +164,9 @@ def train(config: TrainConfig, run: Run, threads: int, name: str) -> dict[str, A
 
     def tell(metrics: dict[str, float], epoch: int) -> None:
         run.log_metrics(metrics, step=epoch)
-        rate = metrics[f"validation/{SELECTED_BY}"]
-        print(f"study: {name}: epoch {epoch}, validation {SELECTED_BY.upper()} {rate:.4f}", file=sys.stderr)
+        metric = config.dataset.selected_by
+        rate = metrics[f"validation/{metric}"]
+        print(f"study: {name}: epoch {epoch}, validation {metric.upper()} {rate:.4f}", file=sys.stderr)
 
     state = _fit(prepared, saved, tell)
     result = publish(prepared, state.best_weights, state.progress)
@@ -211,7 +214,9 @@ def load_state(state: State, uri: str) -> None:
         state.load(Path(read))
 
 
-def evaluate(config: TrainConfig, uri: str, baselines: list[str], threads: int) -> dict[str, Any]:
+def evaluate(
+    config: TrainConfig, uri: str, baselines: list[str], item_knn_neighbours: int, threads: int
+) -> dict[str, Any]:
     """The test metrics of a checkpoint; an evaluation of it that is already written is reused."""
     torch.set_num_threads(threads)
     workspace = storage.absolute(config.workspace)
@@ -220,9 +225,12 @@ def evaluate(config: TrainConfig, uri: str, baselines: list[str], threads: int) 
         done = json.loads(storage.read_bytes(written))
     except FileNotFoundError:
         done = None
-    if done and done["checkpoint"] == uri and set(baselines) <= set(done["baselines"]):
-        return done | {"reused": True}
-    given = {"workspace": workspace, "checkpoint": uri, "baselines": baselines}
+    if done and done["checkpoint"] == uri and done.get("format") == evaluating.FORMAT:
+        same = not baselines or done["item_knn_neighbours"] == item_knn_neighbours
+        if same and set(baselines) <= set(done["baselines"]):
+            return done | {"reused": True}
+    given: dict[str, Any] = {"workspace": workspace, "checkpoint": uri, "baselines": baselines}
+    given |= {"item_knn_neighbours": item_knn_neighbours}
     return evaluating.run(configs.load(EvaluateConfig, [given])) | {"reused": False}
 
 
@@ -268,5 +276,5 @@ def _name(study: Study, step: Step) -> str:
 
 def _summary(method: report.Method) -> dict[str, Any]:
     seeds = list(method.evaluations)
-    means = {metric: sum(method.test(metric)) / len(seeds) for metric in report.TEST} if seeds else {}
+    means = {metric: sum(method.test(metric)) / len(seeds) for metric in method.shown.test} if seeds else {}
     return {"setting": method.setting, "seeds": seeds, "test": means}

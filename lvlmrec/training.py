@@ -98,7 +98,7 @@ def _worker(config: dict[str, Any]) -> None:
         nonlocal last_saved
         if leads:
             tracking.log_metrics(metrics, step=state.progress.epoch)
-            _tell(metrics, settings.epochs)
+            _tell(metrics, settings.epochs, experiment.config.dataset.selected_by)
         finished = state.progress.finished(settings.epochs, settings.patience)
         # Every worker must report as often as the others, so the first one's clock decides for all.
         if broadcast_from_rank_zero(finished or time.monotonic() - last_saved >= CHECKPOINT_SECONDS):
@@ -130,10 +130,11 @@ def _publish(experiment: Experiment, trained: RayCheckpoint) -> dict[str, Any]:
     return publish(experiment, weights, progress)
 
 
-def _tell(metrics: dict[str, float], epochs: int) -> None:
+def _tell(metrics: dict[str, float], epochs: int, selected_by: str) -> None:
     # Ray Train's patched print() would say it twice.
     sys.stderr.write(
         f"train: epoch {metrics['epoch']:.0f}/{epochs}, loss {metrics['train_loss']:.4f}, "
-        f"validation HR@10 {metrics['validation/hr@10']:.4f} NDCG@10 {metrics['validation/ndcg@10']:.4f}, "
+        f"validation {selected_by.upper()} {metrics[f'validation/{selected_by}']:.4f} "
+        f"NDCG@10 {metrics['validation/ndcg@10']:.4f}, "
         f"{metrics['epoch_seconds']:.2f} s\n"
     )

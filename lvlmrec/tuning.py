@@ -26,11 +26,10 @@ from lvlmrec import cluster, storage, tracking
 from lvlmrec.config import check_gpus, option
 from lvlmrec.errors import ConfigError, InputError, JobFailed
 from lvlmrec.experiment import Experiment, TrainConfig, check_model, check_video
-from lvlmrec.fitting import SELECTED_BY, State, fit, new_state
+from lvlmrec.fitting import State, fit, new_state
 from lvlmrec.taps import parse_feature
 from lvlmrec.tracking import Run
 
-OBJECTIVE = f"validation/{SELECTED_BY}"
 ALL_TAPS = "all"
 
 
@@ -74,9 +73,9 @@ class TuneConfig(TrainConfig):
 
 def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, Any]:
     """Search, and give the best configuration by its best validation epoch. Raises `JobFailed` if no trial ended."""
-    search = config.search
+    search, selected_by = config.search, config.dataset.selected_by
     runs = storage.join(storage.absolute(config.workspace), "runs")
-    trial_runs = TrialRuns(parent, config.workspace, config.training.epochs)
+    trial_runs = TrialRuns(parent, config.workspace, config.training.epochs, selected_by)
     param_space = space(search, experiment)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C would end the sweep as if it were complete
     with cluster.joined():
@@ -88,7 +87,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
             trainable,
             param_space=param_space,
             tune_config=tune.TuneConfig(
-                metric=OBJECTIVE,
+                metric=f"validation/{selected_by}",
                 mode="max",
                 num_samples=search.trials,
                 reuse_actors=True,  # a process imports torch for seconds, in which a small trial is over
@@ -107,7 +106,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
         except BaseException:
             trial_runs.interrupt()
             raise
-    return _outcome(results, search.trials)
+    return _outcome(results, search.trials, selected_by)
 
 
 def space(search: SearchConfig, experiment: Experiment) -> dict[str, Any]:
@@ -199,8 +198,8 @@ def _read_history(record: str) -> list[dict[str, Any]]:
 class TrialRuns(tune.Callback):
     """Each trial as a child run of the sweep: its values, its metrics per epoch, its end."""
 
-    def __init__(self, parent: Run, workspace: str, epochs: int) -> None:
-        self.parent, self.workspace, self.epochs = parent, workspace, epochs
+    def __init__(self, parent: Run, workspace: str, epochs: int, selected_by: str) -> None:
+        self.parent, self.workspace, self.epochs, self.selected_by = parent, workspace, epochs, selected_by
         self.runs: dict[str, Run] = {}
         self.ended: set[str] = set()
 
@@ -230,7 +229,8 @@ class TrialRuns(tune.Callback):
         ended = sum(t.is_finished() for t in trials) + (not trial.is_finished())
         print(
             f"tune: {ended} trials ended, this one at epoch {result.get('epoch', 0)}/{self.epochs} "
-            f"with validation HR@10 {result.get(f'best/{SELECTED_BY}', 0.0):.4f}: {trial.config}",
+            f"with validation {self.selected_by.upper()} {result.get(f'best/{self.selected_by}', 0.0):.4f}: "
+            f"{trial.config}",
             file=sys.stderr,
         )
 
@@ -252,12 +252,12 @@ class TrialRuns(tune.Callback):
         self.ended.add(trial.trial_id)
 
 
-def _outcome(results: tune.ResultGrid, trials: int) -> dict[str, Any]:
+def _outcome(results: tune.ResultGrid, trials: int, selected_by: str) -> dict[str, Any]:
     every = [results[i] for i in range(len(results))]
     ended = [(result.config, result.metrics) for result in every if result.error is None and result.metrics]
     if not ended:
         raise JobFailed(f"tune: all {trials} trials failed: {' '.join(str(results.errors[0]).split())[-400:]}")
-    chosen, metrics = max(ended, key=lambda trial: trial[1][f"best/{SELECTED_BY}"])
+    chosen, metrics = max(ended, key=lambda trial: trial[1][f"best/{selected_by}"])
     validation = {name.removeprefix("best/"): value for name, value in metrics.items() if name.startswith("best/")}
     return {
         "best": {"config": chosen, "validation": validation, "epoch": metrics["best_epoch"]},

@@ -117,6 +117,14 @@ def test_breadth_first_and_only_what_was_chosen_is_tested(world: Path, tmp_path:
     assert grid.choose(plan, outcomes) == {"ID": 0, "DFF": 1}
 
 
+@pytest.mark.parametrize(("split", "setting"), [("leave_one_out", 0), ("random", 1)])
+def test_a_setting_is_chosen_by_the_metric_of_the_split(world: Path, tmp_path: Path, split: str, setting: int) -> None:
+    plan = grid.make_plan(study_config(world, tmp_path, dataset__split=split))
+    validation = [{"hr@10": 0.5, "recall@20": 0.1}, {"hr@10": 0.4, "recall@20": 0.2}]
+    trained = {trial: {"validation": validation[trial.setting]} for trial in plan.trials()}
+    assert grid.choose(plan, Outcomes(trained, {}, {})) == {"ID": setting, "DFF": setting}
+
+
 def test_a_method_whose_trials_all_fail_is_left(world: Path, tmp_path: Path) -> None:
     plan = grid.make_plan(study_config(world, tmp_path))
     outcomes = Outcomes({}, {}, {Step("train", trial): "no" for trial in plan.trials() if trial.method == "DFF"})

@@ -61,11 +61,11 @@ def test_a_state_is_saved_from_time_to_time_and_at_the_end(
 def test_an_evaluation_that_is_written_is_reused(world: Path, tmp_path: Path) -> None:
     config = train_config(world, tmp_path)
     uri = publish(*fitted(config))
-    first = study.evaluate(config, uri, [], 1)
+    first = study.evaluate(config, uri, [], 500, 1)
     assert (first["reused"], first["baselines"]) == (False, {})
-    assert study.evaluate(config, uri, [], 1) == first | {"reused": True}
-    assert study.evaluate(config, uri, ["markov"], 1)["reused"] is False, "its baselines were not there"
-    again = study.evaluate(config, uri, [], 1)
+    assert study.evaluate(config, uri, [], 500, 1) == first | {"reused": True}
+    assert study.evaluate(config, uri, ["markov"], 500, 1)["reused"] is False, "its baselines were not there"
+    again = study.evaluate(config, uri, [], 500, 1)
     assert again["reused"] and list(again["baselines"]) == ["markov"]
 
 

@@ -46,7 +46,7 @@ def trained(columns: list[str], value: float = 0.5) -> dict[str, Any]:
 
 def evaluated(ranks: str, hr: float) -> dict[str, Any]:
     slices = {"overall": {"users": 40, "hr@10": hr}, "warm": {"users": 40, "hr@10": hr}, "cold": {"users": 0}}
-    return {"ranks": ranks, "test": dict.fromkeys(report.TEST, hr), "slices": slices, "baselines": {}}
+    return {"ranks": ranks, "test": dict.fromkeys(report.ONE_TARGET.test, hr), "slices": slices, "baselines": {}}
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_rows_are_means_and_deviations_over_seeds(plan: Plan, tmp_path: Path) ->
 
 def test_the_primary_p_value_is_over_the_seeds_that_both_have(plan: Plan, tmp_path: Path) -> None:
     outcomes = whole(plan, tmp_path)
-    outcomes.evaluated[Trial("DFF", 0, 1)]["test"] = dict.fromkeys(report.TEST, 0.9)
+    outcomes.evaluated[Trial("DFF", 0, 1)]["test"] = dict.fromkeys(report.ONE_TARGET.test, 0.9)
     del outcomes.evaluated[Trial("mean", 0, 1)]
     found = report.tests(report.collect(plan, outcomes), "ID")
     p_value = ttest_rel([14 / 40, 0.9], [4 / 40, 5 / 40]).pvalue
@@ -103,7 +103,7 @@ def test_holms_correction_is_over_the_methods_that_have_a_p_value_over_seeds(pla
     """Three of six: the others differ alike with both seeds."""
     outcomes = whole(plan, tmp_path)
     for name, value in (("DFF", 0.9), ("mean", 0.31), ("DFF shuffled", 0.5)):
-        outcomes.evaluated[Trial(name, 0, 1)]["test"] = dict.fromkeys(report.TEST, value)
+        outcomes.evaluated[Trial(name, 0, 1)]["test"] = dict.fromkeys(report.ONE_TARGET.test, value)
     found = report.tests(report.collect(plan, outcomes), "ID")
     p_values = {name: row["p over seeds hr@10"] for name, row in found.items() if row["p over seeds hr@10"] is not None}
     assert set(p_values) == {"DFF", "mean", "DFF shuffled"}
@@ -129,8 +129,43 @@ def test_one_seed_has_no_p_value_over_seeds_whatever_the_users_say(plan: Plan, t
         row[f"{kind} {metric}"]
         for row in found.values()
         for kind in (report.P_SEEDS, report.P_HOLM)
-        for metric in report.TESTED
+        for metric in report.ONE_TARGET.tested
     } == {None}
+
+
+def write_sets(uri: str, ranks: list[int]) -> str:
+    """As `write_ranks`, of 10 users with four targets each."""
+    users, items = [f"u{n // 4}" for n in range(40)], [f"i{n}" for n in range(40)]
+    table = {"user_id": users, "item_id": items, "item_rank": ranks, "cold": [False] * 40}
+    storage.write_table(uri, pa.table(table))
+    return uri
+
+
+def test_of_several_targets_the_tables_show_recall_ndcg_and_map_of_users(world: Path, tmp_path: Path) -> None:
+    config = study_config(world, tmp_path, METHODS, study__search={"training.lr": [0.01]}, dataset__split="random")
+    plan, outcomes = grid.make_plan(config), Outcomes({}, {}, {})
+    for place, name in enumerate(plan.methods):
+        for seed in plan.seeds:
+            better = 4 + 4 * place + seed  # whole users, and with the second seed one target more
+            ranks = [1 + target % 4 if target < better else 50 for target in range(40)]
+            uri = write_sets(str(tmp_path / f"{place}-{seed}.parquet"), ranks)
+            measured = dict.fromkeys(report.SEVERAL_TARGETS.test, better / 40)
+            slices = {"warm": {"users": 10, "targets": 40, "recall@20": better / 40}}
+            validation = dict.fromkeys(("hr@10", *report.SEVERAL_TARGETS.validation), 0.5)
+            outcomes.trained[Trial(name, 0, seed)] = trained([]) | {"validation": validation}
+            outcomes.evaluated[Trial(name, 0, seed)] = {"ranks": uri, "test": measured, "slices": slices}
+    methods = report.collect(plan, outcomes)
+    rows = report.rows(methods, {}, "ID")
+    assert {key for key in rows[0] if key.startswith("test ") and not key.endswith(" sd")} == {
+        f"test {name}@{k}" for k in (10, 20) for name in ("recall", "ndcg", "map")
+    }
+    dff = next(row for row in rows if row["method"] == "DFF")
+    assert dff["difference recall@20"] == pytest.approx(5 / 10), "20 targets more: five users of ten"
+    assert dff["p_users (seeds left out) recall@20"] == pytest.approx(2**-5, rel=0.3), "2 of the 2^6 signs of six users"
+    text = report.to_text(rows, "ID")
+    assert "test MAP@20" in text and "Test RECALL@20 by target" in text and "HR@10" not in text
+    drawn = layer_curve.figure(methods)
+    assert drawn is None or all("RECALL" in a.get_ylabel() or "NDCG" in a.get_ylabel() for a in drawn.axes)
 
 
 def test_users_are_compared_by_name_not_by_place(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from scipy import sparse
 
 
 class Baseline(Protocol):
-    """One entry of BASELINES, constructed without arguments."""
+    """One entry of BASELINES, constructed with its own settings or without arguments."""
 
     def fit(self, sequences: NDArray[np.int32], num_items: int) -> Self:
-        """Learn from training sequences [U, S], oldest first, of items 1..num_items."""
+        """Learn from each user's whole training history [U, S], oldest first, of items 1..num_items."""
 
     def score(self, histories: NDArray[np.int32]) -> NDArray[np.float32]:
         """Scores [B, I + 1] for histories [B, H], oldest first; the padding column is -inf, all others finite."""

@@ -10,14 +10,18 @@ from scipy import sparse
 
 from lvlmrec.baselines.base import user_items, without_padding
 
+NUM_NEIGHBOURS = 500
+NEIGHBOURS_HELP = "of item-kNN: how many most similar items each item keeps"
+
 
 class ItemKNN:
     """Score = sum over the history of the cosine of the two items' sets of users, each item keeping its nearest.
 
-    `num_neighbours` was chosen by HR@10 on the validation split of MicroLens-50K: it grows up to 500, then stays.
+    The default of `num_neighbours` was chosen by HR@10 on the validation split of MicroLens-50K: it grows up to 500,
+    then stays.
     """
 
-    def __init__(self, num_neighbours: int = 500) -> None:
+    def __init__(self, num_neighbours: int = NUM_NEIGHBOURS) -> None:
         self.num_neighbours = num_neighbours
 
     def fit(self, sequences: NDArray[np.int32], num_items: int) -> Self:

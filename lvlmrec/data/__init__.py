@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from lvlmrec.config import option
 from lvlmrec.data import amazon_beauty, amazon_reviews_2023, microlens, ninerec, recbole, table, tiktok
 from lvlmrec.data.interactions import Dataset, k_core
-from lvlmrec.data.split import SPLITS, Split
+from lvlmrec.data.split import SEVERAL_TARGETS, SPLITS, Split
 
 DATASETS = {
     "microlens": microlens.load,
@@ -39,6 +39,17 @@ class DatasetConfig:
     core: int = option(
         0, "users and items with fewer interactions are dropped, again and again until there are none", minimum=0
     )
+
+    @property
+    def several_targets(self) -> bool:
+        """Whether the split may hold out several items of a user, so that metrics are those of sets."""
+        return self.split in SEVERAL_TARGETS
+
+    @property
+    def selected_by(self) -> str:
+        """The validation metric that epochs and settings are chosen by: that of MicroLens' protocol, and the one that
+        graph and multimodal recommenders use where users have several targets (as LATTICE, FREEDOM and MMRec)."""
+        return "recall@20" if self.several_targets else "hr@10"
 
 
 def load(config: DatasetConfig) -> Dataset:

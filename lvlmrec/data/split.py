@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from lvlmrec.data.interactions import TEST, TRAINING, VALIDATION, Ids, Interactions, restrict
 from lvlmrec.errors import ConfigError, InputError
 
+SEVERAL_TARGETS = ("random", "given")  # splits that may hold out several items of a user in one part
 HELD_OUT = 0.1  # share of the interactions for validation, and as many for test
 TRAINING_ENDS, VALIDATION_ENDS = 8, 9  # in tenths of the interactions, by time
 
@@ -33,11 +34,24 @@ class Holdout:
     targets    int32 [T]
     histories  int32 [T, H], H the longest, at least L: every item that the user is known to have, to be masked in the
                ranking
+    users      int64 [T], the user of each row, ascending, where users may have several; None: one row per user
     """
 
     inputs: NDArray[np.int32]
     targets: NDArray[np.int32]
     histories: NDArray[np.int32]
+    users: NDArray[np.int64] | None = None
+
+    @property
+    def first_rows(self) -> NDArray[np.int64]:
+        """One row of each user, int64 [U]: what is shown to a user does not depend on the target."""
+        return np.arange(len(self.targets)) if self.users is None else np.unique(self.users, return_index=True)[1]
+
+    def share(self, worker: int, num_workers: int) -> Holdout:
+        """Every `num_workers`-th row from row `worker` on."""
+        rows = slice(worker, None, num_workers)
+        users = None if self.users is None else self.users[rows]
+        return Holdout(self.inputs[rows], self.targets[rows], self.histories[rows], users)
 
 
 class UserItems(NamedTuple):
@@ -82,6 +96,11 @@ class Split:
     def training(self) -> NDArray[np.int32]:
         """int32 [R, L+1]: L inputs and the item after each of them."""
         return self.sequences
+
+    def training_histories(self) -> NDArray[np.int32]:
+        """int32 [U, H], H the longest: all training items of each user in one row, oldest first, padded on the left."""
+        offsets, items = self.user_items
+        return _windows(items, offsets[:-1], offsets[1:], int(np.diff(offsets).max()))
 
     def validation(self) -> Holdout:
         """What a run is chosen by."""
@@ -164,7 +183,8 @@ def random(interactions: Interactions, max_length: int = 10, min_interactions: i
     """A tenth of each user's items, at least one, for validation and as many for test: the same draw every time.
 
     As graph recommenders are evaluated (LightGCN and what follows it). What is later may be trained on and what is
-    earlier asked for. Each held-out item is a row. Raises `InputError` as `leave_one_out`.
+    earlier asked for. Each held-out item is a row; metrics are those of each user's set of them. Raises `InputError` as
+    `leave_one_out`.
     """
     _check_three(min_interactions)
     long, report = _of_long_users(interactions, max_length, min_interactions)
@@ -180,10 +200,10 @@ def random(interactions: Interactions, max_length: int = 10, min_interactions: i
 def given(interactions: Interactions, max_length: int = 10, min_interactions: int = 5) -> Split:
     """As the dataset is published; its items have no order in time. Each held-out item is a row.
 
-    The history at validation is the user's training items, at test those of validation too: both are masked. Other
-    targets of the same user in the same part are neither masked nor counted as hits, so with several targets per user
-    HR@K is Recall@K with every target weighing the same. A target whose user has no earlier item is dropped and
-    counted. Raises `ConfigError` when the dataset is not published split.
+    The history at validation is the user's training items, at test those of validation too: both are masked. The
+    targets of a user in the same part are ranked among all candidates, each other too; metrics are those of the user's
+    set. A target whose user has no earlier item is dropped and counted. Raises `ConfigError` when the dataset is not
+    published split.
     """
     if interactions.parts is None:
         raise ConfigError(
@@ -259,7 +279,8 @@ def _build(
     of_user, sequence_ends = trained, ends[TRAINING][trained]
     if every_target:
         of_user, sequence_ends = _cut(starts, ends[TRAINING], max_length + 1)
-    sequences = _windows(interactions, starts[of_user], sequence_ends, max_length + 1)
+    item_index = (interactions.items + 1).astype(np.int32)
+    sequences = _windows(item_index, starts[of_user], sequence_ends, max_length + 1)
     dropped = {
         "training_interactions_truncated": int((parts == TRAINING).sum() - (sequences > 0).sum()),
         "users_without_training": len(starts) - len(trained),
@@ -278,18 +299,18 @@ def _build(
         if not len(targets):
             raise InputError(f"dataset.split: no user has a {name} target with a history; of {len(starts)} users")
         width = max(max_length, int((history_ends - starts[users]).max()))
-        histories = _windows(interactions, starts[users], history_ends, width)
-        items = (interactions.items[targets] + 1).astype(np.int32)
-        holdouts.append(Holdout(histories[:, -max_length:], items, histories))
+        histories = _windows(item_index, starts[users], history_ends, width)
+        owned_by = users if every_target else None
+        holdouts.append(Holdout(histories[:, -max_length:], item_index[targets], histories, owned_by))
     ids = interactions.user_ids[users], interactions.item_ids
-    both, user_items = (holdouts[0], holdouts[1]), _training_items(interactions, parts)
+    both, user_items = (holdouts[0], holdouts[1]), _training_items(interactions, item_index, parts)
     return Split(*ids, sequences, len(trained), both, report | dropped, of_user, user_items, interactions.item_ids)
 
 
-def _training_items(interactions: Interactions, parts: NDArray[np.integer]) -> UserItems:
+def _training_items(interactions: Interactions, item_index: NDArray[np.int32], parts: NDArray[np.integer]) -> UserItems:
     in_training = parts == TRAINING
     offsets = np.concatenate(([0], np.cumsum(in_training)))[interactions.offsets]
-    return UserItems(offsets, (interactions.items[in_training] + 1).astype(np.int32))
+    return UserItems(offsets, item_index[in_training])
 
 
 def _cut(starts: NDArray[np.int64], ends: NDArray[np.int64], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -301,11 +322,11 @@ def _cut(starts: NDArray[np.int64], ends: NDArray[np.int64], width: int) -> tupl
 
 
 def _windows(
-    interactions: Interactions, starts: NDArray[np.int64], ends: NDArray[np.int64], width: int
+    item_index: NDArray[np.int32], starts: NDArray[np.int64], ends: NDArray[np.int64], width: int
 ) -> NDArray[np.int32]:
-    """int32 [R, width]: the last item indices of the interactions `starts[r]:ends[r]`, padded on the left."""
+    """int32 [R, width]: the last of `item_index[starts[r]:ends[r]]`, padded on the left."""
     positions = ends[:, None] - width + np.arange(width)
     real = positions >= starts[:, None]
     windows = np.zeros(positions.shape, dtype=np.int32)
-    windows[real] = interactions.items[positions[real]] + 1
+    windows[real] = item_index[positions[real]]
     return windows

@@ -42,11 +42,22 @@ def by_history_length(histories: NDArray[np.integer]) -> dict[str, NDArray[np.bo
 
 
 def slice_metrics(
-    ranks: NDArray[np.int64], slices: Mapping[str, NDArray[np.bool_]], ks: Sequence[int] = (10, 20)
+    ranks: NDArray[np.int64],
+    slices: Mapping[str, NDArray[np.bool_]],
+    ks: Sequence[int] = (10, 20),
+    users: NDArray[np.int64] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """For each named mask [U] over ranks [U]: `users`, and the metrics unless there are none."""
+    """For each named mask [T] over ranks [T]: `users`, and the metrics unless there are none.
+
+    With `users` [T], whose target each rank is, a user's set is its targets in the slice, and `targets` counts them.
+    """
     table: dict[str, dict[str, float]] = {}
     for name, mask in slices.items():
         inside = ranks[mask]
-        table[name] = {"users": len(inside), **(metrics(inside, ks) if len(inside) else {})}
+        if users is None:
+            table[name] = {"users": len(inside), **(metrics(inside, ks) if len(inside) else {})}
+        else:
+            of = users[mask]
+            counts = {"users": len(np.unique(of)), "targets": len(inside)}
+            table[name] = {**counts, **(metrics(inside, ks, of) if len(inside) else {})}
     return table

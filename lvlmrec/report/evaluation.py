@@ -7,7 +7,6 @@ from typing import Any
 
 from lvlmrec.report.comparison import table, verdict
 
-GAINS = ("hr", "ndcg", "mrr")
 BEYOND = ("coverage", "gini", "novelty", "popularity")
 
 
@@ -16,22 +15,29 @@ def evaluation(result: Mapping[str, Any]) -> str:
     name = result["checkpoint"].rsplit("/", 1)[-1]
     runs = {**result["baselines"], name: result}
     ks = sorted({int(metric.partition("@")[2]) for metric in result["test"]})
-    parts = [_overall(runs, name, ks), _by_slice(runs, ks[0]), _beyond(runs, ks)]
+    parts = [_overall(runs, name), _by_slice(runs, ks[0]), _beyond(runs, ks)]
     for other, tests in result.get("against", {}).items():
         lines = [verdict(part, test) for part, test in tests.items()]
         parts.append("\n  ".join([f"against {'/'.join(other.split('/')[-2:])}, the same users:", *lines]))
     return "\n\n".join(parts)
 
 
-def _overall(runs: Mapping[str, Any], name: str, ks: Sequence[int]) -> str:
-    metrics = [f"{gain}@{k}" for k in ks for gain in GAINS]
+def _overall(runs: Mapping[str, Any], name: str) -> str:
+    metrics = list(runs[name]["test"])
+    selected_by = "recall@20" if "recall@20" in runs[name]["validation"] else "hr@10"
     body = []
     for run, result in runs.items():
         learned = [f"{result['parameters']:,}", _known(result["trials"])] if run == name else ["-", "-"]
-        validated = result["validation"].get("hr@10")
+        validated = result["validation"].get(selected_by)
         numbers = [validated, *(result["test"][metric] for metric in metrics)]
         body.append([run, *learned, *("-" if number is None else f"{number:.4f}" for number in numbers)])
-    head = ["test", "parameters", "trials", "validation HR@10", *(metric.upper() for metric in metrics)]
+    head = [
+        "test",
+        "parameters",
+        "trials",
+        f"validation {selected_by.upper()}",
+        *(metric.upper() for metric in metrics),
+    ]
     return table(head, body)
 
 

@@ -14,7 +14,6 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from lvlmrec.report.study import Method
 from lvlmrec.taps import Tap, parse_feature
 
-METRICS = ("hr@10", "ndcg@10")
 # Of methods that read no layer or all: what a single layer is compared with.
 LINES: dict[str, tuple] = {"id": ("#7f7f7f", ":"), "mean": ("#2ca02c", "--"), "dff": ("#d62728", "-.")}
 LAST_LAYER = ("#1f77b4", (0, (1, 3)))
@@ -42,15 +41,16 @@ def curves(methods: Sequence[Method]) -> dict[tuple[str, ...], Curve]:
 
 
 def figure(methods: Sequence[Method]) -> Figure | None:
-    """HR@10 and NDCG@10 on test over the layer; error bars: standard deviation over seeds. None without a curve."""
+    """The tested metrics, on test, over the layer; error bars: standard deviation over seeds. None without a curve."""
     found = curves(methods)
     if not found:
         return None
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         # No pyplot: it would keep every figure, and choose a window system.
         drawn = Figure(figsize=(9.5, 3.6), layout=ConstrainedLayoutEngine(wspace=0.08))
-        axes = drawn.subplots(1, len(METRICS))
-        for metric, axis in zip(METRICS, axes, strict=True):
+        metrics = methods[0].shown.tested
+        axes = drawn.subplots(1, len(metrics))
+        for metric, axis in zip(metrics, axes, strict=True):
             _panel(axis, metric, methods, found)
         handles, labels = axes[0].get_legend_handles_labels()
         curves_first = sorted(zip(labels, handles, strict=True), key=lambda entry: not entry[0].startswith(CURVE))

@@ -12,7 +12,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,10 +25,23 @@ from lvlmrec.experiment import TrainConfig
 from lvlmrec.grid import Outcomes, Plan, Step, Trial, choose
 from lvlmrec.report.comparison import table
 
-VALIDATION = ("hr@10", "ndcg@10")
-TEST = ("hr@10", "ndcg@10", "hr@20", "ndcg@20")
-TESTED = ("hr@10", "ndcg@10")
-SLICED = "hr@10"
+
+class Shown(NamedTuple):
+    """The metrics that the tables have; `tested`: against the reference; `sliced`: by parts of the users."""
+
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+    tested: tuple[str, ...]
+    sliced: str
+
+
+ONE_TARGET = Shown(("hr@10", "ndcg@10"), ("hr@10", "ndcg@10", "hr@20", "ndcg@20"), ("hr@10", "ndcg@10"), "hr@10")
+SEVERAL_TARGETS = Shown(
+    ("recall@20", "ndcg@20"),
+    ("recall@10", "ndcg@10", "map@10", "recall@20", "ndcg@20", "map@20"),
+    ("recall@20", "ndcg@20"),
+    "recall@20",
+)
 NUM_RESAMPLES = 10_000  # means over seeds have many distinct differences, and each costs that many draws
 NONE = "-"
 P_SEEDS, P_HOLM, P_USERS = "p over seeds", "Holm p over seeds", f"p_users ({LEFT_OUT})"
@@ -46,6 +59,10 @@ class Method:
     trials: int
     results: dict[int, dict[str, Any]]
     evaluations: dict[int, dict[str, Any]]
+
+    @property
+    def shown(self) -> Shown:
+        return SEVERAL_TARGETS if self.config.dataset.several_targets else ONE_TARGET
 
     def test(self, metric: str) -> list[float]:
         return [evaluation["test"][metric] for evaluation in self.evaluations.values()]
@@ -84,7 +101,8 @@ def _status(plan: Plan, outcomes: Outcomes, tried: list[Trial], finals: list[Tri
 
 def rows(methods: Sequence[Method], baselines: Mapping[str, Any], reference: str) -> list[dict[str, Any]]:
     """One row for each baseline and method: numbers, None where there is none yet."""
-    made = [_baseline_row(name, result) for name, result in baselines.items()]
+    shown = methods[0].shown
+    made = [_baseline_row(name, result, shown) for name, result in baselines.items()]
     against = tests(methods, reference)
     for method in methods:
         results = list(method.results.values())
@@ -97,11 +115,11 @@ def rows(methods: Sequence[Method], baselines: Mapping[str, Any], reference: str
             "parameters": results[0]["parameters"] if results else None,
             "seconds_per_epoch": float(np.mean([r["seconds_per_epoch"] for r in results])) if results else None,
         }
-        for metric in VALIDATION:
+        for metric in shown.validation:
             row |= _mean_and_sd(f"validation {metric}", [result["validation"][metric] for result in results])
-        for metric in TEST:
+        for metric in shown.test:
             row |= _mean_and_sd(f"test {metric}", method.test(metric))
-        row |= _by_slice(list(method.evaluations.values()))
+        row |= _by_slice(list(method.evaluations.values()), shown.sliced)
         made.append(row | against.get(method.name, {}))
     return made
 
@@ -113,7 +131,7 @@ def tests(methods: Sequence[Method], reference: str) -> dict[str, dict[str, Any]
     """
     base = next(method for method in methods if method.name == reference)
     found: dict[str, dict[str, Any]] = {}
-    for metric in TESTED:
+    for metric in base.shown.tested:
         over_seeds = {}
         for method in methods:
             seeds = [seed for seed in method.evaluations if seed in base.evaluations]
@@ -159,20 +177,20 @@ def _targets(uri: str) -> int:
     return hash((*ranks[USER_ID], *ranks[ITEM_ID]))
 
 
-def _baseline_row(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+def _baseline_row(name: str, result: Mapping[str, Any], shown: Shown) -> dict[str, Any]:
     row: dict[str, Any] = {"method": name, "status": "complete"}
-    for part, names in (("validation", VALIDATION), ("test", TEST)):
+    for part, names in (("validation", shown.validation), ("test", shown.test)):
         for metric in names:
             row |= _mean_and_sd(f"{part} {metric}", [result[part][metric]])
-    return row | _by_slice([result])
+    return row | _by_slice([result], shown.sliced)
 
 
-def _by_slice(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _by_slice(evaluations: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
     """Mean over the evaluations of the metric of each part of the users, named with their number."""
     if not evaluations:
         return {}
     return {
-        f"{SLICED} of {name} ({part['users']:,})": float(np.mean([e["slices"][name][SLICED] for e in evaluations]))
+        f"{metric} of {name} ({part['users']:,})": float(np.mean([e["slices"][name][metric] for e in evaluations]))
         for name, part in evaluations[0]["slices"].items()
         if name != "overall" and part["users"]
     }
@@ -207,29 +225,31 @@ def blocks(rows: Sequence[Mapping[str, Any]], reference: str) -> list[tuple[str,
     keys = ["setting", "trials", "seeds", "parameters", "seconds_per_epoch", "status"]
     formats: list[Callable[[Any], str]] = [str, str, str, lambda n: f"{n:,}", lambda s: f"{s:.2f}", str]
     settings = [[r["method"], *(_cell(r[k], f) for k, f in zip(keys, formats, strict=True))] for r in methods]
-    measured = [f"validation {metric}" for metric in VALIDATION] + [f"test {metric}" for metric in TEST]
+    shown = SEVERAL_TARGETS if any(f"test {SEVERAL_TARGETS.sliced}" in row for row in rows) else ONE_TARGET
+    measured = [f"validation {metric}" for metric in shown.validation] + [f"test {metric}" for metric in shown.test]
     results = [[row["method"], *(_spread(row, name) for name in measured)] for row in rows]
     compared = [
         [
             row["method"],
             str(row["seeds compared"]),
-            *(_cell(row.get(f"{kind} {metric}"), shown) for metric in TESTED for kind, shown in KINDS.items()),
+            *(_cell(row.get(f"{kind} {metric}"), form) for metric in shown.tested for kind, form in KINDS.items()),
         ]
         for row in methods
         if "seeds compared" in row
     ]
-    kinds = [f"{metric.upper()} {kind}" for metric in TESTED for kind in KINDS]
+    kinds = [f"{metric.upper()} {kind}" for metric in shown.tested for kind in KINDS]
+    sliced = shown.sliced.upper()
     return [
         ("Settings", head, settings),
         ("Mean ± standard deviation over seeds", ["method", *map(_headed, measured)], results),
         (f"Test, against {reference} ({WHY_NONE})", ["method", "seeds", *kinds], compared),
-        (f"Test {SLICED.upper()} by target and length of history, with how many users", *_sliced(rows)),
+        (f"Test {sliced} by target and length of history, with how many users", *_sliced(rows, shown.sliced)),
     ]
 
 
-def _sliced(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _sliced(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
     """Head and body; the body is empty while nothing is evaluated."""
-    begin = f"{SLICED} of "
+    begin = f"{metric} of "
     parts = list(dict.fromkeys(key for row in rows for key in row if key.startswith(begin)))
     evaluated = [row for row in rows if any(part in row for part in parts)]
     body = [[row["method"], *(f"{row[part]:.4f}" for part in parts)] for row in evaluated]

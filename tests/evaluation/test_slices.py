@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lvlmrec.evaluation.slices import by_coldness, by_history_length, by_popularity
+from lvlmrec.evaluation.slices import by_coldness, by_history_length, by_popularity, slice_metrics
 
 COUNTS = np.array([0, 9, 9, 6, 6, 3, 2, 1, 0])  # 36 interactions: a third is 12
 
@@ -42,3 +42,11 @@ def test_history_lengths_leave_padding_out():
         "history_6_to_10": [3, 4],
         "history_over_10": [5],
     }
+
+
+def test_a_users_targets_in_a_slice_are_its_set_there():
+    ranks, users = np.array([1, 4, 30, 2]), np.array([0, 0, 0, 1])
+    table = slice_metrics(ranks, {"a": np.array([True, False, True, True]), "b": np.zeros(4, dtype=bool)}, (3,), users)
+    assert table["b"] == {"users": 0, "targets": 0}
+    assert (table["a"]["users"], table["a"]["targets"]) == (2, 3)
+    assert table["a"]["recall@3"] == (1 / 2 + 1) / 2 and table["a"]["hr@3"] == 1
