@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from lvlmrec.data import load_split
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
-from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.significance import holm
 from lvlmrec.fitting import encode_catalogue
 from lvlmrec.models.histories import pack
@@ -75,25 +75,51 @@ def ranks_by_hand(checkpoint: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["user_id", "item_id", "item_rank", "cold"])
 
 
+def by_hand(ranks: Iterable[int], ks: Sequence[int] = (10, 20)) -> dict[str, float]:
+    """hr, ndcg and mrr, from their formulas."""
+    ranks, found = list(ranks), {}
+    for k in ks:
+        hits = [rank for rank in ranks if rank <= k]
+        for name, gains in {"hr": [1] * len(hits), "ndcg": [1 / np.log2(r + 1) for r in hits]}.items():
+            found[f"{name}@{k}"] = sum(gains) / len(ranks)
+        found[f"mrr@{k}"] = sum(1 / rank for rank in hits) / len(ranks)
+    return found
+
+
 @pytest.mark.parametrize("encoder", ["id", "dff"])
 def test_the_ranks_are_those_counted_by_hand(evaluated: dict, trained: dict[str, str], encoder: str) -> None:
     written = evaluating.read_ranks(evaluated[encoder]["ranks"])
     expected = ranks_by_hand(trained[encoder])
     pd.testing.assert_frame_equal(written, expected, check_dtype=False)
     assert written["item_id"].tolist() == [row[-1] for row in walks()]  # users come in the order of the file
-    assert evaluated[encoder]["test"] == metrics(expected["item_rank"].to_numpy())
+    assert evaluated[encoder]["test"] == pytest.approx(by_hand(expected["item_rank"]))
     assert evaluated[encoder]["users"] == 150
 
 
-def test_the_slices_add_up(evaluated: dict) -> None:
-    slices = evaluated["dff"]["slices"]
-    assert slices["overall"] == {"users": 150, **evaluated["dff"]["test"]}
-    assert slices["warm"]["users"] + slices["cold"]["users"] == 150
-    for parts in (("head", "mid", "tail", "cold"), ("history_upto_5", "history_6_to_10", "history_over_10")):
-        counted = [slices[part] for part in parts if slices[part]["users"]]
-        assert len(counted) > 1 and sum(part["users"] for part in counted) == 150
-        mean = sum(part["users"] * part["ndcg@10"] for part in counted) / 150
-        assert mean == pytest.approx(evaluated["dff"]["test"]["ndcg@10"])
+def slice_by_hand(row: list[str], counts: dict[str, int]) -> set[str]:
+    """The slices of a user, by target and history: the target is its last item, training all but the last two."""
+    target, length = row[-1], len(row) - 1
+    inside = {"overall", "history_upto_5" if length <= 5 else "history_6_to_10" if length <= 10 else "history_over_10"}
+    if not counts.get(target):
+        return inside | {"cold"}
+    above = sum(count for count in counts.values() if count > counts[target]) / sum(counts.values())
+    return inside | {"warm", "head" if above < 1 / 3 else "mid" if above < 2 / 3 else "tail"}
+
+
+def test_the_slices_are_those_of_each_users_target_and_history(evaluated: dict) -> None:
+    counts: dict[str, int] = {}
+    for row in walks():
+        for item in row[:-2]:
+            counts[item] = counts.get(item, 0) + 1
+    ranks = evaluating.read_ranks(evaluated["dff"]["ranks"])["item_rank"]
+    of_slice: dict[str, list[int]] = {}
+    for row, rank in zip(walks(), ranks, strict=True):
+        for name in slice_by_hand(row, counts):
+            of_slice.setdefault(name, []).append(rank)
+    assert {"head", "mid", "tail", "warm", "history_6_to_10", "history_over_10"} < set(of_slice)
+    for name, found in evaluated["dff"]["slices"].items():
+        own = of_slice.get(name, [])
+        assert found == pytest.approx({"users": len(own), **(by_hand(own) if own else {})}), name
 
 
 @torch.inference_mode()
@@ -186,7 +212,7 @@ def test_the_baselines_stand_beside_it_and_lose_the_walk(evaluated: dict, worksp
     assert baselines["popularity"]["test"]["hr@10"] < baselines["markov"]["test"]["hr@10"]
     for name, result in baselines.items():
         ranks = evaluating.read_ranks(str(Path(evaluated["dff"]["ranks"]).with_name(f"ranks-{name}.parquet")))
-        assert metrics(ranks["item_rank"].to_numpy()) == result["test"]
+        assert result["test"] == pytest.approx(by_hand(ranks["item_rank"]))
 
 
 def test_two_runs_are_compared_user_by_user(evaluated: dict) -> None:
@@ -236,9 +262,10 @@ def test_ranks_that_are_not_there_are_missed_before_the_work(trained: dict, tmp_
 
 def test_other_cut_offs(workspace: Path, trained: dict, evaluated: dict, tmp_path: Path) -> None:
     result = evaluate(tmp_path, trained["id"], ks="[7,1,7]", baselines="[markov]")
-    ranks = evaluating.read_ranks(evaluated["id"]["ranks"])["item_rank"].to_numpy()
-    assert result["test"] == metrics(ranks, (1, 7))
-    assert result["slices"]["overall"] == {"users": 150, **metrics(ranks, (1, 7))}
+    ranks = evaluating.read_ranks(evaluated["id"]["ranks"])["item_rank"]
+    assert list(result["test"]) == [f"{name}@{k}" for k in (1, 7) for name in ("hr", "ndcg", "mrr")]
+    assert result["test"] == pytest.approx(by_hand(ranks, (1, 7)))
+    assert result["slices"]["overall"] == pytest.approx({"users": 150, **by_hand(ranks, (1, 7))})
     assert {name.partition("@")[2] for name in result["beyond_accuracy"]} == {"", "1", "7"}
     assert set(result["baselines"]["markov"]["test"]) == set(result["test"])
     assert "NDCG@1 of" in evaluation(result)

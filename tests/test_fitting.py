@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from lvlmrec import experiment
 from lvlmrec.batches import batches_of_epoch, draw_negatives, made_ahead
 from lvlmrec.errors import ConfigError
-from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.experiment import Experiment
 from lvlmrec.fitting import Loss, State, encode_catalogue, learning_rate_factor, rank_holdout
 from lvlmrec.models.histories import pack
@@ -217,7 +216,8 @@ def test_the_best_epochs_weights_are_kept(world: Path, tmp_path: Path) -> None:
     state.model.load_state_dict(state.best_weights)
     state.model.eval()
     catalogue = encode_catalogue(state.model, len(ITEM_IDS), None, CPU)
-    assert metrics(rank_holdout(state.model, catalogue, prepared.data.validation)) == state.progress.best
+    ranks = rank_holdout(state.model, catalogue, prepared.data.validation)
+    assert (ranks <= 10).mean() == state.progress.best["hr@10"] > hit_rates[-1]
 
 
 def test_alignment_and_uniformity_move_queries_and_items(world: Path, tmp_path: Path) -> None:

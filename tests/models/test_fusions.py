@@ -92,11 +92,6 @@ def test_values_and_gradients_follow_the_equation(name, settings, shapes):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=key)
 
 
-def test_dff_is_the_released_form_unless_told_otherwise():
-    settings = FUSIONS["dff"]()
-    assert (settings.projection, settings.gate, settings.gate_size) == ("after_sum", "linear", "elementwise")
-
-
 def test_dff_starts_with_equal_layer_weights_that_sum_to_one_over_all_feature_sets():
     module = FUSIONS["dff"]().build(NUM_ITEMS, E, TWO_SETS)
     torch.testing.assert_close(module.layer_weights(), torch.full((5,), 1 / 5))

@@ -50,7 +50,7 @@ def plain_sasrec(embeddings, p, num_blocks):
 
 def test_values_and_gradients_follow_the_equations_on_padded_users():
     torch.manual_seed(0)
-    module = SASRec(E, LENGTH, num_blocks=2, num_heads=HEADS, dropout=0.1).double().eval()
+    module = SASRecConfig().build(E, LENGTH).double().eval()  # as the benchmark: two blocks of two heads
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     lengths = [5, 2, 1]
@@ -76,9 +76,13 @@ def test_query_key_value_and_output_have_no_bias_and_the_feed_forward_is_four_ti
     assert names["blocks.0.inner.weight"] == (4 * E, E) and names["blocks.0.outer.weight"] == (E, 4 * E)
 
 
-def test_defaults_are_those_of_the_benchmark():
-    config = SASRecConfig()
-    assert (config.num_blocks, config.num_heads, config.dropout) == (2, 2, 0.1)
+def test_a_tenth_of_the_input_is_dropped_in_training_unless_told_otherwise():
+    torch.manual_seed(0)
+    module = SASRecConfig(num_blocks=1).build(E, LENGTH)
+    module.blocks = torch.nn.ModuleList()
+    torch.nn.init.ones_(module.norm.bias)  # so that no entry is 0 unless it is dropped
+    embeddings, mask = torch.randn(400, LENGTH, E), torch.ones(400, LENGTH, dtype=torch.bool)
+    assert (encode_grid(module, embeddings, mask) == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
 
 
 def test_dropout_acts_in_training_only():
