@@ -181,7 +181,7 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     if features is not None and config.feature_scaling == "standardize":
         features = features.standardized(trained_on)
     if not every_layer:
-        check_model(config, len(item_ids), features)
+        check_model(config, len(data.item_ids), features)
     # Defaults do not count: a new option leaves the names of earlier runs as they were.
     flat = configs.changed(config)
     learned = {k: v for k, v in flat if k not in NOT_LEARNED and not k.startswith(SEARCH)}
