@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,8 @@ def users_of(batch: batches.Batch) -> list[list[int]]:
 
 def order_of_users(world: Path, workspace: Path, epoch: int, **values: int) -> list[list[int]]:
     """One user at a time: the order of an epoch."""
-    config = train_config(world, workspace, training__batch_size=1, **values)
+    chosen: dict[str, Any] = {"training__batch_size": 1, "training__loss__name": "full_softmax", **values}
+    config = train_config(world, workspace, **chosen)
     data = experiment.prepare(config).data
     return [user for batch in batches_of_epoch(config, data, None, epoch, CPU) for user in users_of(batch)]
 

@@ -159,7 +159,8 @@ def test_epochs_are_chosen_by_recall_and_such_runs_have_names_of_their_own(publi
 
 def test_what_has_one_item_is_counted_and_not_learned_from(published: Path, tmp_path: Path) -> None:
     """Batches of one sequence: each has something to predict."""
-    prepared, _ = fitted(run_config(published, tmp_path, training__batch_size=1, training__epochs=1))
+    values = {"training__batch_size": 1, "training__loss__name": "full_softmax", "training__epochs": 1}
+    prepared, _ = fitted(run_config(published, tmp_path, **values))
     lengths = [1 + user % 30 for user in range(NUM_USERS)]
     alone = sum(length % 7 == 1 for length in lengths)  # what is left of a history cut into sequences of seven
     assert prepared.report["training_sequences_of_one_item"] == alone > 0
