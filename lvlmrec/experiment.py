@@ -182,6 +182,15 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
         features = features.standardized(trained_on)
     if not every_layer:
         check_model(config, len(data.item_ids), features)
+    key = _key(config, features, fingerprint)
+    tags = {"dataset": fingerprint, "feature_set": "none", "recipe": "none"}
+    if features is not None:
+        tags |= {"feature_set": features.digest, "recipe": features.recipe}
+    return Experiment(config, data, features, key, {**tags, "key": key}, report)
+
+
+def _key(config: TrainConfig, features: FeatureArray | None, fingerprint: str) -> str:
+    """The name of a run: 12 hex digits of all that decides what it learns. `fingerprint`: of the dataset."""
     # Defaults do not count: a new option leaves the names of earlier runs as they were.
     flat = configs.changed(config)
     learned = {k: v for k, v in flat if k not in NOT_LEARNED and not k.startswith(SEARCH)}
@@ -193,11 +202,7 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     learned |= {"dataset.path": fingerprint, "features": features.digest if features else ""}
     if config.dataset.several_targets:  # such runs were once chosen by the HR@10 of single targets
         learned["selected_by"] = config.dataset.selected_by
-    key = hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
-    tags = {"dataset": fingerprint, "feature_set": "none", "recipe": "none"}
-    if features is not None:
-        tags |= {"feature_set": features.digest, "recipe": features.recipe}
-    return Experiment(config, data, features, key, {**tags, "key": key}, report)
+    return hashlib.blake2b(json.dumps(learned, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def _check_negatives(config: TrainConfig, data: TrainingData) -> None:
