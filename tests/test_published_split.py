@@ -85,6 +85,25 @@ def test_two_imported_sets_through_training_and_evaluation(published: Path, tmp_
     assert f"{result['test']['recall@20']:.4f}" in overall[-1]
 
 
+def test_a_user_with_several_targets_is_shown_one_list(published: Path, tmp_path: Path) -> None:
+    prepared, state = fitted(run_config(published, tmp_path))
+    uri = publish(prepared, state)
+    result = evaluating.run(config.load(EvaluateConfig, [{"workspace": str(tmp_path), "checkpoint": uri}]))
+    model, counts = load_checkpoint(uri, {}).model, prepared.data.train_counts
+    items = encode_catalogue(model, NUM_ITEMS, None, CPU)
+    split, _ = load_split(prepared.config.dataset)
+    shown: dict[str, list[int]] = {}
+    for user, inputs, history in zip(split.user_ids, split.test().inputs, split.test().histories, strict=True):
+        read = items[inputs[inputs > 0].astype(np.int64)]
+        with torch.inference_mode():
+            query = model.encode_sequences(read, pack(torch.ones(1, len(read), dtype=torch.bool)))[-1]
+        order = (items @ query).argsort(descending=True).tolist()
+        shown[user] = [item for item in order if item and item not in history][:10]
+    popularity = np.mean([counts[item] for items in shown.values() for item in items])
+    assert result["beyond_accuracy"]["popularity@10"] == pytest.approx(popularity)
+    assert len(shown) == result["users"] < result["targets"]
+
+
 def apart(ranks: pd.DataFrame) -> list[int]:
     """Ranks as places of one list: of a user's targets that tie, each its own."""
     places: list[int] = []
