@@ -196,6 +196,8 @@ def _key(config: TrainConfig, features: FeatureArray | None, fingerprint: str) -
     learned = {k: v for k, v in flat if k not in NOT_LEARNED and not k.startswith(SEARCH)}
     if features is None:  # what is asked of features changes no run without them
         learned = {k: v for k, v in learned.items() if not k.startswith("feature")}
+    if not config.training.gradient_clip:  # it is not clipped; runs of this value once had gradients clipped to nothing
+        learned["training.gradient_clip"] = "none"
     if config.model.item_encoder.pretrained:  # what the weights are, not where they lie
         learned["model.item_encoder.encoder_weights"] = pretrained.digest(config.model.item_encoder.pretrained)
     learned["format"] = FORMAT + config.training.loss.format

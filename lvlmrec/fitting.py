@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lvlmrec import checkpoint, pretrained
 from lvlmrec.batches import Batch, Positions, Shared, batches_of_epoch, item_features, made_ahead
 from lvlmrec.data.split import Holdout
+from lvlmrec.divergence import STEPS_BETWEEN_CHECKS, Diverged, check_steps, check_weights, longest, remedy
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_targets
 from lvlmrec.experiment import Experiment, TrainConfig, TrainingConfig, TrainingData, build_model, summary
@@ -154,7 +155,8 @@ def fit(
 ) -> None:
     """Train until the last epoch or until the validation metric of the split stops rising, HR@10 or Recall@20.
 
-    `report` is called after every epoch.
+    `report` is called after every epoch. Raises `Diverged`, on every worker alike, before the epoch is reported: what
+    was saved before stays good.
     """
     rank, world = _rank_and_world()
     loss: nn.Module = Loss(state.model, config.training, data.train_counts).to(device)
@@ -166,9 +168,12 @@ def fit(
         started = time.perf_counter()
         torch.manual_seed(int(np.random.SeedSequence((config.seed, epoch, rank)).generate_state(1)[0]))
         batches = batches_of_epoch(config, data, features, epoch, device, rank, world)
-        train_loss = train_epoch(config.training, made_ahead(batches), loss, state.optimizer, device)
-        seconds = time.perf_counter() - started
-        validation = _validate(state.model, data, features, device)
+        try:
+            train_loss = train_epoch(config.training, made_ahead(batches), loss, state.optimizer, device)
+            seconds = time.perf_counter() - started
+            validation = _validate(state.model, data, features, device)
+        except Diverged as error:
+            raise Diverged(f"epoch {epoch + 1}, {error}; {remedy(config, features)}") from None
         progress = state.progress
         progress.epoch, progress.train_seconds = epoch + 1, progress.train_seconds + seconds
         if not progress.best or validation[selected_by] > progress.best[selected_by]:
@@ -232,21 +237,27 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> float:
-    """One pass; returns the mean loss over all positions of all workers."""
+    """One pass; returns the mean loss over all positions of all workers. Raises `Diverged`."""
     _, world = _rank_and_world()
     autocast = torch.autocast(device.type, torch.bfloat16) if settings.precision == "bfloat16" else nullcontext()
-    total, positions = torch.zeros((), device=device), 0
+    total, positions, step = torch.zeros((), device=device), 0, 0
+    unchecked: list[tuple[Tensor, Tensor]] = []  # loss and length of the gradient of the last steps
     loss.train()
-    for batch in batches:
+    for step, batch in enumerate(batches, 1):
         for group in optimizer.param_groups:
             group["lr"] = group["highest_lr"] * learning_rate_factor(batch.progress, settings.schedule, settings.warmup)
         with autocast:
             summed = loss(batch.shared, batch.mine)
         optimizer.zero_grad(set_to_none=True)
         (summed * (world / batch.num_positions)).backward()  # DDP averages over workers: sum / positions
-        torch.nn.utils.clip_grad_norm_(loss.parameters(), settings.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), settings.gradient_clip or math.inf)
         optimizer.step()
         total, positions = total + summed.detach(), positions + batch.num_positions
+        unchecked.append((summed.detach(), norm))
+        if step % STEPS_BETWEEN_CHECKS == 0:
+            check_steps(step - len(unchecked), unchecked, world)
+            unchecked = []
+    check_steps(step - len(unchecked), unchecked, world)
     if world > 1:
         dist.all_reduce(total)
     return float(total) / positions
@@ -323,18 +334,24 @@ def _with_other_workers(queries: Tensor) -> Tensor:
 def _validate(
     model: Recommender, data: TrainingData, features: FeatureArray | None, device: torch.device
 ) -> dict[str, float]:
-    """Metrics over all users; each worker ranks its share."""
+    """Metrics over all users; each worker ranks its share. Raises `Diverged` when weights or scores are not finite."""
     rank, world = _rank_and_world()
     model.eval()
+    check_weights(model)
     catalogue = encode_catalogue(model, len(data.item_ids), features, device)
     shares = [data.validation.share(worker, world) for worker in range(world)]
-    ranks: list[Any] = [rank_holdout(model, catalogue, shares[rank])]
+    own = shares[rank]
+    queries = encode_users(model, catalogue, own.inputs)
+    largest = float(longest(queries) * longest(catalogue))  # no score is larger
+    found: list[Any] = [(rank_targets(queries, catalogue, own.targets, own.histories), largest)]
     if world > 1:
         gathered: list[Any] = [None] * world
-        dist.all_gather_object(gathered, ranks[0])
-        ranks = gathered
+        dist.all_gather_object(gathered, found[0])
+        found = gathered
+    if not all(math.isfinite(largest) for _, largest in found):
+        raise Diverged("validation: the scores are not finite")
     users = [share.users for share in shares if share.users is not None]
-    return metrics(np.concatenate(ranks), users=np.concatenate(users) if users else None)
+    return metrics(np.concatenate([ranks for ranks, _ in found]), users=np.concatenate(users) if users else None)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

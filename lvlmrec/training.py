@@ -16,9 +16,11 @@ from ray.train import Checkpoint as RayCheckpoint
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2.api.result import Result as TrainResult
 from safetensors.torch import load_file
 
 from lvlmrec import checkpoint, cluster, storage
+from lvlmrec.divergence import Diverged
 from lvlmrec.errors import JobFailed
 from lvlmrec.experiment import Experiment, TrainingConfig, load_features
 from lvlmrec.features import pca
@@ -50,7 +52,7 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
 def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
     settings = experiment.config.training
     trainer = TorchTrainer(
-        _worker,
+        cast(Any, _worker),
         # Through the object store once, not into every worker's configuration.
         train_loop_config={"experiment": ray.put(experiment), "tracking": tracking},
         scaling_config=ScalingConfig(num_workers=_num_workers(settings), use_gpu=settings.use_gpu),
@@ -63,9 +65,12 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
         ),
     )
     try:
-        return cast(RayCheckpoint, trainer.fit().checkpoint)
+        result = trainer.fit()
     except Exception as error:
         raise JobFailed(f"training {experiment.key}: {' '.join(str(error).split())[-500:]}") from error
+    if diverged := cast(TrainResult, result).return_value:
+        raise JobFailed(f"training {experiment.key}: {diverged}")
+    return cast(RayCheckpoint, result.checkpoint)
 
 
 def _num_workers(settings: TrainingConfig) -> Any:
@@ -73,8 +78,11 @@ def _num_workers(settings: TrainingConfig) -> Any:
     return (settings.min_workers, settings.num_workers) if settings.min_workers else settings.num_workers
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """What each worker runs: restore, fit, report a checkpoint from time to time and at the end."""
+def _worker(config: dict[str, Any]) -> str:
+    """What each worker runs: restore, fit, report a checkpoint from time to time and at the end.
+
+    Gives why it diverged, else nothing: an error would be tried again, which is of no use here.
+    """
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report
     experiment: Experiment = ray.get(config["experiment"])
     tracking: Run = config["tracking"]
@@ -108,7 +116,11 @@ def _worker(config: dict[str, Any]) -> None:
                 ray.train.report(metrics, checkpoint=RayCheckpoint.from_directory(folder) if leads else None)
             last_saved = time.monotonic()
 
-    fit(experiment.config, experiment.data, features, state, report, device)
+    try:
+        fit(experiment.config, experiment.data, features, state, report, device)
+    except Diverged as error:
+        return str(error)
+    return ""
 
 
 def _local_features(experiment: Experiment) -> FeatureArray | None:

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lvlmrec import cluster, storage, tracking
 from lvlmrec.config import check_gpus, option
+from lvlmrec.divergence import Diverged
 from lvlmrec.errors import ConfigError, InputError, JobFailed
 from lvlmrec.experiment import Experiment, TrainConfig, check_model, check_video
 from lvlmrec.fitting import State, fit, new_state
@@ -78,6 +80,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
     trial_runs = TrialRuns(parent, config.workspace, config.training.epochs, selected_by)
     param_space = space(search, experiment)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C would end the sweep as if it were complete
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # `TrialRuns` does
     with cluster.joined():
         trainable = tune.with_resources(
             tune.with_parameters(_trial, experiment=experiment, folder=storage.join(runs, f"trials-{experiment.key}")),
@@ -235,7 +238,13 @@ class TrialRuns(tune.Callback):
         )
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        trace = Path(trial.error_file).read_text().strip() if trial.error_file else "it left no error"
+        reason = trace.splitlines()[-1].removeprefix(f"{Diverged.__module__}.")
+        self._run(trial).set_tags({"error": reason[:500]})
         self._finish(trial, "FAILED")
+        if not reason.startswith(Diverged.__name__):
+            print(trace, file=sys.stderr)
+        print(f"tune: a trial failed: {reason}: {trial.config}", file=sys.stderr)
 
     def interrupt(self) -> None:
         """Close the runs of the trials that were going on."""

@@ -176,6 +176,17 @@ def test_workers_that_cannot_work_fail_the_job(
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_run_that_diverges_fails_at_once_and_publishes_nothing(
+    local_ray: str, world: Path, tmp_path: Path, run: Run
+) -> None:
+    """With two workers, who must agree; tried again it would come to the same. Started again it says the same."""
+    prepared = experiment.prepare(train_config(world, tmp_path, training__lr=1e30, training__num_workers=2))
+    for _ in range(2):
+        with pytest.raises(JobFailed, match=f"training {prepared.key}: epoch 1, step 2: the loss is nan; lower"):
+            training.run(prepared, run)
+    assert hit_rates(run) == {} and not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("values", [{}, {"feature_control": "uniform"}, {"feature_pca": 3}], ids=str)
 def test_a_machine_without_the_array_makes_the_same(world: Path, tmp_path: Path, values: dict[str, Any]) -> None:
     prepared = experiment.prepare(train_config(world, tmp_path, model__item_encoder__name="dff", **values))

@@ -210,6 +210,24 @@ def test_a_failing_trial_is_failed_and_the_search_goes_on(
 
 
 @pytest.mark.slow
+def test_a_trial_that_diverges_is_failed_with_its_reason_and_the_search_goes_on(
+    local_ray: str, world: Path, tmp_path: Path, parent: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = tune_config(world, tmp_path, search__lr_min=1e-3, search__lr_max=1e38, search__trials=4)
+    result = tuning.run(settings, prepare(settings), parent)
+    runs = {float(run.data.params["training.lr"]): run for run in children(parent)}
+    failed = {rate for rate, run in runs.items() if run.info.status == "FAILED"}
+    assert 0 < len(failed) < 4 and min(failed) > result["best"]["config"]["training.lr"]
+    assert (result["trials"], result["failed"]) == (4, len(failed))
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("tune: a trial failed")]
+    assert len(told) == len(failed)
+    for rate in failed:
+        reason = f"Diverged: epoch 1, step 2: the loss is nan; lower training.lr ({rate:g})"
+        assert runs[rate].data.tags["error"] == reason
+        assert any(reason in line for line in told)
+
+
+@pytest.mark.slow
 def test_a_search_without_a_trial_that_ends_fails(
     local_ray: str, world: Path, tmp_path: Path, parent: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
