@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lvlmrec import config, tracking
+from lvlmrec import config, places, tracking
 from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.tracking import Run
 
@@ -38,6 +38,7 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # as Ray does: the run ends as KILLED
     try:
         resolved: Any = config.from_arguments(schema, arguments, config.CONF / f"{name}.yaml")
+        places.check(resolved)
         with tracking.tracked(resolved.tracking_uri, resolved.workspace, name, config.to_dict(resolved)) as run:
             result = body(resolved, run)
     except (InputError, JobFailed) as error:

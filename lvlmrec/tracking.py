@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlmrec import tracking_database
+from lvlmrec import storage, tracking_database
 from lvlmrec.config import flatten
 from lvlmrec.errors import InputError
 
@@ -128,18 +128,26 @@ def git_revision() -> str:
 
 
 def _experiment(client: mlflow.MlflowClient, tracking_uri: str, workspace: str) -> str:
-    """The id of the experiment; a database keeps its artifacts in the workspace, a server where it was told to."""
+    """The id of the experiment, which is made when there is none."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
         return str(experiment.experiment_id)
-    artifacts = str(Path(workspace, "artifacts").absolute()) if _is_database(tracking_uri) else None
     try:
-        return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+        return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts(tracking_uri, workspace)))
     except Exception:
         experiment = client.get_experiment_by_name(EXPERIMENT)  # another job made it between the two calls
         if experiment is None:
             raise
         return str(experiment.experiment_id)
+
+
+def artifacts(tracking_uri: str, workspace: str) -> str | None:
+    """Where a database's artifacts lie: in the workspace, and beside a file where that is remote. A server knows."""
+    if not _is_database(tracking_uri):
+        return None
+    if storage.is_remote(workspace) and tracking_uri.startswith("sqlite:///"):
+        return str(Path(tracking_uri.removeprefix("sqlite:///")).parent / "artifacts")
+    return storage.join(storage.absolute(workspace), "artifacts")
 
 
 def _reason(error: Exception) -> str:
