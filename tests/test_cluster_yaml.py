@@ -1,13 +1,20 @@
 """cluster.yaml against Ray's own schema, offline."""
 
+import re
 import shlex
 import tomllib
 from pathlib import Path
 
+import botocore.session
 import pytest
 import yaml
+from botocore.validate import ParamValidator
+from sqlalchemy.engine import make_url
 
-CLUSTER = Path(__file__).parent.parent / "cluster.yaml"
+from lvlmrec.config import CONF
+
+ROOT = CONF.parent
+CLUSTER = ROOT / "cluster.yaml"
 
 
 def validated(config: dict) -> dict:
@@ -37,6 +44,54 @@ def test_nodes_have_what_the_project_needs() -> None:
     needed = tomllib.loads((CLUSTER.parent / "pyproject.toml").read_text())["project"]["dependencies"]
     commands = yaml.safe_load(CLUSTER.read_text())["setup_commands"]
     assert set(needed) <= {word for command in commands for word in shlex.split(command)}
+
+
+def node_configs() -> dict[str, dict]:
+    types = yaml.safe_load(CLUSTER.read_text())["available_node_types"]
+    return {name: each["node_config"] for name, each in types.items()}
+
+
+def test_ec2_takes_what_the_nodes_are_given() -> None:
+    """Ray checks nothing inside node_config: EC2 itself would, when the first node is launched."""
+    model = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    for name, given in node_configs().items():
+        report = ParamValidator().validate(given | {"MinCount": 1, "MaxCount": 1}, model)
+        assert not report.has_errors(), f"{name}: {report.generate_report()}"
+    misspelt = node_configs()["gpu"] | {"IamInstanceProfil": {}, "MinCount": 1, "MaxCount": 1}
+    assert "IamInstanceProfil" in ParamValidator().validate(misspelt, model).generate_report()
+
+
+def test_every_node_names_its_image_and_its_rights() -> None:
+    """Ray's default image is Ubuntu 18.04, and it gives a profile to the head alone."""
+    for name, given in node_configs().items():
+        assert "ubuntu-22.04" in given["ImageId"], name
+        assert given["IamInstanceProfile"]["Name"].startswith("lvlmrec-"), name
+    assert "deadsnakes" in yaml.safe_load(CLUSTER.read_text())["setup_commands"][0], "22.04 has no released Python 3.11"
+
+
+def test_nodes_have_the_driver_that_a_database_is_opened_with() -> None:
+    driver = make_url("postgresql://user@host/mlflow").get_dialect().driver
+    installed = shlex.split(" ".join(yaml.safe_load(CLUSTER.read_text())["setup_commands"]))
+    assert any(re.match(rf"{driver}(\[|>|=|$)", word) for word in installed), driver
+    assert "--backend-store-uri postgresql://" in CLUSTER.read_text()
+
+
+PATHS = re.compile(r"\b(?:conf|rayjobs|benchmarks|lvlmrec|tests|docs)/[\w./*-]*")
+DOCUMENTS = [CLUSTER, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *sorted(CONF.rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_is_named_exists(document: Path) -> None:
+    named = {path.rstrip(".,/") for path in PATHS.findall(document.read_text())}
+    assert [path for path in sorted(named) if not list(ROOT.glob(path))] == []
+
+
+def test_a_file_that_does_not_exist_would_be_noticed() -> None:
+    assert PATHS.findall("python rayjobs/extract.py conf/cluster/gpu.yaml input=x.") == [
+        "rayjobs/extract.py",
+        "conf/cluster/gpu.yaml",
+    ]
+    assert not list(ROOT.glob("conf/cluster/gpu.yaml"))
 
 
 def test_a_misspelt_key_would_be_caught() -> None:
