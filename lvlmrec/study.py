@@ -143,7 +143,10 @@ def _take(study: Study, task: ObjectRef) -> None:
     else:
         kind = "validation" if step.action == "train" else "test"
         (outcomes.trained if step.action == "train" else outcomes.evaluated)[step.trial] = result
-        child.log_metrics({f"{'best' if kind == 'validation' else kind}/{k}": v for k, v in result[kind].items()})
+        if kind == "validation":
+            child.log_chosen(result[kind], result["best_epoch"], 0 if result["reused"] else result["epochs"])
+        else:
+            child.log_metrics({f"{kind}/{name}": value for name, value in result[kind].items()})
         child.finish("FINISHED")
         name = study.config.dataset.selected_by
         said = f"{kind} {name.upper()} {result[kind][name]:.4f}" + ", reused" * result["reused"]

@@ -49,6 +49,17 @@ class Run:
         entries = [Metric(name.translate(NAMES_REFUSED), float(value), now, step) for name, value in metrics.items()]
         _client(self.tracking_uri).log_batch(self.id, metrics=entries)
 
+    def log_chosen(self, validation: Mapping[str, float], epoch: int, last: int = 0) -> None:
+        """The metrics of the epoch that was chosen: `best/...` at its step, and what tables show of `validation/...`.
+
+        `last` is the last epoch whose `validation/...` this run logged, 0 for none. MLflow's tables show the value of
+        the largest step, of several the latest: where another epoch was the last, the chosen one's stands behind it.
+        """
+        self.log_metrics({f"best/{name}": value for name, value in validation.items()}, step=epoch)
+        if last != epoch:
+            shown = {f"validation/{name}": value for name, value in validation.items()}
+            self.log_metrics(shown, step=max(last, epoch))
+
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Every key of a resolved configuration as a parameter, and the whole as an artifact."""
         from mlflow.entities import Param

@@ -41,11 +41,12 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
     done = checkpoint.read_result(experiment.checkpoint)
     if done is not None:
         print(f"train: {experiment.checkpoint} is finished; nothing to do", file=sys.stderr)
-        tracking.log_metrics({f"best/{name}": value for name, value in done["validation"].items()})
+        tracking.log_chosen(done["validation"], done["best_epoch"])
         return done | {"checkpoint": experiment.checkpoint, "reused": True}
     with cluster.joined():
         trained = _fit(experiment, tracking)
         result = _publish(experiment, trained)
+    tracking.log_chosen(result["validation"], result["best_epoch"], result["epochs"])
     return result | {"checkpoint": experiment.checkpoint, "reused": False}
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -226,8 +226,8 @@ class TrialRuns(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         result = trial.last_result
-        best = {key: value for key, value in result.items() if key.startswith("best/")}
-        self._run(trial).log_metrics(best, step=int(result.get("epoch", 0)))
+        if best := _best(result):
+            self._run(trial).log_chosen(best, result["best_epoch"], int(result["epoch"]))
         self._finish(trial, "FINISHED")
         ended = sum(t.is_finished() for t in trials) + (not trial.is_finished())
         print(
@@ -261,15 +261,19 @@ class TrialRuns(tune.Callback):
         self.ended.add(trial.trial_id)
 
 
+def _best(reported: Mapping[str, Any]) -> dict[str, float]:
+    """The validation metrics of the best epoch by now; none before the first epoch."""
+    return {name.removeprefix("best/"): value for name, value in reported.items() if name.startswith("best/")}
+
+
 def _outcome(results: tune.ResultGrid, trials: int, selected_by: str) -> dict[str, Any]:
     every = [results[i] for i in range(len(results))]
     ended = [(result.config, result.metrics) for result in every if result.error is None and result.metrics]
     if not ended:
         raise JobFailed(f"tune: all {trials} trials failed: {' '.join(str(results.errors[0]).split())[-400:]}")
     chosen, metrics = max(ended, key=lambda trial: trial[1][f"best/{selected_by}"])
-    validation = {name.removeprefix("best/"): value for name, value in metrics.items() if name.startswith("best/")}
     return {
-        "best": {"config": chosen, "validation": validation, "epoch": metrics["best_epoch"]},
+        "best": {"config": chosen, "validation": _best(metrics), "epoch": metrics["best_epoch"]},
         "trials": len(results),
         "failed": len(results) - len(ended),
     }

@@ -19,7 +19,7 @@ def tune(config: TuneConfig, run: Run) -> dict[str, Any]:
     prepared = experiment.prepare(config, every_layer=True)
     run.set_tags(prepared.tags)
     result = tuning.run(config, prepared, run)
-    run.log_metrics({f"best/{name}": value for name, value in result["best"]["validation"].items()})
+    run.log_chosen(result["best"]["validation"], result["best"]["epoch"])
     run.log_json("best.json", result["best"])
     return result
 

@@ -109,6 +109,8 @@ def test_a_failed_run_is_told_and_the_rest_is_done(
     found = children(parent)
     assert sorted(run.info.status for run in found) == ["FAILED"] + ["FINISHED"] * 3
     assert sum("test/hr_at_10" in run.data.metrics for run in found) == 2
+    trained = [run.data.metrics for run in found if run.info.status == "FINISHED"]
+    assert all(shown["validation/hr_at_10"] == shown["best/hr_at_10"] for shown in trained)
     client = mlflow.MlflowClient(tracking_uri)
     reused = {run.info.run_id: not client.get_metric_history(run.info.run_id, "train_loss") for run in found}
     assert sum(reused[run.info.run_id] for run in found if run.info.status == "FINISHED") == 1

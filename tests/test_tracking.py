@@ -71,6 +71,26 @@ def test_metrics_keep_their_steps(run: Run) -> None:
     assert stored(run).data.metrics["train_loss"] == 1.0
 
 
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+def test_tables_show_the_chosen_epoch_and_curves_every_epoch(tracking_uri: str, tmp_path: Path, chosen: int) -> None:
+    run, rates = tracking.start(tracking_uri, str(tmp_path), "test", {}), {1: 0.1, 2: 0.3, 3: 0.2}
+    for epoch, rate in rates.items():
+        run.log_metrics({"validation/hr@10": rate, "validation/ndcg@10": rate / 2}, step=epoch)
+    run.log_chosen({"hr@10": rates[chosen], "ndcg@10": rates[chosen] / 2}, chosen, last=3)
+    shown = stored(run).data.metrics
+    assert shown["validation/hr_at_10"] == shown["best/hr_at_10"] == rates[chosen]
+    assert shown["validation/ndcg_at_10"] == shown["best/ndcg_at_10"] == rates[chosen] / 2
+    client = mlflow.MlflowClient(run.tracking_uri)
+    history = [(p.step, p.value) for p in client.get_metric_history(run.id, "validation/hr_at_10")]
+    assert history == [*rates.items(), *([(3, rates[chosen])] if chosen != 3 else [])]
+    assert [point.step for point in client.get_metric_history(run.id, "best/hr_at_10")] == [chosen]
+
+
+def test_tables_show_a_run_that_was_found_finished(run: Run) -> None:
+    run.log_chosen({"hr@10": 0.3}, 2)
+    assert stored(run).data.metrics["validation/hr_at_10"] == stored(run).data.metrics["best/hr_at_10"] == 0.3
+
+
 def test_more_parameters_than_one_call_takes(run: Run) -> None:
     run.log_config({f"key{i}": i for i in range(230)})
     assert len(stored(run).data.params) == 230

@@ -135,7 +135,8 @@ def test_a_finished_run_is_not_repeated(undisturbed: Any, run: Run) -> None:
     assert again == result | {"reused": True}
     assert not result["reused"]
     assert_bit_equal(weights(prepared), before)
-    assert hit_rates(run) == {}
+    assert hit_rates(run) == {result["best_epoch"]: result["validation"]["hr@10"]}, "more than what tables show"
+    assert not mlflow.MlflowClient(run.tracking_uri).get_metric_history(run.id, "train_loss")
     best = mlflow.MlflowClient(run.tracking_uri).get_run(run.id).data.metrics
     assert best["best/hr_at_10"] == result["validation"]["hr@10"]
 
@@ -174,6 +175,20 @@ def test_workers_that_cannot_work_fail_the_job(
     with pytest.raises(JobFailed, match="the disk is full"):
         training.run(experiment.prepare(train_config(world, tmp_path)), run)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_tracking_shows_the_chosen_epoch_and_not_the_last(
+    local_ray: str, world: Path, tmp_path: Path, run: Run
+) -> None:
+    config = train_config(world, tmp_path, training__lr=0.0, training__epochs=20, training__patience=2)
+    result = training.run(experiment.prepare(config), run)  # nothing moves, so the first epoch stays the best
+    client = mlflow.MlflowClient(run.tracking_uri)
+    shown = client.get_run(run.id).data.metrics
+    for name, value in result["validation"].items():
+        name = name.replace("@", "_at_")
+        assert shown[f"validation/{name}"] == shown[f"best/{name}"] == value
+    assert [point.step for point in client.get_metric_history(run.id, "best/hr_at_10")] == [1]
+    assert [point.step for point in client.get_metric_history(run.id, "validation/hr_at_10")] == [1, 2, 3, 3]
 
 
 def test_a_run_that_diverges_fails_at_once_and_publishes_nothing(

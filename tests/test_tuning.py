@@ -165,6 +165,9 @@ def test_each_trial_is_a_child_run_and_the_best_is_chosen_on_validation(
         assert run.data.tags["stop_reason"] == ("last epoch or patience" if whole else "stopped by the scheduler")
         assert steps(parent, run) == list(range(1, epochs + 1))
         assert set(run.data.params) == {"training.lr", "model.embedding_dim"}
+        names = {name.removeprefix("best/") for name in run.data.metrics if name.startswith("best/")}
+        assert "hr_at_10" in names
+        assert all(run.data.metrics[f"validation/{name}"] == run.data.metrics[f"best/{name}"] for name in names)
     assert {int(run.data.tags["epochs"]) == 4 for run in runs} == {True, False}, "nothing was stopped early"
 
     best = max(runs, key=lambda run: run.data.metrics["best/hr_at_10"])
