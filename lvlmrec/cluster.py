@@ -6,6 +6,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 
 import ray
+from ray._private.worker import global_worker
 
 # Ray ends workers without a task, past one for each CPU, after a second: on two CPUs the stages of an extraction would
 # begin a process every few seconds.
@@ -22,8 +23,15 @@ def joined() -> AbstractContextManager[object]:
     return ray.init()
 
 
+def is_own() -> bool:
+    """Whether Ray runs and was started by this process."""
+    return ray.is_initialized() and global_worker.node is not None and global_worker.node.is_head()
+
+
 def set_limits() -> None:
     """Ray's limits for one that this process starts next, unless the environment has them; a cluster has its own."""
     idle_workers = max(MIN_IDLE_WORKERS, os.cpu_count() or 1)
     os.environ.setdefault("RAY_num_workers_soft_limit", str(idle_workers))
     os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", str(MAX_TASK_RECORDS))
+    # Nobody collects the metrics of a Ray that ends with the job, and every process would wait for the agent that does.
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")

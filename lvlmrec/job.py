@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -20,6 +21,12 @@ C = TypeVar("C")
 # Importing packages makes objects that stay. At its own threshold of 700 Python's collector looks through them again
 # and again, and a job takes longer to start.
 gc.set_threshold(10_000, 10, 10)
+
+# What Ray shows of its processes' output, before anything imports ray: all but the notes of its own C++ code, which its
+# log files keep; a crash stays. A line that several processes say is shown of each, not folded into one.
+RAYS_OWN = r"^\[[\d :,.-]+ [IWE] \d+ \d+\] (\(\w+\) )?\w+\.cc:\d+: "
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYS_OWN)
+os.environ.setdefault("RAY_DEDUP_LOGS_ALLOW_REGEX", f"^(?!{RAYS_OWN.removeprefix('^')})")
 
 
 def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -> int:

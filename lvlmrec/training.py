@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from ray.train import Checkpoint as RayCheckpoint
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.result import Result as TrainResult
 from safetensors.torch import load_file
 
@@ -50,9 +52,23 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
     return result | {"checkpoint": experiment.checkpoint, "reused": False}
 
 
+class _Trainer(TorchTrainer):
+    def _create_default_callbacks(self) -> list[Any]:
+        """A Ray of this process's own ends with it, and leaves no placement group to be cleaned up.
+
+        Who would clean up asks the machine's Ray, and where there are several the wrong one, or none.
+        """
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # the checker sees the older class
+        return [
+            each for each in callbacks if not (cluster.is_own() and isinstance(each, PlacementGroupCleanerCallback))
+        ]
+
+
 def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
     settings = experiment.config.training
-    trainer = TorchTrainer(
+    if cluster.is_own():  # it has no machines that could be taken away; a process would watch for that
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    trainer = _Trainer(
         cast(Any, _worker),
         # Through the object store once, not into every worker's configuration.
         train_loop_config={"experiment": ray.put(experiment), "tracking": tracking},
