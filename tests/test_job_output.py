@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from lvlmrec import tracking
 from tests.conftest import ROOT
 from tests.toy import arguments, settings
+from tests.videos import write_video
 
 RAYS = [
     "[2026-11-30 22:45:04,212 E 31582 31612] core_worker.cc:2465: Actor with class name: 'X' has constructor arguments",
@@ -61,21 +63,37 @@ def test_who_wants_rays_lines_gets_them() -> None:
 PREFIX = re.compile(r"(\x1b\[\d+m)?\((\w+|study\S*) pid=\d+\)(\x1b\[\d+m)? ")
 
 
-def strangers(stderr: str, job: str) -> list[str]:
+def strangers(stderr: list[str], job: str) -> list[str]:
     """The lines of a job's stderr that are not its own."""
-    lines = [PREFIX.sub("", line) for line in stderr.splitlines()]
+    lines = [PREFIX.sub("", line) for line in stderr]
     return [line for line in lines if not line.startswith(f"{job}: ") and "Started a local Ray instance" not in line]
+
+
+def said(job: str, given: list[str], folder: Path, tracking_uri: str) -> list[str]:
+    """The stderr of a job that must succeed, on a Ray of its own beside that of the tests."""
+    tracking.start(tracking_uri, str(folder), "test", {}).finish("FINISHED")  # the database is there
+    command = [sys.executable, str(ROOT / "rayjobs" / f"{job}.py"), f"tracking_uri={tracking_uri}", *given]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_TRAIN")}
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr.splitlines()
 
 
 @pytest.mark.slow
 def test_a_training_beside_another_ray_says_nothing_but_how_it_goes(
     ray_address: str, world: Path, tmp_path: Path, tracking_uri: str
 ) -> None:
-    """The first Ray on the machine is that of the tests; the job starts one of its own."""
-    values: dict[str, Any] = {"tracking_uri": tracking_uri, "training__num_workers": 2, "training__epochs": 3}
-    command = [sys.executable, str(ROOT / "rayjobs" / "train.py"), *arguments(settings(world, tmp_path, **values))]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_TRAIN")}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert sum("train: epoch " in line for line in done.stderr.splitlines()) == 3
-    assert strangers(done.stderr, "train") == []
+    values: dict[str, Any] = {"training__num_workers": 2, "training__epochs": 3}
+    lines = said("train", arguments(settings(world, tmp_path, **values)), tmp_path, tracking_uri)
+    assert sum("train: epoch " in line for line in lines) == 3
+    assert strangers(lines, "train") == []
+
+
+@pytest.mark.slow
+def test_an_extraction_beside_another_ray_says_nothing_but_how_it_goes(
+    ray_address: str, tmp_path: Path, tracking_uri: str
+) -> None:
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4", num_frames=30)
+    lines = said("extract", [f"workspace={tmp_path}", f"input={tmp_path}/videos"], tmp_path, tracking_uri)
+    assert [line for line in strangers(lines, "extract") if not line.startswith("sample: ")] == []

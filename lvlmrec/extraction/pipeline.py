@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import Counter
@@ -296,9 +297,14 @@ def _result(plan: Plan, tally: Tally, seconds: float, index: pd.DataFrame) -> di
 
 def _set_up_ray_data() -> None:
     from ray.data import DataContext
+    from ray.util.debug import log_once
 
     from lvlmrec.extraction import bounds
 
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # its file gets all
+            handler.setLevel(logging.WARNING)
+    log_once("ray_data_progress_manager_disabled")  # a warning that progress bars are, as is said below
     context = DataContext.get_current()
     context.enable_progress_bars = False  # our own lines on stderr say what a user of this job asks
     # every 30 s a paragraph on a writer's 140 MB
