@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
@@ -31,7 +31,7 @@ from lvlmrec.features import lease, store
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.lease import Lease
 from lvlmrec.features.recipe import Recipe, RecipeConfig
-from lvlmrec.lvlms import LVLMConfig, authors_code
+from lvlmrec.lvlms import LVLMConfig, authors_code, remote_code, source
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -106,6 +106,8 @@ class Plan:
 def plan(config: ExtractConfig) -> Plan:
     """Check the input and the model and resolve the recipe. Raises `InputError`."""
     _check_environment(config.lvlm.environment)
+    remote_code.check(config.lvlm)
+    config = replace(config, lvlm=source.pin(config.lvlm))  # a branch may move while processes start
     code = authors_code.of(config.lvlm)
     info = inspection.inspect(config.lvlm, code, config.workspace, _actor_resources(config))
     recipe = recipes.resolve(config.recipe, info, config.seed, texts_from(config.input))

@@ -63,6 +63,7 @@ class AutoFamily:
 
     def _find(self, config: ModelConfig) -> tuple[LVLMFamily, LVLMInfo]:
         remote_code.check(config)
+        source.check(config)  # its words, before those of each family in turn
         for family in self.named.values():
             try:
                 return family, family.inspect(replace(config, name=family.name, trust_remote_code=False))
@@ -130,7 +131,7 @@ def _own_class(config: ModelConfig, model_config: Any) -> Any:
     reference = (getattr(model_config, "auto_map", None) or {}).get("AutoModelForImageTextToText")
     if not config.trust_remote_code or not reference:
         return None
-    return get_class_from_dynamic_module(reference, config.model, revision=source.resolve_revision(config))
+    return get_class_from_dynamic_module(reference, str(source.directory(config)))
 
 
 def _no_tiny() -> tuple[Any, Any]:

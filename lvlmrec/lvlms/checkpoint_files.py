@@ -20,9 +20,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer of tokenizer.json, whatever class of its repository the files name. Raises `ConfigError`."""
     from transformers import PreTrainedTokenizerFast
 
+    folder = source.directory(config)
     try:
         with source.quiet():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model, revision=source.resolve_revision(config))
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"lvlm.model: {config.model!r}: tokenizer: {source.one_line(error)}") from error
     tokenizer.padding_side = "left"
@@ -40,10 +41,10 @@ def load_weights(
     """
     from lvlmrec.lvlms import loading  # imports torch
 
+    folder = source.directory(config, weights=True)
     with loading.reading(config):
         model, report = model_class.from_pretrained(
-            config.model,
-            revision=source.resolve_revision(config),
+            folder,
             config=model_config,
             dtype=config.dtype,
             attn_implementation=config.attention,

@@ -38,10 +38,10 @@ def load_weights(
 
     Every weight comes from the files, except those of the modules called `unread`, which no tap is made of.
     """
+    folder = source.directory(config, weights=True)
     with reading(config):
         loaded: Any = auto_class.from_pretrained(
-            config.model,
-            revision=source.resolve_revision(config),
+            folder,
             config=model_config,
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention,
@@ -87,10 +87,9 @@ def load_processor(config: ModelConfig) -> Any:
     torchvision_shim.ensure_importable()
     from transformers import AutoProcessor
 
+    folder = source.directory(config)
     with reading(config):
-        return AutoProcessor.from_pretrained(
-            config.model, revision=source.resolve_revision(config), trust_remote_code=config.trust_remote_code
-        )
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,12 @@ it (extraction/pipeline.py). A directory's Python files are part of the identity
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.lvlms import source
+from lvlmrec.lvlms import hub, source
 from lvlmrec.lvlms.protocol import ModelConfig
 
 FILES = (
@@ -23,7 +22,6 @@ FILES = (
     "tokenizer_config.json",
     "video_preprocessor_config.json",
 )
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def check(config: ModelConfig) -> None:
@@ -34,7 +32,7 @@ def check(config: ModelConfig) -> None:
         raise ConfigError(
             f"lvlm.trust_remote_code: lvlm.name={config.name} runs no code of a model's repository; lvlm.name=auto may"
         )
-    if not Path(config.model).is_dir() and not _COMMIT.fullmatch(config.revision):
+    if not Path(config.model).is_dir() and not hub.COMMIT.fullmatch(config.revision):
         raise ConfigError(
             f"lvlm.revision: {config.revision!r}: lvlm.trust_remote_code=true runs the code of {config.model!r}, "
             f"expected its commit, 40 hexadecimal digits: a branch or tag may hold other code tomorrow"

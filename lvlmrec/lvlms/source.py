@@ -7,11 +7,12 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.lvlms import torchvision_shim
+from lvlmrec.lvlms import hub, torchvision_shim, weight_files
 from lvlmrec.lvlms.protocol import ModelConfig
 
 WHOLE_FILE_BYTES = 64 * 2**20
@@ -22,6 +23,7 @@ NEEDS_CODE = (
     "transformers does not hold this model, and the code in its repository is not run unless "
     "lvlm.trust_remote_code=true says so, with lvlm.name=auto and the commit of a hub id in lvlm.revision"
 )
+ModelConfigT = TypeVar("ModelConfigT", bound=ModelConfig)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _UNREAD = re.compile(r"(README|LICENSE|NOTICE|USE_POLICY).*|.*\.md", re.IGNORECASE)
 
@@ -41,7 +43,7 @@ def read_any_config(config: ModelConfig, expected: str) -> Any:
 
     Raises `ConfigError` when the directory or hub id cannot be read; the message says what is `expected` there.
     """
-    _check_place(config, expected)
+    check(config, expected)
     try:
         return _auto_config(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -53,12 +55,12 @@ def read_any_config(config: ModelConfig, expected: str) -> Any:
 def _auto_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
-    given = {"revision": resolve_revision(config), "trust_remote_code": config.trust_remote_code}
+    where, trusts = directory(config), config.trust_remote_code
     try:
-        return AutoConfig.from_pretrained(config.model, **given)
+        return AutoConfig.from_pretrained(where, trust_remote_code=trusts)
     except ImportError:  # configurations of Llama decoders import torchvision, which is slow to import for all
         torchvision_shim.ensure_importable()
-        return AutoConfig.from_pretrained(config.model, **given)
+        return AutoConfig.from_pretrained(where, trust_remote_code=trusts)
 
 
 def read_config(config: ModelConfig, model_types: Collection[str], family: str) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def read_config(config: ModelConfig, model_types: Collection[str], family: str) 
     Raises `ConfigError` when the directory or hub id cannot be read or holds a model of none of `model_types`.
     """
     expected = f"a {' or '.join(model_types)} model"
-    _check_place(config, expected)
+    check(config, expected)
     try:
         tree = read_json(config, "config.json")
     except ConfigError as error:
@@ -88,24 +90,16 @@ def refuse(config: ModelConfig, model_type: str, family: str, expected: str) -> 
 
 def read_json(config: ModelConfig, name: str) -> Any:
     """The JSON in a file of the model, None where the model has no such file. Raises `ConfigError`."""
+    path = _file(config, name)
     try:
-        path = _file(config, name)
         return json.loads(path.read_text(encoding="utf-8")) if path else None
     except (OSError, ValueError) as error:
         raise ConfigError(f"lvlm.model: {config.model!r}: {name}: {one_line(error)}") from error
 
 
 def _file(config: ModelConfig, name: str) -> Path | None:
-    """A file of the model, None where it has no such file. Raises `OSError`."""
-    from transformers.utils import cached_file
-
-    if Path(config.model).is_dir():
-        path = Path(config.model) / name
-    else:
-        found = cached_file(
-            config.model, name, revision=resolve_revision(config), _raise_exceptions_for_missing_entries=False
-        )
-        path = Path(found or "")
+    """A file of the model, None where it has no such file. Raises `ConfigError`."""
+    path = directory(config) / name
     return path if path.is_file() else None
 
 
@@ -123,9 +117,7 @@ def bos_written(config: ModelConfig) -> bool:
     if "bos_token" not in template and (not bos or bos not in template):
         return False
     try:
-        words: Any = AutoTokenizer.from_pretrained(
-            config.model, revision=resolve_revision(config), trust_remote_code=config.trust_remote_code
-        )
+        words: Any = AutoTokenizer.from_pretrained(directory(config), trust_remote_code=config.trust_remote_code)
         message = {"role": "user", "content": [{"type": "text", "text": "x"}]}
         text = words.apply_chat_template([message], chat_template=template, tokenize=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError, TemplateError):
@@ -137,12 +129,13 @@ def bos_written(config: ModelConfig) -> bool:
 
 def _chat_template(config: ModelConfig) -> str:
     """The chat template of a processor's files; empty where there is none. Raises `ConfigError`."""
+    path = _file(config, "chat_template.jinja")
+    if path is None:
+        return str((read_json(config, "chat_template.json") or {}).get("chat_template", ""))
     try:
-        path = _file(config, "chat_template.jinja")
-        text = path.read_text(encoding="utf-8") if path else (read_json(config, "chat_template.json") or {})
-        return text if isinstance(text, str) else str(text.get("chat_template", ""))
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"lvlm.model: {config.model!r}: chat template: {one_line(error)}") from error
+        raise ConfigError(f"lvlm.model: {config.model!r}: {path.name}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -150,24 +143,42 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def resolve_revision(config: ModelConfig) -> str:
-    """The commit of a hub id, so that all its files and its identity come from one state; `main` for a directory.
+def pin(config: ModelConfigT) -> ModelConfigT:
+    """`config` with the commit of a hub id, so that every process that gets it reads the same files.
 
-    Raises `OSError` when the hub id is unknown or out of reach.
+    The one place where a branch is asked for. Raises `ConfigError`.
     """
-    from transformers.utils import cached_file
+    if not _HUB_ID.fullmatch(config.model) or Path(config.model).is_dir():
+        return config
+    return replace(config, revision=_commit(config, "a model"))
 
+
+def directory(config: ModelConfig, weights: bool = False, expected: str = "a model") -> Path:
+    """The folder with the model's files; those of a hub id are downloaded, its weights only where they are asked for.
+
+    Raises `ConfigError`; the message says what is `expected` there.
+    """
     if Path(config.model).is_dir():
-        return "main"
-    # the cache keeps files under snapshots/<commit>/
-    return Path(str(cached_file(config.model, "config.json", revision=config.revision or "main"))).parent.name
+        return Path(config.model)
+    commit = _commit(config, expected)
+    try:
+        return hub.all_files(config.model, commit) if weights else hub.small_files(config.model, commit)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"lvlm.model: {config.model!r}: {_expectation(expected)}; {error}") from error
+
+
+def _commit(config: ModelConfig, expected: str) -> str:
+    try:
+        return hub.commit_of(config.model, config.revision)
+    except OSError as error:
+        raise ConfigError(f"lvlm.model: {config.model!r}: {_expectation(expected)}; {error}") from error
 
 
 def identity(config: ModelConfig) -> str:
-    """`content:<hash>` of a local directory, `owner/name@<commit>` of a hub id; never a path."""
+    """`content:<hash>` of a local directory, `owner/name@<commit>` of a hub id; never a path. Raises `ConfigError`."""
     if Path(config.model).is_dir():
         return f"content:{hash_directory(Path(config.model))}"
-    return f"{config.model}@{resolve_revision(config)}"
+    return f"{config.model}@{_commit(config, 'a model')}"
 
 
 @contextlib.contextmanager
@@ -201,14 +212,23 @@ def hash_directory(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_place(config: ModelConfig, expected: str) -> None:
+def check(config: ModelConfig, expected: str = "a model") -> None:
+    """Raises `ConfigError` unless there is a configuration, and no weights beside it that cannot be read."""
     if not config.model:  # the path of which is the directory that the job was started in
         raise ConfigError(f"lvlm.model is empty; {_expectation(expected)}")
     where = Path(config.model)
     if not where.is_dir() and not _HUB_ID.fullmatch(config.model):
         raise ConfigError(f"lvlm.model: {config.model!r}: no such directory; {_expectation(expected)}")
-    if where.is_dir() and not (where / "config.json").is_file():
-        raise ConfigError(f"lvlm.model: {config.model!r}: this directory has no config.json; {_expectation(expected)}")
+    folder = directory(config, expected=expected)
+    try:
+        listed = None if where.is_dir() else hub.listing(config.model, folder.name)  # snapshots/<commit>/
+        fault = weight_files.fault(folder, weight_files.sizes_of(folder) if listed is None else listed)
+    except (OSError, ValueError) as error:
+        fault = one_line(error)
+    if fault:
+        raise ConfigError(f"lvlm.model: {config.model!r}: {fault}")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"lvlm.model: {config.model!r}: there is no config.json; {_expectation(expected)}")
 
 
 def _expectation(expected: str) -> str:

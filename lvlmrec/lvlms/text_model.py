@@ -44,10 +44,9 @@ def load(
     """
     from transformers import AutoTokenizer
 
+    folder = source.directory(config)
     with loading.reading(config):
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            config.model, revision=source.resolve_revision(config), trust_remote_code=False
-        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ConfigError(f"lvlm.model: {config.model!r}: no tokenizer.json, and none can be made of its files")
     model_config.use_cache = False

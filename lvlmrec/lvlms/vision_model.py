@@ -40,10 +40,9 @@ def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any,
 
     reads_images = "cover" in info.inputs
     auto: Any = AutoImageProcessor if reads_images else AutoVideoProcessor
+    folder = source.directory(config)
     with loading.reading(config):
-        processor = auto.from_pretrained(
-            config.model, revision=source.resolve_revision(config), trust_remote_code=False
-        )
+        processor = auto.from_pretrained(folder, trust_remote_code=False)
     model = encoder.load(config, recipe, info, model_config)
     layers = encoder.find_layers(model, config)
     return VisionModel(model, layers, processor, recipe, info, config.batch_size, before_patches)
