@@ -23,8 +23,10 @@ from ray.exceptions import RayTaskError
 import lvlmrec
 from lvlmrec import cluster, storage
 from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import LVLMInfo
+from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code, remote_code, source
+from lvlmrec.lvlms.family import NativeFamily
+from lvlmrec.lvlms.port import PortedFamily
 
 
 def inspect(lvlm: LVLMConfig, code: Mapping[str, bytes], workspace: str, resources: Mapping[str, Any]) -> LVLMInfo:
@@ -71,3 +73,17 @@ def _inspect_there(lvlm: LVLMConfig, resources: Mapping[str, Any]) -> LVLMInfo:
 def inspect_here(lvlm: LVLMConfig) -> LVLMInfo:
     """What the model is, from its files. Raises `ConfigError`."""
     return LVLMS[lvlm.name].inspect(lvlm)
+
+
+def check_length(lvlm: LVLMConfig, recipe: Recipe, limit: int) -> None:
+    """Raises `ConfigError` when the recipe's prompts cannot fit in the `limit` tokens that the model reads at most.
+
+    Says nothing of models that a process of their own must read: there each item is rejected.
+    """
+    family = LVLMS.get(recipe.family)
+    if lvlm.trust_remote_code or lvlm.environment or not isinstance(family, NativeFamily | PortedFamily | None):
+        return
+    from lvlmrec.lvlms import context, loading  # import torch
+
+    processor = family.processor(lvlm) if family else loading.load_processor(lvlm)
+    context.check(lvlm, recipe, processor, family.minimum_frames if family else 1, limit)

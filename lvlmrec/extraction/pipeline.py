@@ -90,7 +90,7 @@ class ExtractConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an extraction is of: `manifest` has a row for every item.
+    """What an extraction is of: `manifest` has a row for every item; `context` is that of `LVLMInfo`.
 
     `code` are the files of the authors' repository, for a family that runs it: they travel with the actors.
     """
@@ -101,6 +101,7 @@ class Plan:
     manifest: pa.Table
     manifest_report: dict[str, int]
     code: dict[str, bytes]
+    context: int = 0
 
 
 def plan(config: ExtractConfig) -> Plan:
@@ -114,7 +115,7 @@ def plan(config: ExtractConfig) -> Plan:
     manifest, report = read_manifest(config.input, columns_for(recipe))
     uri = store.locate(config.store, config.lvlm.name, recipe)
     store.create(uri, recipe)
-    return Plan(config, recipe, uri, manifest, report, code)
+    return Plan(config, recipe, uri, manifest, report, code, info.context)
 
 
 def _check_environment(environment: dict[str, Any]) -> None:
@@ -139,6 +140,8 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
     config, uri, index = plan.config, plan.feature_set, store.read_index(plan.feature_set)
     sources = _sources(plan) if config.redo_changed else {}
     todo = missing(plan, index, sources)
+    if len(todo):
+        inspection.check_length(config.lvlm, plan.recipe, plan.context)
     if config.estimate.only:
         with _ray(todo):
             return {"feature_set": uri, "items": len(plan.manifest), "estimate": _estimate(plan, todo)}

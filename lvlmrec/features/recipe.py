@@ -32,7 +32,7 @@ INPUTS = (*MEDIA, "text")
 FRAMES, MOTION = "frames", "motion"  # what a model is shown of a video
 ANSWER, FINISH = "text", "finish"  # last part of the names of the columns with what was generated, and why it ended
 FORMAT = 3  # counted up when sampling, pooling or naming change what a feature is
-LATER = ("bos_written",)  # keys of recipes that came later: without effect they do not count
+LATER = ("bos_written", "generation_left_out")  # keys of recipes that came later: without effect they do not count
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ class LVLMInfo:
     processor, with their defaults. `video_form` is what it is shown of a video: `frames`, or key frames and the
     `motion` that `video_encoder` found. A model that `is_random` draws random numbers whenever it looks at a video.
     `dtypes` are those that its features can be stored in. `bos_written`: the chat template writes the
-    beginning-of-text token that the tokenizer would add, so that the tokenizer adds no special tokens.
+    beginning-of-text token that the tokenizer would add, so that the tokenizer adds no special tokens. `context` is the
+    number of tokens that it reads at most, 0 where its files do not say. `generation` are settings of its files that
+    would change an answer, such as a repetition penalty: a recipe says how answers are made, and they are not applied.
     """
 
     family: str
@@ -112,12 +114,15 @@ class LVLMInfo:
     is_random: bool = False
     dtypes: tuple[str, ...] = DTYPES
     bos_written: bool = False
+    context: int = 0
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A recipe resolved against a model: taps counted from 0, the model named by its content.
 
+    `generation_left_out`: of a recipe with answers, what the model's files say of generation and is not applied.
     Of a model that sees motion `frames` is the number of clips at most, and `frame_max_side` is 0: it has no effect.
     """
 
@@ -137,6 +142,7 @@ class Recipe:
     video_form: str = FRAMES
     video_encoder: str = ""
     bos_written: bool = False
+    generation_left_out: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -293,6 +299,7 @@ def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str
         video_form=info.video_form,
         video_encoder=info.video_encoder,
         bos_written=info.bos_written,
+        generation_left_out=dict(info.generation) if any(p.max_new_tokens for p in config.prompts.values()) else {},
     )
 
 

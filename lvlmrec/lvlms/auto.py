@@ -18,7 +18,7 @@ from typing import Any
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms import remote_code, source
-from lvlmrec.lvlms.family import NativeFamily, always, never, patches_of_frames
+from lvlmrec.lvlms.family import NativeFamily, always, context_of, never, patches_of_frames
 from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
 
 _ATTENTION = {"full_attention", "sliding_attention"}  # layers whose keys and values prompts can share
@@ -31,9 +31,16 @@ class Found(NativeFamily):
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is, from its files. Raises `ConfigError`."""
         text = source.read_model_config(config, self.name).get_text_config()
-        layers, width = {"llm": text.num_hidden_layers}, {"llm": text.hidden_size}
-        written = source.bos_written(config)
-        return LVLMInfo(self.name, source.identity(config), config.dtype, layers, width, bos_written=written)
+        return LVLMInfo(
+            family=self.name,
+            identity=source.identity(config),
+            compute_dtype=config.dtype,
+            num_layers={"llm": text.num_hidden_layers},
+            width={"llm": text.hidden_size},
+            bos_written=source.bos_written(config),
+            context=context_of(text),
+            generation=source.generation(config),
+        )
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,17 @@ def fill(text: str, prompt: Prompt, fields: Mapping[str, str], special_tokens: S
     return re.sub(rf"\{{({'|'.join(prompt.fields)})\}}", value, text) if prompt.fields else text
 
 
+def token_ids(
+    processor: Any, kind: str, texts: Sequence[str], shown: Sequence[str] | None, adds_special: bool
+) -> list[list[int]]:
+    """The tokens of conversations, one for each of `texts`; `shown` is what stands for each one's video or cover."""
+    if shown is not None:
+        token = placeholder(processor, kind)
+        texts = [text.replace(token, own) for text, own in zip(texts, shown, strict=True)]
+    ids: list[list[int]] = processor.tokenizer(list(texts), add_special_tokens=adds_special)["input_ids"]
+    return ids
+
+
 def special_tokens(processor: Any) -> list[str]:
     """The texts that tokenizer and processor do not read as words, longest first."""
     added = [str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special]

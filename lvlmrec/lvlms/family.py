@@ -68,6 +68,12 @@ class NativeFamily:
 
         return native.load(self, config, recipe)
 
+    def processor(self, config: ModelConfig) -> Any:
+        """What turns a conversation and its media into the model's inputs. Raises `ConfigError`."""
+        from lvlmrec.lvlms import loading
+
+        return loading.load_processor(config)
+
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny random model as an ordinary Hugging Face directory, the same bytes for the same seed."""
         from lvlmrec.lvlms import tiny, torchvision_shim
@@ -92,7 +98,23 @@ def describe(
         num_layers={"llm": text.num_hidden_layers, "vision": vision.num_hidden_layers},
         width={"llm": text.hidden_size, "vision": getattr(vision, vision_width)},
         video_options=dict(video_options),
+        context=context_of(text),
+        generation=source.generation(config),
     )
+
+
+def context_of(text: Any) -> int:
+    """The tokens that a language model of this configuration reads at most, 0 where it does not say.
+
+    `max_position_embeddings`, times what its rotary positions are stretched by: YaRN's count from the length before.
+    Others (llama3, longrope) and those that differ by layer name the stretched length itself.
+    """
+    length = int(getattr(text, "max_position_embeddings", None) or 0)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return length
+    before = rope.get("original_max_position_embeddings") or length
+    return max(length, int(before * float(rope.get("factor") or 1)))
 
 
 def patches_of_frames(hidden: Tensor, inputs: Mapping[str, Any], num_clips: int) -> Sequence[Tensor]:

@@ -25,6 +25,18 @@ class Answers:
     finishes: list[str]
 
 
+def leave_to_recipe(model: Any) -> None:
+    """Take out of a model what its files say of generation, but for the tokens that begin, end and pad.
+
+    transformers would apply a repetition penalty, beams, ... of a checkpoint wherever a caller says nothing.
+    """
+    from transformers import GenerationConfig
+
+    given = model.generation_config
+    ids = {key: getattr(given, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+
+
 def generate(
     model: Any, tokenizer: Any, prompt: Prompt, inputs: Mapping[str, Any], seeds: Sequence[int], specials: Sequence[str]
 ) -> Answers:

@@ -163,6 +163,7 @@ def _family(version: str) -> PortedFamily:
         vision_layers="vpm.encoder.layers",
         patches=patches_of_views,
         read_config=partial(read_config, version),
+        processor=lambda config: read_processor(config, read_config(version, config)),
         build=build,
         tiny=partial(write_tiny, version),
         video_options={"max_slice_nums": 1} | ({"packing": 0} if version == "4.5" else {}),

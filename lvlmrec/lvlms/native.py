@@ -20,8 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lvlmrec.features.recipe import ANSWER, FINISH, LVLMInfo, Recipe, poolings_of
-from lvlmrec.lvlms import conversation, generation, loading, media
+from lvlmrec.errors import InputError
+from lvlmrec.features.recipe import ANSWER, FINISH, LVLMInfo, Recipe
+from lvlmrec.lvlms import context, conversation, generation, loading, media
 from lvlmrec.lvlms.bank import Bank, Reading
 from lvlmrec.lvlms.hooks import Hooks, ignore
 from lvlmrec.lvlms.media import Media
@@ -92,6 +93,8 @@ class NativeLVLM:
         self.info = info
         self._family, self._model, self._processor = family, model, processor
         self._base = model.base_model if recipe.text_names else model
+        if recipe.text_names:
+            generation.leave_to_recipe(model)
         self._recipe, self._batch_size = recipe, batch_size
         # One thread may prepare while another answers, and a tokenizer is not for two.
         self._tokenizer = copy.deepcopy(processor.tokenizer)
@@ -159,12 +162,12 @@ class NativeLVLM:
             )
         prompts = {}
         for name in self._texts:
-            texts = [filled[row][name] for row in rows]
-            kind = self._recipe.prompts[name].input
-            if kind in shown:
-                token = media.placeholder(self._processor, kind)
-                texts = [text.replace(token, own) for text, own in zip(texts, shown[kind].texts, strict=True)]
-            prompts[name] = self._processor.tokenizer(texts, add_special_tokens=self._adds[name])["input_ids"]
+            texts, kind = [filled[row][name] for row in rows], self._recipe.prompts[name].input
+            own = shown[kind].texts if kind in shown else None
+            prompts[name] = conversation.token_ids(self._processor, kind, texts, own, self._adds[name])
+            for row, ids in zip(rows, prompts[name], strict=True):
+                if too_long := context.excess(self._recipe, name, len(ids), self.info.context):
+                    raise InputError(f"item {items[row].item_id!r}: {too_long}")
         return Batch(rows, [items[row].item_id for row in rows], shown, prompts)
 
     @torch.inference_mode()
@@ -228,8 +231,7 @@ class NativeLVLM:
     ) -> Reading:
         """A prompt and its answers as tensors. An end-of-sequence token closes them where it is read."""
         prompt = self._recipe.prompts[name]
-        reads_end = {"eos", "prompt_eos"} & {*poolings_of(prompt, self._recipe.poolings)}
-        end = self._tokenizer.eos_token_id if reads_end else None
+        end = self._tokenizer.eos_token_id if context.reads_end(self._recipe, name) else None
         modality = self._modality(prompt.input) if prompt.input in shown else ""
         visual = int(getattr(self._base.config, f"{modality}_token_id")) if modality else _NO_TOKEN
         tokens, masks = conversation.align(rows, answers, end, visual, self._padding_id())

@@ -46,15 +46,21 @@ def read_config(config: ModelConfig) -> Any:
 def build(config: ModelConfig, model_config: Any) -> tuple[Any, Any]:
     """The model that `model_config` describes, with the published weights, and its processor. Raises `ConfigError`."""
     from lvlmrec.lvlms.phi_3_5_vision_model import Phi35Vision, unread_weights
+
+    processor = read_processor(config, model_config)
+    model_config.video_token_id = model_config.image_token_id = processor.visual_token_id
+    unread = unread_weights(model_config)
+    return checkpoint_files.load_weights(Phi35Vision, model_config, config, "model.layers", unread), processor
+
+
+def read_processor(config: ModelConfig, model_config: Any) -> Any:
+    """The processor of a model. Raises `ConfigError`."""
     from lvlmrec.lvlms.phi_3_5_vision_processor import PICTURE, Phi35VisionProcessor
 
     words, vision = checkpoint_files.load_tokenizer(config), model_config.vision_config
     if PICTURE not in words.get_vocab() or words.bos_token_id is None:
         raise ConfigError(f"lvlm.model: {config.model!r}: its tokenizer lacks {PICTURE} or a beginning-of-text token")
-    processor = Phi35VisionProcessor(words, vision.image_size, vision.patch_size)
-    model_config.video_token_id = model_config.image_token_id = processor.visual_token_id
-    unread = unread_weights(model_config)
-    return checkpoint_files.load_weights(Phi35Vision, model_config, config, "model.layers", unread), processor
+    return Phi35VisionProcessor(words, vision.image_size, vision.patch_size)
 
 
 def tiny_config(words: Any) -> dict[str, Any]:
@@ -132,6 +138,7 @@ FAMILY = PortedFamily(
     vision_layers="model.vision_embed_tokens.img_processor.vision_model.encoder.layers",
     patches=patches_of_views,
     read_config=read_config,
+    processor=lambda config: read_processor(config, read_config(config)),
     build=build,
     tiny=write_tiny,
     shares_prefix=lambda base, lengths_PB: base.shares_prefix(lengths_PB),

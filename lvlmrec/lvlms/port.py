@@ -23,6 +23,7 @@ class PortedFamily:
     """An entry of `LVLMS`. Fields that are not told of here are those of `family.NativeFamily`.
 
     read_config  the model's configuration, from its published config.json alone
+    processor    what turns a conversation and its media into the model's inputs, without the model
     build        model and processor of a configuration that was cut to what a recipe needs; the model has its head,
                  and generates, if that configuration `has_head`
     tiny         writes a tiny random model into a directory, from a seed, as the published repository lays it out
@@ -32,6 +33,7 @@ class PortedFamily:
     vision_layers: str
     patches: Patches
     read_config: Callable[[ModelConfig], Any]
+    processor: Callable[[ModelConfig], Any]
     build: Callable[[ModelConfig, Any], tuple[Any, Any]]
     tiny: Callable[[Path, int], None]
     modality: str = "video"

@@ -25,6 +25,20 @@ NEEDS_CODE = (
 )
 ModelConfigT = TypeVar("ModelConfigT", bound=ModelConfig)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# of transformers' GenerationConfig: what acts without sampling, and the value with which it does not
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "guidance_scale": 1.0,
+    **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "max_time", "sequence_bias", "stop_strings")),
+    "watermarking_config": None,
+}
 _UNREAD = re.compile(r"(README|LICENSE|NOTICE|USE_POLICY).*|.*\.md", re.IGNORECASE)
 
 
@@ -125,6 +139,15 @@ def bos_written(config: ModelConfig) -> bool:
     if not words.bos_token or not text.startswith(words.bos_token):
         return False
     return bool(words(text)["input_ids"] != words(text, add_special_tokens=False)["input_ids"])
+
+
+def generation(config: ModelConfig) -> dict[str, Any]:
+    """What generation_config.json says that would change the likeliest answer. Raises `ConfigError`.
+
+    Not which tokens begin, end and pad, and nothing of how transformers would sample.
+    """
+    tree = read_json(config, "generation_config.json") or {}
+    return {key: tree[key] for key, neutral in _NEUTRAL.items() if tree.get(key) not in (None, neutral, [])}
 
 
 def _chat_template(config: ModelConfig) -> str:
