@@ -38,6 +38,8 @@ GROUND = {
     "columns",
     "errors",
     "storage",
+    "text_file",
+    "tables",
     "tracking",
     "video",
     "video_file",
@@ -57,10 +59,12 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "taps": {"errors"},
-    "features": {"features", "config", "columns", "errors", "storage", "taps"},
+    "text_file": {"errors", "storage"},
+    "tables": {"errors", "storage", "text_file"},
+    "features": {"features", "config", "columns", "errors", "storage", "tables", "taps", "text_file"},
     "baselines": {"baselines", "config", "errors", "columns"},
     "lvlms": {"lvlms", "features", "config", "columns", "errors", "storage", "taps", "video", "video_file", "motion"},
-    "data": {"data", "config", "columns", "errors", "storage", "video"},
+    "data": {"data", "config", "columns", "errors", "storage", "tables", "text_file", "video"},
 }
 
 

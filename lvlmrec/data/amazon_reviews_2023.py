@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from lvlmrec import storage
-from lvlmrec.data import files
+from lvlmrec import storage, text_file
+from lvlmrec.data import files, times
 from lvlmrec.data.interactions import Dataset, from_columns
 from lvlmrec.errors import InputError
 
@@ -34,20 +34,22 @@ def load(path: str) -> Dataset:
     """
     beside = storage.list_files(path) if storage.is_dir(path) else []
     file = files.find(path, ENDINGS, without=[each.uri for each in beside if META in each.uri.rpartition("/")[2]])
-    users, items, times, lines, bad = [], [], [], 0, ""
+    users, items, stamps, lines, bad = [], [], [], 0, ""
     for number, line in _lines(file):
         lines += 1
         row = _parse(line)
         user, item, time = row.get("user_id"), row.get("parent_asin"), row.get("timestamp")
-        if not (isinstance(user, str) and user and isinstance(item, str) and item and type(time) is int):
+        if not (isinstance(user, str) and user and isinstance(item, str) and item) or not _is_int64(time):
             bad = bad or f"line {number}: {line[:80]!r}"
             continue
         users.append(user)
         items.append(item)
-        times.append(time)
-    files.check_malformed(file, lines - len(users), lines, bad, EXPECTED)
+        stamps.append(time)
+    text_file.check_malformed(file, lines - len(users), lines, bad, EXPECTED)
     report = {"malformed_lines": lines - len(users)}
-    interactions = from_columns(users, items, np.array(times, dtype=np.int64), report)
+    timestamps = np.array(stamps, dtype=np.int64)
+    times.check_units(timestamps, "timestamp", file)
+    interactions = from_columns(users, items, timestamps, report)
     folder, slash, name = file.rpartition("/")
     meta = f"{folder}{slash}{META}{name}"
     if not storage.exists(meta):
@@ -68,7 +70,7 @@ def _read_titles(path: str, item_ids: set[str]) -> tuple[dict[str, str], dict[st
             malformed, bad = malformed + 1, bad or f"line {number}: {line[:80]!r}"
         elif item in item_ids and title.strip():
             titles.setdefault(item, title.strip())
-    files.check_malformed(path, malformed, lines, bad, "parent_asin and title")
+    text_file.check_malformed(path, malformed, lines, bad, "parent_asin and title")
     return titles, {"titles_malformed_lines": malformed, "items_without_title": len(item_ids) - len(titles)}
 
 
@@ -82,6 +84,10 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _is_int64(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 63
 
 
 def _parse(line: bytes) -> dict[str, Any]:

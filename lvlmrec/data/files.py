@@ -1,28 +1,14 @@
-"""Finding and reading the files of a dataset, and the rule for lines that cannot be read."""
+"""Finding the files of a dataset, and reading titles."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 
-from lvlmrec import storage
+from lvlmrec import storage, text_file
 from lvlmrec.errors import InputError
 
-MALFORMED_SHARE = 0.01  # above it, what was read is not the dataset that was meant
 TITLE_ENDINGS = ("_titles.csv", "_title_en.csv")
-BOM = b"\xef\xbb\xbf"
-
-
-def read_bytes(path: str) -> bytes:
-    """The content of a file, without a byte order mark. Raises `InputError` if there is none, or it is empty."""
-    try:
-        data = storage.read_bytes(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    data = data.removeprefix(BOM)
-    if not data.strip():
-        raise InputError(f"{path}: empty file")
-    return data
+HEADER = ["item", "title"]  # of a file of titles in quotes
 
 
 def find(path: str, endings: Sequence[str], without: Sequence[str] = ()) -> str:
@@ -61,49 +47,53 @@ def read_titles(path: str) -> tuple[dict[str, str], dict[str, int]]:
     Two formats, told apart by the first line: with the header `item,title` a CSV with quotes; without it `id, title`
     unquoted and split at the first comma. The first title of an item counts, an empty one is none. Raises `InputError`.
     """
-    lines = decode(path, read_bytes(path)).split("\n")
-    if [name.strip().lower() for name in lines[0].split(",")] == ["item", "title"]:
-        rows = _quoted_rows(path, lines)
+    text = text_file.decode(path, text_file.read_bytes(path))
+    _, _, first = next(text_file.csv_rows(text.partition("\n")[0]), (0, 0, None))
+    header = [name.strip().lower() for name in first or []]
+    if [name for name in header if name] == HEADER:  # all lines may end in a comma
+        pairs, malformed, example = _quoted_pairs(text, header)
     else:
-        rows = [line.split(",", 1) for line in lines if line.strip()]
-    pairs = [[field.strip() for field in row] for row in rows]
-    usable = [pair for pair in pairs if len(pair) == 2 and pair[0]]
-    malformed = [pair for pair in pairs if not (len(pair) == 2 and pair[0])]
-    check_malformed(path, len(malformed), len(pairs), f"{malformed[0]!r}" if malformed else "", "item,title")
+        pairs, malformed, example = _unquoted_pairs(text)
+    text_file.check_malformed(path, malformed, len(pairs) + malformed, example, ",".join(HEADER))
     titles: dict[str, str] = {}
-    for item_id, title in usable:
+    for item_id, title in pairs:
         titles.setdefault(item_id, title)
     told = {item_id: title for item_id, title in titles.items() if title}
     return told, {
-        "titles_malformed_lines": len(malformed),
-        "titles_duplicate_items": len(usable) - len(titles),
+        "titles_malformed_lines": malformed,
+        "titles_duplicate_items": len(pairs) - len(titles),
         "titles_empty": len(titles) - len(told),
     }
 
 
-def _quoted_rows(path: str, lines: list[str]) -> list[list[str]]:
-    reader = csv.reader(line + "\n" for line in lines[1:])
-    try:
-        return [row for row in reader if row]
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num + 1}: {error}") from error
+Pairs = tuple[list[tuple[str, str]], int, str]  # items and titles, malformed lines, the first of these
 
 
-def decode(path: str, data: bytes) -> str:
-    """UTF-8 text with `\\n` line ends. Raises `InputError` with the line of the first byte that is not UTF-8."""
-    try:
-        return data.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8") from error
+def _quoted_pairs(text: str, header: list[str]) -> Pairs:
+    item, title = map(header.index, HEADER)
+    pairs, malformed, example = [], 0, ""
+    for line, lines, row in text_file.csv_rows(text):
+        if row is not None and len(row) == len(header) and (item_id := row[item].strip()):
+            if item_id.lower() != HEADER[0] or row[title].strip().lower() != HEADER[1]:
+                pairs.append((item_id, row[title].strip()))
+                continue
+            if line == 1:
+                continue
+        elif row is not None and not any(cell.strip() for cell in row):
+            continue
+        malformed, example = malformed + lines, example or text_file.show_line(text, line, lines)
+    return pairs, malformed, example
 
 
-def check_malformed(path: str, malformed: int, lines: int, example: str, expected: str) -> None:
-    """Raises `InputError` if more than 1 % of the lines are malformed, or there is none."""
-    if not lines:
-        raise InputError(f"{path}: no line of data; expected {expected}")
-    if malformed > MALFORMED_SHARE * lines:
-        raise InputError(f"{path}: {malformed} of {lines} lines malformed, such as {example}; expected {expected}")
+def _unquoted_pairs(text: str) -> Pairs:
+    pairs, malformed, example = [], 0, ""
+    for number, line in enumerate(text.split("\n"), 1):
+        item, comma, title = line.partition(",")
+        if comma and item.strip():
+            pairs.append((item.strip(), title.strip()))
+        elif line.strip():
+            malformed, example = malformed + 1, example or f"line {number}: {line[:80]!r}"
+    return pairs, malformed, example
 
 
 def _name(path: str) -> str:

@@ -9,14 +9,13 @@ Users are called u14500, items v17551.
 
 from __future__ import annotations
 
-import csv
-
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
-from lvlmrec import storage
-from lvlmrec.data import files, sequences
+from lvlmrec import storage, text_file
+from lvlmrec.data import files, sequences, times
 from lvlmrec.data.interactions import Dataset, Interactions, from_columns
-from lvlmrec.errors import InputError
 
 BEHAVIOUR, PAIR, ITEM = "_behaviour.tsv", "_pair.csv", "_item.csv"
 
@@ -40,43 +39,51 @@ def load(path: str) -> Dataset:
 
 def _read_pairs(path: str) -> Interactions:
     """Rows of a user, an item and a time, or none of them with a time."""
-    rows = _rows(path)
+    rows, broken, example = _rows(path)
     timed = any(len(row) > 2 and row[2] for row in rows)
-    is_usable = [len(row) in (2, 3) and all(row[:2]) and (not timed or _is_number(row[-1])) for row in rows]
-    _check(path, rows, is_usable, "user,item,timestamp")
+    widths = (3,) if timed else (2, 3)
+    is_usable = np.array([len(row) in widths and all(row[:2]) for row in rows], dtype=bool)
+    stamps = None
+    if timed:
+        texts = [row[2] if good else None for row, good in zip(rows, is_usable, strict=True)]
+        stamps, readable = times.read(pa.chunked_array([pa.array(texts, pa.string())]), "timestamp", path)
+        is_usable &= readable
+        stamps = stamps[is_usable]
+    malformed = _check(path, rows, is_usable, broken, example, "user,item,timestamp")
     usable = [row for row, good in zip(rows, is_usable, strict=True) if good]
     user, item = (1, 0) if usable[0][0].startswith("v") and usable[0][1].startswith("u") else (0, 1)
-    times = np.array([float(row[2]) for row in usable]) if timed else None
-    report = {"malformed_lines": len(rows) - len(usable)}
-    return from_columns([row[user] for row in usable], [row[item] for row in usable], times, report)
+    report = {"malformed_lines": malformed}
+    return from_columns([row[user] for row in usable], [row[item] for row in usable], stamps, report)
 
 
 def _read_titles(path: str) -> tuple[dict[str, str], dict[str, int]]:
     """The English text of each item, else the Chinese one."""
-    rows = _rows(path)
-    is_usable = [len(row) == 3 and row[0] != "" for row in rows]
-    _check(path, rows, is_usable, "item,Chinese text,English text")
+    rows, broken, example = _rows(path)
+    is_usable = np.array([len(row) == 3 and row[0] != "" for row in rows], dtype=bool)
+    malformed = _check(path, rows, is_usable, broken, example, "item,Chinese text,English text")
     usable = [row for row, good in zip(rows, is_usable, strict=True) if good]
     titles = {item: english or chinese for item, chinese, english in reversed(usable) if english or chinese}
-    return titles, {"titles_malformed_lines": len(rows) - len(usable)}
+    return titles, {"titles_malformed_lines": malformed}
 
 
-def _check(path: str, rows: list[list[str]], is_usable: list[bool], expected: str) -> None:
-    malformed = is_usable.count(False)
-    example = f"{rows[is_usable.index(False)]!r}" if malformed else ""
-    files.check_malformed(path, malformed, len(rows), example, expected)
+def _rows(path: str) -> tuple[list[list[str]], int, str]:
+    """The rows with whole quotes, how many lines are in none of them, and the first of these."""
+    text = text_file.decode(path, text_file.read_bytes(path))
+    rows, broken, example = [], 0, ""
+    for line, lines, row in text_file.csv_rows(text):
+        if row is None:
+            broken, example = broken + lines, example or text_file.show_line(text, line, lines)
+        elif any(cells := [cell.strip() for cell in row]):
+            rows.append(cells)
+    return rows, broken, example
 
 
-def _rows(path: str) -> list[list[str]]:
-    reader = csv.reader(files.decode(path, files.read_bytes(path)).splitlines(keepends=True))
-    try:
-        return [[field.strip() for field in row] for row in reader if any(row)]
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}") from error
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return bool(np.isfinite(float(text)))
-    except ValueError:
-        return False
+def _check(
+    path: str, rows: list[list[str]], is_usable: NDArray[np.bool_], broken: int, example: str, expected: str
+) -> int:
+    """How many lines are malformed. Raises `InputError` if these are too many."""
+    malformed = broken + int((~is_usable).sum())
+    if malformed > broken:
+        example = example or f"{rows[int(np.argmin(is_usable))]!r}"
+    text_file.check_malformed(path, malformed, len(rows) + broken, example, expected)
+    return malformed

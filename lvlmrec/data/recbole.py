@@ -2,7 +2,7 @@
 
 *.inter   tab-separated; header user_id:token, item_id:token and, if there is one, timestamp:float among others
 
-Every row is an interaction, whatever its rating.
+Nothing is in quotes. Every row is an interaction, whatever its rating.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ NAMES = ("user_id:token", "item_id:token", "timestamp:float")
 
 def load(path: str) -> Dataset:
     """The dataset of an `.inter` file, or of the folder that holds exactly one. Raises `InputError`."""
-    interactions = table.read(files.find(path, (".inter",)), NAMES)
+    interactions = table.read(files.find(path, (".inter",)), NAMES, quoted=False)
     return Dataset(interactions, report=interactions.report)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from lvlmrec.data import files
+from lvlmrec import text_file
 from lvlmrec.data.interactions import Interactions, from_columns
 
 
 def read(path: str, separator: str) -> Interactions:
     """Lines of a user, `separator`, and the user's items separated by spaces; no header.
 
+    Where the separator is a space, tabs are as good. Quotes are characters as others.
     A user on several lines gets all their items, in the order of the lines. Raises `InputError`.
     """
     users: list[str] = []
@@ -16,11 +17,13 @@ def read(path: str, separator: str) -> Interactions:
     seen: set[str] = set()
     lines = usable = 0
     example = ""
-    for number, line in enumerate(files.decode(path, files.read_bytes(path)).split("\n"), 1):
+    for number, line in enumerate(text_file.decode(path, text_file.read_bytes(path)).split("\n"), 1):
         if not line.strip():
             continue
         lines += 1
-        user, _, rest = line.partition(separator)
+        user, _, rest = (
+            line.partition(separator) if separator == "\t" else line.replace("\t", " ").strip().partition(" ")
+        )
         user, row = user.strip(), rest.split()
         if not user or not row or "\t" in rest:
             example = example or f"line {number}: {line[:80]!r}"
@@ -30,6 +33,6 @@ def read(path: str, separator: str) -> Interactions:
         users += [user] * len(row)
         items += row
     shown = {"\t": "<TAB>", " ": " "}[separator]
-    files.check_malformed(path, lines - usable, lines, example, f"user{shown}item item ...")
+    text_file.check_malformed(path, lines - usable, lines, example, f"user{shown}item item ...")
     report = {"malformed_lines": lines - usable, "duplicate_users": usable - len(seen)}
     return from_columns(users, items, report=report)

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet
 from numpy.typing import NDArray
 
+from lvlmrec import storage, tables, text_file
 from lvlmrec.columns import ITEM_ID, TIMESTAMP, USER_ID
-from lvlmrec.data import files
+from lvlmrec.data import files, times
 from lvlmrec.data.interactions import Dataset, Interactions, from_columns
 from lvlmrec.errors import InputError
+from lvlmrec.tables import Rows
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
-ENDINGS = (".csv", ".tsv", ".parquet")
+ENDINGS = (".csv", ".tsv", tables.PARQUET)
 
 
 def load(path: str) -> Dataset:
-    """The dataset of a table, or of the folder that holds exactly one, with `<table>_titles.csv` if it is there.
+    """The dataset of a table, with `<table>_titles.csv` beside it if it is there. Raises `InputError`.
 
-    Raises `InputError`.
+    `path` is a file, a folder of the parts of one Parquet table, or a folder that holds exactly one file.
     """
-    file = files.find(path, ENDINGS, without=files.TITLE_ENDINGS)
-    return with_titles(read(file), file, "." + file.rpartition(".")[2])
+    path = path.rstrip("/")
+    is_parts = storage.is_dir(path) and bool(tables.parquet_files(path))
+    file = path if is_parts else files.find(path, ENDINGS, without=files.TITLE_ENDINGS)
+    ending = next((ending for ending in ENDINGS if file.endswith(ending)), "")
+    return with_titles(read(file), file, ending)
 
 
 def with_titles(interactions: Interactions, path: str, ending: str) -> Dataset:
@@ -53,119 +53,43 @@ class Columns:
     malformed: int
 
 
-def read(path: str, names: Sequence[str] = (USER_ID, ITEM_ID, TIMESTAMP)) -> Interactions:
+def read(path: str, names: Sequence[str] = (USER_ID, ITEM_ID, TIMESTAMP), *, quoted: bool = True) -> Interactions:
     """The interactions of one table whose columns have these names. Raises `InputError` as `read_columns`."""
-    columns = read_columns(path, names)
+    columns = read_columns(path, names, quoted=quoted)
     return from_columns(columns.users, columns.items, columns.times, {"malformed_lines": columns.malformed})
 
 
-def read_columns(path: str, names: Sequence[str] = (USER_ID, ITEM_ID, TIMESTAMP)) -> Columns:
+def read_columns(path: str, names: Sequence[str] = (USER_ID, ITEM_ID, TIMESTAMP), *, quoted: bool = True) -> Columns:
     """The rows of one table whose user, item and timestamp columns have these names.
 
-    Timestamps are numbers of any one unit or ISO 8601 dates. A row without user, item or readable timestamp is
-    malformed; more than 1 % of them is an `InputError`.
+    `path` is a file, or the folder of the parts of a Parquet table; `quoted` says whether text is in quotes where it
+    begins with one. Timestamps are numbers of any one unit, ISO 8601 dates or Arrow's times. A row without user, item
+    or readable timestamp is malformed; more than 1 % of them is an `InputError`.
     """
-    data = files.read_bytes(path)
-    rows = _read_parquet(path, data, names) if path.endswith(".parquet") else _read_csv(path, data, names)
-    users, items = (_ids(rows.table[name], path, name) for name in names[:2])
+    rows = _rows(path, names, quoted)
+    users, items = (rows.table[name] for name in names[:2])
     usable = pc.and_(pc.is_valid(users), pc.is_valid(items)).to_numpy(zero_copy_only=False)
-    times = None
+    found = None
     if names[2] in rows.table.column_names:
-        times, readable = _times(rows.table[names[2]], path, names[2])
+        found, readable = times.read(rows.table[names[2]], names[2], path)
         usable &= readable
-        times = times[usable]
+        found = found[usable]
     malformed = rows.malformed + int((~usable).sum())
     example = rows.example or (f"row {int(np.argmin(usable)) + 1}" if malformed else "")
     expected = f"{names[0]}, {names[1]} and a number or ISO date as {names[2]}"
-    files.check_malformed(path, malformed, len(usable) + rows.malformed, example, expected)
+    text_file.check_malformed(path, malformed, len(usable) + rows.malformed, example, expected)
     kept = [column.to_numpy(zero_copy_only=False)[usable] for column in (users, items)]
-    return Columns(kept[0], kept[1], times, malformed)
+    return Columns(kept[0], kept[1], found, malformed)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a table that could be parsed, and how many could not."""
+def _rows(path: str, names: Sequence[str], quoted: bool) -> Rows:
+    def choose(found: list[str]) -> list[str]:
+        missing = [name for name in names[:2] if name not in found]
+        if missing:
+            raise InputError(f"{path}: no column {' and no column '.join(missing)}; columns found: {', '.join(found)}")
+        return [name for name in names if name in found]
 
-    table: pa.Table
-    malformed: int
-    example: str
-
-
-def _read_csv(path: str, data: bytes, names: Sequence[str]) -> _Rows:
-    delimiter = DELIMITERS["." + path.rpartition(".")[2]]
-    head = files.decode(path, data[: data.find(b"\n") + 1] or data)
-    header = [name.strip() for name in next(csv.reader([head], delimiter=delimiter))]
-    wanted = _wanted(path, header, names)
-    skipped: list[str] = []
-
-    def skip(row: Any) -> str:
-        skipped.append(f"row {row.number - 1}: {row.text[:80]!r}")
-        return "skip"
-
-    try:
-        table = pa.csv.read_csv(
-            pa.BufferReader(data),
-            # one thread, because only then pyarrow knows the number of an invalid row
-            read_options=pa.csv.ReadOptions(column_names=header, skip_rows=1, use_threads=False),
-            parse_options=pa.csv.ParseOptions(
-                delimiter=delimiter, newlines_in_values=b'"' in data, invalid_row_handler=skip
-            ),
-            convert_options=pa.csv.ConvertOptions(
-                include_columns=wanted,
-                column_types=dict.fromkeys(wanted, pa.string()),
-                null_values=[""],
-                strings_can_be_null=True,
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: not readable as a table: {' '.join(str(error).split())}") from error
-    trimmed = [pc.utf8_trim_whitespace(table[name]) for name in wanted]
-    return _Rows(pa.table(trimmed, wanted), len(skipped), skipped[0] if skipped else "")
-
-
-def _read_parquet(path: str, data: bytes, names: Sequence[str]) -> _Rows:
-    try:
-        file = pa.parquet.ParquetFile(pa.BufferReader(data))
-        return _Rows(file.read(columns=_wanted(path, file.schema_arrow.names, names)), 0, "")
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not readable as Parquet: {' '.join(str(error).split())}") from error
-
-
-def _wanted(path: str, found: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The columns to read; the timestamp is optional."""
-    missing = [name for name in names[:2] if name not in found]
-    if missing:
-        raise InputError(f"{path}: no column {' and no column '.join(missing)}; columns found: {', '.join(found)}")
-    repeated = [name for name in names if list(found).count(name) > 1]
-    if repeated:
-        raise InputError(f"{path}: column {repeated[0]} occurs twice; columns found: {', '.join(found)}")
-    return [name for name in names if name in found]
-
-
-def _ids(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
-    """Ids as strings, null where one is missing or empty."""
-    if pa.types.is_floating(column.type):
-        raise InputError(f"{path}: column {name} holds {column.type}; ids are strings or integers")
-    try:
-        texts = column.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(f"{path}: column {name} holds {column.type}; ids are strings or integers") from error
-    return pc.if_else(pc.equal(texts, ""), None, texts)
-
-
-def _times(column: pa.ChunkedArray, path: str, name: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Sortable times [N] and whether each could be read [N]. Unit and origin do not matter, only the order."""
-    if pa.types.is_temporal(column.type):
-        valid = column.is_valid().to_numpy(zero_copy_only=False)
-        return column.cast(pa.timestamp("us")).cast(pa.int64()).fill_null(0).to_numpy(), valid
-    series = pd.Series(column.to_pandas())
-    numbers = pd.to_numeric(series, errors="coerce")
-    dates = pd.to_datetime(series, errors="coerce", utc=True, format="ISO8601") if numbers.isna().all() else None
-    valid = np.array(numbers.notna() if dates is None else dates.notna())
-    if dates is not None:
-        return dates.astype("int64").to_numpy(), valid
-    # parsed again without the unreadable ones, which would force nanoseconds into float64
-    times = pd.to_numeric(series[valid]).to_numpy()
-    filled = np.zeros(len(series), dtype=times.dtype)
-    filled[valid] = times
-    return filled, valid & np.isfinite(filled.astype(np.float64))
+    delimiter = next((each for ending, each in DELIMITERS.items() if path.endswith(ending)), None)
+    if delimiter is not None:
+        return tables.read_csv(path, path, choose, names[:2], delimiter=delimiter, quoted=quoted)
+    return tables.read_parquet(tables.parquet_files(path) or [path], path, choose, names[:2])

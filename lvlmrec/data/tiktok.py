@@ -23,7 +23,7 @@ def load(path: str) -> Dataset:
     """The dataset of the folder that holds the three files. Raises `InputError`."""
     if path.endswith(tuple(FILES)):
         raise InputError(f"dataset.path={path!r}: expected the folder that holds {', '.join(FILES)}")
-    tables = [table.read_columns(f"{path.rstrip('/')}/{name}") for name in FILES]
+    tables = [table.read_columns(f"{path.rstrip('/')}/{name}", quoted=False) for name in FILES]
     users, items = (np.concatenate(columns) for columns in zip(*((t.users, t.items) for t in tables), strict=True))
     parts = np.repeat(np.array([*FILES.values()], dtype=np.int8), [len(t.users) for t in tables])
     drawn = np.random.default_rng(0).permutation(len(parts))

@@ -24,7 +24,7 @@ from lvlmrec.errors import ConfigError, JobFailed
 from lvlmrec.extraction import estimate, inspection, stages
 from lvlmrec.extraction.estimate import EstimateConfig
 from lvlmrec.extraction.failures import SharedAttempts, Streak
-from lvlmrec.extraction.manifest import columns_for, read_manifest, source_of, texts_from
+from lvlmrec.extraction.manifest import columns_for, describe, read_manifest, source_of, texts_from
 from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.stages import DecodeConfig, Extractor
 from lvlmrec.features import lease, store
@@ -73,7 +73,9 @@ class ExtractConfig:
     tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
     seed: int = option(0, "seed of the sample and of everything random", minimum=0, maximum=MAX_SEED)
     input: str = option(
-        "${workspace}/sample/videos", "item manifest (.csv, .parquet), folder or prefix of videos", required=True
+        "${workspace}/sample/videos",
+        "item manifest (.csv, .parquet or folder of its parts), folder or prefix of videos",
+        required=True,
     )
     store: str = option("${workspace}/features", "folder or prefix that holds feature sets", required=True)
     lvlm: LVLMConfig = option(LVLMConfig, "the frozen model")
@@ -113,6 +115,8 @@ def plan(config: ExtractConfig) -> Plan:
     info = inspection.inspect(config.lvlm, code, config.workspace, _actor_resources(config))
     recipe = recipes.resolve(config.recipe, info, config.seed, texts_from(config.input))
     manifest, report = read_manifest(config.input, columns_for(recipe))
+    if report:
+        print(f"extract: left out of the input: {describe(report)}", file=sys.stderr)
     uri = store.locate(config.store, config.lvlm.name, recipe)
     store.create(uri, recipe)
     return Plan(config, recipe, uri, manifest, report, code, info.context)

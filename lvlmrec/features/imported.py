@@ -9,7 +9,6 @@ where the tap is what the user calls the layer.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lvlmrec import storage, taps
+from lvlmrec import storage, tables, taps, text_file
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE, URI
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError, InputError
@@ -46,8 +45,8 @@ class ImportConfig:
     tensor: str = option("", "name of the tensor in a file of several")
     item_ids: str = option(
         "from_zero",
-        "from_zero: row k is item k; from_one: item k + 1; else a .csv or .parquet with item_id, or a .txt of one id "
-        "per line, in the order of the rows",
+        "from_zero: row k is item k; from_one: item k + 1; else a .csv or .parquet (or folder of its parts) with "
+        "item_id, or a .txt of one id per line, in the order of the rows",
     )
     name: str = option(IMPORTED, "of the feature set, and first part of its columns' names", required=True)
     layers: list[str] = option([], "taps that the layers are, such as [llm.14, llm.28]; none: llm.0, llm.1, ...")
@@ -116,19 +115,7 @@ def read_item_ids(source: str, rows: int) -> list[str]:
     """The item of each row. Raises `InputError` when they are not as many as the rows, empty or not distinct."""
     if source in COUNTED:
         return [str(COUNTED[source] + row) for row in range(rows)]
-    if not source.endswith((".csv", ".parquet", ".txt")):
-        choices = f"{', '.join(COUNTED)}, a .csv or .parquet with {ITEM_ID}, or a .txt"
-        raise ConfigError(f"item_ids: {source!r}: choices: {choices}")
-    try:
-        content = io.BytesIO(storage.read_bytes(source))
-        if source.endswith(".txt"):
-            ids = [line.strip() for line in content.getvalue().decode("utf-8-sig").splitlines()]
-        elif source.endswith(".parquet"):
-            ids = pd.read_parquet(content, columns=[ITEM_ID])[ITEM_ID].astype(str).tolist()
-        else:
-            ids = pd.read_csv(content, dtype=str, keep_default_na=False, usecols=[ITEM_ID])[ITEM_ID].tolist()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"item_ids: {source!r}: not readable: {' '.join(str(error).split())[:200]}") from error
+    ids = _ids_of_text(source) if source.endswith(".txt") else _ids_of_table(source)
     if len(ids) != rows:
         raise InputError(f"item_ids: {source!r} has {len(ids)} ids, the array {rows} rows")
     repeated = pd.Series(ids).duplicated()
@@ -136,6 +123,32 @@ def read_item_ids(source: str, rows: int) -> list[str]:
         shown = "an empty id" if "" in ids else f"{ids[int(repeated.argmax())]!r} twice"
         raise InputError(f"item_ids: {source!r} has {shown}")
     return ids
+
+
+def _ids_of_text(source: str) -> list[str]:
+    label = f"item_ids: {source!r}: not readable"
+    text = text_file.decode(label, text_file.read_bytes(source, label))
+    return [line.strip() for line in text.removesuffix("\n").split("\n")]
+
+
+def _ids_of_table(source: str) -> list[str]:
+    label = f"item_ids: {source!r}: not readable"
+
+    def choose(found: list[str]) -> list[str]:
+        if ITEM_ID not in found:
+            raise InputError(f"item_ids: {source!r}: no column {ITEM_ID}; columns found: {', '.join(found)}")
+        return [ITEM_ID]
+
+    if source.endswith(".csv"):
+        rows = tables.read_csv(source, label, choose, [ITEM_ID])
+    elif parts := (tables.parquet_files(source) if source.endswith(tables.PARQUET) or storage.is_dir(source) else []):
+        rows = tables.read_parquet(parts, label, choose, [ITEM_ID])
+    else:
+        choices = f"{', '.join(COUNTED)}, a .csv, .parquet or folder of Parquet files with {ITEM_ID}, or a .txt"
+        raise ConfigError(f"item_ids: {source!r}: choices: {choices}")
+    if rows.malformed:  # without it, whose row is whose would be a guess
+        raise InputError(f"item_ids: {source!r}: malformed, such as {rows.example}")
+    return [item_id or "" for item_id in rows.table[ITEM_ID].to_pylist()]
 
 
 def recipe_of(config: ImportConfig, array: Array, content: str, item_ids: Sequence[str]) -> Recipe:

@@ -159,6 +159,81 @@ def test_tiktok_parts_and_the_order_of_the_rows(tmp_path: Path) -> None:
         read("tiktok", tmp_path / "train.tsv")
 
 
+def test_ninerec_rows_without_a_time_and_broken_quotes(tmp_path: Path) -> None:
+    good = "".join(f"u{n},{n},{n}\n" for n in range(1, 301))
+    found = read("ninerec", write(tmp_path, X_pair__csv=good + 'u9,"8"x,3\nu9,7\n'))
+    assert found.report["malformed_lines"] == 2 and len(found.interactions.items) == 300
+    with pytest.raises(
+        InputError, match=r"301 of 601 lines malformed, such as line 301: 'u8,\"8,3', whose quote takes"
+    ):
+        read("ninerec", write(tmp_path, X_pair__csv=good + 'u8,"8,3\n' + good))
+
+
+def test_ninerec_titles_with_broken_quotes_and_line_separators(tmp_path: Path) -> None:
+    items = "".join(f'v{n},zh,"one\u2028two, {n}"\n' for n in range(300))
+    behaviour = "u1\tv1 v2\n"
+    found = read("ninerec", write(tmp_path, X_behaviour__tsv=behaviour, X_item__csv=items + 'v9,zh,"broken" x\n'))
+    assert found.titles["v299"] == "one\u2028two, 299"
+    assert found.report["titles_malformed_lines"] == 1
+    with pytest.raises(
+        InputError, match=r"301 of 301 lines malformed, such as line 1: .*whose quote takes in 301 lines"
+    ):
+        read("ninerec", write(tmp_path, X_behaviour__tsv=behaviour, X_item__csv='v,"z,e\n' + items.replace('"', "")))
+
+
+def test_amazon_beauty_reads_tabs_as_spaces(tmp_path: Path) -> None:
+    for line in ("1\t5 3\n2\t4\n", "1\t5\t3\n2 4\n", " 1  5 \t3 \r\n2\t4\r\n", "1 5 3\r2\t4\r"):
+        (tmp_path / "B.txt").write_bytes(line.encode())
+        assert histories(read("amazon_beauty", tmp_path).interactions) == {"1": ["5", "3"], "2": ["4"]}
+
+
+@pytest.mark.parametrize("quote", ['"', '"1"', 'a "b'])
+def test_quotes_of_formats_without_quoting_are_characters(tmp_path: Path, quote: str) -> None:
+    lines = "".join(f"u{n}\t{n}\n" for n in range(3))
+    files = {
+        "recbole": {"x__inter": f"user_id:token\titem_id:token\nx\t{quote}\n{lines}"},
+        "tiktok": {
+            "train__tsv": f"user_id\titem_id\nx\t{quote}\n{lines}",
+            "validation__tsv": "user_id\titem_id\nu1\t2\n",
+            "test__tsv": "user_id\titem_id\nu1\t0\n",
+        },
+    }
+    for name, content in files.items():
+        (tmp_path / name).mkdir()
+        found = read(name, write(tmp_path / name, **content)).interactions
+        assert quote in histories(found)["x"] and len(found.user_ids) == 4
+
+
+def test_times_of_amazon_reviews_beyond_64_bits_are_malformed(tmp_path: Path) -> None:
+    lines = [review(f"u{n}", "B1", n) for n in range(300)]
+    found = read("amazon_reviews_2023", write_reviews(tmp_path, [*lines, review("u", "B1", 10**30)], None))
+    assert found.report["malformed_lines"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("microlens", "A_pairs.tsv", "u\t1 2\n"),
+        ("ninerec", "X_behaviour.tsv", "u\t1 2\n"),
+        ("amazon_beauty", "B.txt", "u 1 2\n"),
+        ("ninerec", "X_pair.csv", "u,1,1\n"),
+    ],
+)
+def test_every_text_format_refuses_utf16_and_zero_bytes_and_reads_old_line_ends(
+    tmp_path: Path, name: str, file: str, content: str
+) -> None:
+    path = tmp_path / file
+    for data, match in [
+        (content.encode("utf-16"), "UTF-16; save it as UTF-8"),
+        (content.encode() + b"\0\0", "line 2: a zero byte"),
+    ]:
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=match):
+            read(name, tmp_path)
+    path.write_bytes((content + content.replace("u", "v")).replace("\n", "\r").encode())
+    assert len(read(name, tmp_path).interactions.user_ids) == 2
+
+
 @pytest.mark.data
 def test_the_real_tiktok(real_data: Path) -> None:
     config = DatasetConfig(name="tiktok", path=str(real_data / "tiktok"), split="given", min_interactions=1)

@@ -103,6 +103,44 @@ def test_titles_that_are_something_else(tmp_path: Path) -> None:
         microlens.load(path)
 
 
+MANY_TITLES = "".join(f'{n},"title, of {n}"\n' for n in range(300))
+
+
+@pytest.mark.parametrize("broken", ['x,"unclosed', 'x,"closed" and more', 'x,"a"",b'])
+def test_titles_that_a_quote_swallows_are_malformed(tmp_path: Path, broken: str) -> None:
+    path = write(tmp_path, A_pairs__tsv=PAIRS, A_titles__csv=f"item,title\n{MANY_TITLES}{broken}\n")
+    dataset = microlens.load(path)
+    assert dataset.report["titles_malformed_lines"] == 1 and len(dataset.titles) == 300
+    if broken != 'x,"closed" and more':
+        write(tmp_path, A_titles__csv=f"item,title\n{broken}\n" + MANY_TITLES.replace('"', "").replace(", of", ""))
+        with pytest.raises(InputError, match=r"301 of 301 lines malformed, such as line 2: .*whose quote takes in 301"):
+            microlens.load(path)
+
+
+@pytest.mark.parametrize(
+    "titles",
+    [
+        'item,title,\r\n1,"one, two",\r\n2,plain,\r\n',  # every line ends in a comma
+        '"item","title"\n"1","one, two"\n"2","plain"\n',
+        'item,title\r1,"one, two"\r2,plain\r',
+    ],
+)
+def test_titles_as_programs_write_them(tmp_path: Path, titles: str) -> None:
+    dataset = microlens.load(write(tmp_path, A_pairs__tsv=PAIRS, A_titles__csv=titles))
+    assert dataset.titles == {"1": "one, two", "2": "plain"}
+
+
+def test_a_header_of_titles_that_occurs_twice_is_no_title(tmp_path: Path) -> None:
+    titles = f"item,title\n{MANY_TITLES}Item, Title\n400,last\n"
+    dataset = microlens.load(write(tmp_path, A_pairs__tsv=PAIRS, A_titles__csv=titles))
+    assert "Item" not in dataset.titles and dataset.report["titles_malformed_lines"] == 1
+
+
+def test_titles_keep_the_line_ends_inside_their_quotes(tmp_path: Path) -> None:
+    titles = 'item,title\n1,"one\ntwo"\n2,plain\n'
+    assert microlens.load(write(tmp_path, A_pairs__tsv=PAIRS, A_titles__csv=titles)).titles["1"] == "one\ntwo"
+
+
 def test_several_files(tmp_path: Path) -> None:
     path = write(tmp_path, A_pairs__tsv=PAIRS, A_pairs__csv="user,item\n1,2\n")
     with pytest.raises(InputError, match=r"several files to choose from: A_pairs.csv, A_pairs.tsv"):

@@ -1,0 +1,94 @@
+"""Timestamps of any kind as sortable numbers. Unit and origin do not matter, only the order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from lvlmrec import tables
+from lvlmrec.errors import InputError
+
+EARLIEST, LATEST = 631_152_000, 4_102_444_800  # 1990 and 2100, in seconds since 1970
+UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+DATES_SHARE = 0.99  # of positive times, for a column to be one of dates
+
+
+def read(column: pa.ChunkedArray, name: str, label: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Sortable times [N], and whether each could be read [N].
+
+    Numbers of any one unit, ISO 8601 dates, and every temporal type of Arrow but intervals. Raises `InputError` on a
+    type that has no order in time, and as `check_units`.
+    """
+    column = tables.plain(column)
+    kind = column.type
+    if tables.is_text(kind):
+        times, valid = _of_texts(pc.utf8_trim_whitespace(tables.strings(column, name, label)))
+    elif pa.types.is_null(kind):
+        times, valid = np.zeros(len(column)), np.zeros(len(column), dtype=bool)
+    else:
+        numbers = _numbers(column)
+        if numbers is None:
+            raise InputError(f"{label}: column {name} holds {kind}; expected a number or a date")
+        valid = numbers.is_valid().to_numpy(zero_copy_only=False)
+        times = numbers.fill_null(0).to_numpy()
+        valid &= np.isfinite(times)
+    check_units(times[valid], name, label)
+    return times, valid
+
+
+def check_units(times: NDArray[Any], name: str, label: str) -> None:
+    """Raises `InputError` when numbers are dates, some of them in one unit and some in another.
+
+    They are dates where 99 % of those above 0 are one from 1990 to 2100 in seconds, milli-, micro- or nanoseconds.
+    These four ranges are far from each other, so ranks, counts and amounts fall between them too, and are no dates.
+    """
+    if not len(times) or times.max() < 1000 * EARLIEST:
+        return
+    positive = times[times > 0]
+    if positive.min() > times.max() * (EARLIEST / LATEST):
+        return
+    found = {}
+    for unit, factor in UNITS.items():
+        dates = positive[(positive >= EARLIEST * factor) & (positive < LATEST * factor)]
+        if len(dates):
+            found[unit] = dates
+    if len(found) > 1 and sum(map(len, found.values())) >= DATES_SHARE * len(positive):
+        examples = " and ".join(f"{unit} ({dates[0]})" for unit, dates in found.items())
+        raise InputError(f"{label}: column {name} mixes dates in {examples}; write all in one unit")
+
+
+def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Numbers and Arrow's times, as numbers; None for other types."""
+    kind = column.type
+    if pa.types.is_decimal(kind):
+        try:
+            return column.cast(pa.int64())
+        except pa.ArrowInvalid:  # fractions, or more than 64 bits
+            return column.cast(pa.float64())
+    if pa.types.is_float16(kind):
+        return column.cast(pa.float64())
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return column
+    if pa.types.is_date32(kind) or pa.types.is_time32(kind):
+        return column.cast(pa.int32())
+    is_known = pa.types.is_timestamp, pa.types.is_date64, pa.types.is_time64, pa.types.is_duration
+    return column.cast(pa.int64()) if any(is_kind(kind) for is_kind in is_known) else None
+
+
+def _of_texts(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    series = pd.Series(column.to_pandas())
+    numbers = pd.to_numeric(series, errors="coerce")
+    dates = pd.to_datetime(series, errors="coerce", utc=True, format="ISO8601") if numbers.isna().all() else None
+    valid = np.array(numbers.notna() if dates is None else dates.notna())
+    if dates is not None:
+        return dates.astype("int64").to_numpy(), valid
+    # parsed again without the unreadable ones, which would force nanoseconds into float64
+    times = pd.to_numeric(series[valid]).to_numpy()
+    filled = np.zeros(len(series), dtype=times.dtype)
+    filled[valid] = times
+    return filled, valid & np.isfinite(filled.astype(np.float64))
