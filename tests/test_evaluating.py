@@ -233,6 +233,19 @@ def test_two_runs_are_compared_user_by_user(evaluated: dict) -> None:
     assert difference > 0
 
 
+def test_users_with_several_targets_are_compared_and_flipped_whole(tmp_path: Path) -> None:
+    """Five users of four targets, all better: 2 of 2^5 signs, of users and not of targets."""
+    uris = []
+    for name, ranks in {"ours": [1, 2, 3, 4] * 5, "theirs": [50, 60, 70, 80] * 5}.items():
+        users = [f"u{n // 4}" for n in range(20)]
+        table = {"user_id": users, "item_id": [f"i{n}" for n in range(20)], "item_rank": ranks, "cold": [False] * 20}
+        pd.DataFrame(table).to_parquet(tmp_path / f"{name}.parquet")
+        uris.append(str(tmp_path / f"{name}.parquet"))
+    (compared,) = evaluating.compare(uris[0], uris[1:], 0).values()
+    assert (compared["all"]["users"], compared["all"]["better"], compared["all"]["difference"]) == (5, 5, 1)
+    assert compared["all"]["p_users"] == pytest.approx(2**-4, abs=0.01)
+
+
 def test_several_runs_are_corrected_together_slice_by_slice(evaluated: dict, trained: dict, tmp_path: Path) -> None:
     ours = Path(evaluated["dff"]["ranks"])
     others = [
