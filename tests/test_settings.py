@@ -117,11 +117,12 @@ MISPLACED = [
 
 
 @pytest.fixture(autouse=True)
-def sigterm() -> Iterator[None]:
-    """A job has a handler of its own."""
-    before = signal.getsignal(signal.SIGTERM)
+def signals() -> Iterator[None]:
+    """A job has handlers of its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def never(resolved: Any, run: Any) -> NoReturn:
