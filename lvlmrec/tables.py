@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ PARQUET = ".parquet"
 BLOCK_BYTES = 16 << 20  # that Arrow parses at once; no row is longer
 # part-00000-<uuid>.snappy.parquet, 000000_0, data_12.parquet, train-00000-of-00002.parquet; not ml_100k.parquet
 PART = re.compile(r"(\D*)\d+(?:[-_.].*)?")
+HIDDEN = re.compile(r"(^|/)[_.]")  # from those who read tables
 OTHER_TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi"}  # whose folders also hold files that no longer count
 Choose = Callable[[list[str]], list[str]]
 
@@ -57,17 +57,24 @@ def parts(folder: str, uris: Sequence[str]) -> list[str]:
     A table is a folder of Parquet files alone that is called *.parquet, was marked with _SUCCESS, or whose files are
     numbered. Names that begin with `_` or `.` do not count. Raises `InputError` on partitions and other formats.
     """
-    names = {uri: below(uri, folder) for uri in uris}
-    kept = {uri: name for uri, name in names.items() if not re.search(r"(^|/)[_.]", name)}
-    if not kept or not {PurePosixPath(name).suffix.lower() for name in kept.values()} <= {PARQUET, ""}:
+    kept = {}
+    for uri in uris:
+        name = below(uri, folder)
+        if HIDDEN.search(name):
+            continue
+        if not name.lower().endswith(PARQUET) and "." in name.rpartition("/")[2]:
+            return []  # soon, where there are many videos
+        kept[uri] = name
+    if not kept:
         return []
-    is_marked = folder.rstrip("/").endswith(PARQUET) or "_SUCCESS" in names.values()
+    names = [below(uri, folder) for uri in uris]
+    is_marked = folder.rstrip("/").endswith(PARQUET) or "_SUCCESS" in names
     if not (is_marked or _are_numbered(kept.values())):
         return []
     bare = [uri for uri, name in kept.items() if not name.lower().endswith(PARQUET)]  # as Hive names them
     if bare and not _is_parquet(bare[0]):
         return []
-    for name in names.values():
+    for name in names:
         if other := OTHER_TABLES.get(name.split("/")[0]):
             raise InputError(f"{folder}: a {other} table, which is not read; write its rows as Parquet")
     for name in kept.values():

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lvlmrec import storage, tables, text_file
+from lvlmrec import tables, text_file
 from lvlmrec.columns import ITEM_ID, TIMESTAMP, USER_ID
 from lvlmrec.data import files, times
 from lvlmrec.data.interactions import Dataset, Interactions, from_columns
@@ -27,8 +27,8 @@ def load(path: str) -> Dataset:
     `path` is a file, a folder of the parts of one Parquet table, or a folder that holds exactly one file.
     """
     path = path.rstrip("/")
-    is_parts = storage.is_dir(path) and bool(tables.parquet_files(path))
-    file = path if is_parts else files.find(path, ENDINGS, without=files.TITLE_ENDINGS)
+    is_folder_of_parts = tables.parquet_files(path) not in ([], [path])
+    file = path if is_folder_of_parts else files.find(path, ENDINGS, without=files.TITLE_ENDINGS)
     ending = next((ending for ending in ENDINGS if file.endswith(ending)), "")
     return with_titles(read(file), file, ending)
 

@@ -17,22 +17,22 @@ from lvlmrec.features import store
 from lvlmrec.features.recipe import Recipe
 
 MEDIA_COLUMNS = {"video": URI, "cover": COVER_URI}
-# Files that live beside videos; whatever else a folder holds is tried, and rejected with a reason if it is none.
-NOT_VIDEOS = {
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".md",
-    ".json",
-    ".yaml",
-    ".yml",
-    ".parquet",
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".srt",
-    ".vtt",
+NOT_VIDEOS, KIND = "not_videos", "not_videos_"  # in reports: how many, and how many of a kind
+# What lives beside videos. Whatever else a folder holds is tried, and rejected with a reason if it is none: animated
+# .gif and .ogg may be videos.
+SUFFIXES = {
+    "images": "jpg jpeg png webp heic heif avif bmp tif tiff svg ico dng cr2 cr3 nef arw psd thm",
+    "sound": "mp3 m4a m4b aac wav flac oga opus weba wma aif aiff amr mka mid midi",
+    "texts": "txt md rst log json json5 yaml yml xml html htm url webloc description nfo pdf doc docx rtf "
+    "srt vtt ass ssa lrc ttml srv1 srv2 srv3 aae xmp",
+    "tables": "csv tsv parquet jsonl ndjson xls xlsx ods feather arrow npy npz h5 hdf5 db sqlite pt pth pkl",
+    "archives": "zip tar gz tgz bz2 xz 7z rar zst dmg",
+    "unfinished_downloads": "part partial ytdl crdownload download opdownload aria2 tmp temp !ut !qb",
+    "system_files": "ini lnk lock crc",
 }
+KIND_OF = {f".{suffix}": kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes.split()}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+SYSTEM_FILES = {"Thumbs.db", "_SUCCESS"}
 
 
 def columns_for(recipe: Recipe) -> list[str]:
@@ -59,7 +59,7 @@ def read_manifest(source: str, columns: Sequence[str] = (URI,)) -> tuple[pa.Tabl
     `source` is a Parquet or CSV file with those columns, or a folder of the parts of a Parquet table (relative URIs
     count from the folder that holds it); a folder or prefix of videos, where the item id is the file's stem; or a
     feature set with generated texts, whose columns are its prompts' names. Identical rows are dropped and counted, as
-    are malformed lines. Raises `InputError` when nothing is there, columns are
+    are malformed lines and files that are no videos, by kind. Raises `InputError` when nothing is there, columns are
     missing, more than 1 % of the lines are malformed, or one id stands for two things.
     """
     source = storage.absolute(source)
@@ -92,8 +92,13 @@ def read_manifest(source: str, columns: Sequence[str] = (URI,)) -> tuple[pa.Tabl
 
 
 def describe(report: Mapping[str, int]) -> str:
-    """The counts of what was left out of a manifest, for a message."""
-    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.items())
+    """What was left out of a manifest, for a message: `5 not videos (4 texts, 1 images), 2 incomplete rows`."""
+    kinds = [f"{report[key]} {key.removeprefix(KIND)}" for key in report if key.startswith(KIND)]
+    told = []
+    for key, count in report.items():
+        if not key.startswith(KIND):
+            told.append(f"{count} {key}" + (f" ({', '.join(kinds)})" if key == NOT_VIDEOS else ""))
+    return ", ".join(told).replace("_", " ")
 
 
 def _is_feature_set(source: str) -> bool:
@@ -118,10 +123,35 @@ def _from_folder(source: str, columns: Sequence[str]) -> tuple[pd.DataFrame, Cou
     uris = [file.uri for file in storage.list_files(source, recursive=True)]
     if parts := tables.parts(source, uris):
         return _from_table(source, parts, columns)
-    paths = [(PurePosixPath(uri), uri) for uri in uris]
-    kept = [(path.stem, uri) for path, uri in paths if path.suffix.lower() not in NOT_VIDEOS]
+    kept, report = [], Counter[str]()
+    for uri in uris:
+        path = PurePosixPath(tables.below(uri, source))
+        if kind := _kind(path):
+            report.update([NOT_VIDEOS, KIND + kind])
+        elif not _is_utf8(uri):
+            report["names_not_utf8"] += 1
+        else:
+            kept.append((path.stem, uri))
     frame = pd.DataFrame(kept, columns=[ITEM_ID, URI], dtype="str")
-    return _select(frame, source, columns), Counter(not_videos=len(paths) - len(kept))
+    return _select(frame, source, columns), report
+
+
+def _kind(path: PurePosixPath) -> str:
+    """What a file is whose name says that it is no video; else empty."""
+    folders = path.parts[:-1]
+    if path.name in SYSTEM_FILES or any(name in SYSTEM_FOLDERS or name.startswith(".") for name in folders):
+        return "system_files"
+    suffix = path.suffix.lower()
+    return KIND_OF.get(".part" if suffix.startswith(".part-frag") else suffix, "")
+
+
+def _is_utf8(uri: str) -> bool:
+    """Whether a name is text; Linux allows any bytes, and the rest of the way, Arrow and Parquet, does not."""
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _from_table(source: str, files: Sequence[str], columns: Sequence[str]) -> tuple[pd.DataFrame, Counter[str]]:

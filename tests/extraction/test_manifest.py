@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ def test_a_folder_is_a_manifest(tmp_path: Path) -> None:
     table, report = read_manifest(str(tmp_path))
     assert table["item_id"].to_pylist() == ["a", "b", "c", "no_suffix"]
     assert table["uri"].to_pylist()[2] == str(tmp_path / "deep" / "c.mov")
-    assert report == {"not_videos": 2}
+    assert report == {"not_videos": 2, "not_videos_tables": 1, "not_videos_texts": 1}
 
 
 def test_a_bucket_prefix_is_a_manifest(bucket: str) -> None:
@@ -78,4 +79,78 @@ def test_a_missing_folder_an_empty_one_and_colliding_stems(tmp_path: Path) -> No
         read_manifest(str(tmp_path / "empty"))
     touch(tmp_path, "same.mp4", "same.mkv")
     with pytest.raises(InputError, match="'same' has several values of uri"):
+        read_manifest(str(tmp_path))
+
+
+FOLDERS = {
+    "a phone's": (
+        ["IMG_1.HEIC", "IMG_1.MOV", "IMG_2.MOV", "IMG_2.AAE", "IMG_3.DNG", "Thumbs.db"],
+        ["IMG_1.MOV", "IMG_2.MOV"],
+        {"images": 2, "texts": 1, "system_files": 1},
+    ),
+    "of downloads": (
+        [
+            *("a.mp4", "a.webp", "a.description", "a.info.json", "a.live_chat.json", "a.en.vtt", "a.m4a", "b.zip"),
+            *("b.webm", "c.mp4.part", "c.mp4.ytdl", "d.mp4.part-Frag12", "e.mkv.crdownload"),
+        ],
+        ["a.mp4", "b.webm"],
+        {"images": 1, "texts": 4, "sound": 1, "archives": 1, "unfinished_downloads": 4},
+    ),
+    "of a Mac": (
+        ["a.mp4", "._a.mp4", ".DS_Store", "__MACOSX/a.mp4", "__MACOSX/._a.mp4", ".Trashes/501/a.mp4", "x/.DS_Store"],
+        ["a.mp4"],
+        {"system_files": 2},
+    ),
+    "of a network drive": (
+        ["a.MP4", "@eaDir/a.mp4/SYNOVIDEO.mp4", "$RECYCLE.BIN/a.mp4", "desktop.ini", "a.nfo", "a.jpeg"],
+        ["a.MP4"],
+        {"system_files": 3, "texts": 1, "images": 1},
+    ),
+    "of unknown files": (["a.gif", "b.ogg", "c.xyz", "d"], ["a.gif", "b.ogg", "c.xyz", "d"], {}),  # tried, as ever
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_as_people_have_it(tmp_path: Path, name: str) -> None:
+    files, videos, others = FOLDERS[name]
+    touch(tmp_path, *files)
+    table, report = read_manifest(str(tmp_path))
+    assert table["uri"].to_pylist() == [f"{tmp_path}/{video}" for video in sorted(videos)]
+    total = {"not_videos": sum(others.values())} if others else {}
+    assert report == total | {f"not_videos_{kind}": count for kind, count in others.items()}
+
+
+def test_a_prefix_as_people_have_it(bucket: str) -> None:
+    for name in FOLDERS["of a Mac"][0] + FOLDERS["of downloads"][0]:
+        storage.write_bytes(f"{bucket}/.all/v/{name}", b"x")  # what is hidden above the prefix does not count
+    table, report = read_manifest(f"{bucket}/.all/v/")
+    assert table["item_id"].to_pylist() == ["a", "b"]
+    assert report["not_videos"] == 2 + 11
+
+
+@pytest.mark.parametrize("names", [("a.mp4", "a.mov"), ("x/a.mp4", "y/a.mp4"), ("a.mp4", "x/a.xyz")])
+def test_a_clash_of_stems_names_the_way_out(tmp_path: Path, names: tuple[str, str]) -> None:
+    touch(tmp_path, *names, "a.jpg")
+    with pytest.raises(InputError, match=r"'a' has several values of uri .* in a manifest, .* with item_id and uri"):
+        read_manifest(str(tmp_path))
+
+
+def test_a_name_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4")
+    for name in (b"caf\xe9.mp4", b"folder\xff/b.mp4"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    table, report = read_manifest(str(tmp_path))
+    assert table["item_id"].to_pylist() == ["a"]
+    assert report == {"names_not_utf8": 2}
+    with pytest.raises(InputError, match="holds no items; left out: 1 names not utf8"):
+        read_manifest(os.fsdecode(os.fsencode(tmp_path) + b"/folder\xff"))
+
+
+def test_a_folder_without_videos_says_what_it_holds(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg", "c.part")
+    with pytest.raises(
+        InputError, match=r"holds no items; left out: 3 not videos \(2 images, 1 unfinished downloads\)"
+    ):
         read_manifest(str(tmp_path))

@@ -1,5 +1,6 @@
 """The whole extraction on a local Ray: real videos, a tiny model, real actors."""
 
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -199,6 +200,22 @@ def test_what_is_wrong_is_said_before_anything_starts(tmp_path: Path, model: Pat
         plan("recipe.taps=[llm.99]")
     with pytest.raises(InputError, match=r"pool\.max_actors: 1 is below pool\.min_actors=2"):
         plan("pool.min_actors=2")
+
+
+def test_what_is_left_out_of_the_input_is_said(
+    tmp_path: Path, model: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("a.MOV", "a.HEIC", "a.json", "b.mp4.part"):
+        shutil.copy(videos / "good0.mp4", folder / name)
+    shutil.copy(videos / "good0.mp4", os.fsdecode(f"{folder}/caf".encode() + b"\xe9.mp4"))
+    base = [f"workspace={tmp_path}", f"input={folder}", f"lvlm.model={model}"]
+    plan = pipeline.plan(load(ExtractConfig, [], base))
+    assert plan.manifest["item_id"].to_pylist() == ["a"]
+    left_out = "3 not videos (1 images, 1 texts, 1 unfinished downloads), 1 names not utf8"
+    assert f"extract: left out of the input: {left_out}\n" in capsys.readouterr().err
+    assert (plan.manifest_report["not_videos"], plan.manifest_report["not_videos_images"]) == (3, 1)
 
 
 @pytest.mark.slow
