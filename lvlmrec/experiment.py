@@ -30,7 +30,8 @@ FORMAT = 1
 # What decides where and how fast a run happens, not what it learns.
 WORKERS = ("training.num_workers", "training.min_workers", "training.use_gpu")
 CHUNKS = ("model.item_encoder.items_at_once", "model.item_encoder.gradient_checkpointing")
-NOT_LEARNED = ("workspace", "tracking_uri", "cache", *WORKERS, *CHUNKS)
+CHECKS = ("max_missing_features",)  # what it refuses is not run, and it changes nothing else
+NOT_LEARNED = ("workspace", "tracking_uri", "cache", *WORKERS, *CHUNKS, *CHECKS)
 SEARCH = "search."  # what a search tries decides nothing about a single one of its trials
 
 
@@ -85,6 +86,9 @@ class TrainConfig:
     dataset: DatasetConfig = option(DatasetConfig, "interactions")
     features: Any = option("${workspace}/features", "feature set, or a store that holds exactly one; or a list of them")
     feature_columns: list[str] = option([], "patterns of columns, as describe/llm.*/visual_mean; none: see README")
+    max_missing_features: float = option(
+        compact.MAX_MISSING, "share of the items that may have no features, from 0 to 1", minimum=0
+    )
     feature_scaling: str = option(
         "standardize", "per dimension over the training items, or none", choices=("standardize", "none")
     )
@@ -257,12 +261,14 @@ def load_features(
         return None
     if storage.is_remote(config.cache):
         raise InputError(f"cache {config.cache!r}: features are memory-mapped, so it is a local folder; set cache")
+    if config.max_missing_features > 1:
+        raise ConfigError(f"max_missing_features: {config.max_missing_features:g} is above 1; 5 % is 0.05")
     feature_sets = [store.read(uri) for uri in feature_uris(config)]
     for feature_set in feature_sets:
         compact.check_counted(feature_set, dataset_ids)
     read = "many" if every_layer else layers
     chosen = [(each, compact.choose_columns(each, config.feature_columns, read)) for each in feature_sets]
-    array = compact.compact(chosen, item_ids, config.cache)
+    array = compact.compact(chosen, item_ids, config.cache, config.max_missing_features)
     if config.feature_control == "shuffled":
         return array.shuffled(config.seed)
     return array if config.feature_control == "none" else noise_twin(array, config.feature_control, config.seed)

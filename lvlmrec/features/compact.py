@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lvlmrec import storage
@@ -29,12 +30,13 @@ from lvlmrec.columns import ITEM_ID, PART, ROW
 from lvlmrec.errors import InputError
 from lvlmrec.features import store
 from lvlmrec.features.imported import COUNTED
+from lvlmrec.features.moments import sums
 from lvlmrec.features.store import FeatureSet
 from lvlmrec.taps import READS_TEXT, parse_feature
 
 ARRAY = "features.npy"
 ABOUT = "about.json"
-MAX_MISSING = 0.05  # above this share of items without features, the set belongs to another catalogue
+MAX_MISSING = 0.05  # above this share of items without features, the set is taken for one of another catalogue
 ROWS_AT_ONCE = 4096
 
 
@@ -138,13 +140,24 @@ class FeatureArray:
         return replace(self, mean=mean.float(), std=std.float())
 
     def moments(self, item_index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and mean square of the unscaled features of the items that have them, float64 [L, D]."""
-        raw, index = replace(self, mean=None, std=None), np.asarray(item_index)
-        total = squares = torch.zeros(self.shape[1:], dtype=torch.float64)
-        for start in range(0, len(index), ROWS_AT_ONCE):
-            values = raw.rows(index[start : start + ROWS_AT_ONCE]).double()  # zeros where there is no feature
-            total, squares = total + values.sum(0), squares + values.square().sum(0)
-        count = torch.from_numpy((~self.is_missing(index)).sum(0))[:, None]
+        """Mean, variance and mean square of the unscaled features of the items that have them, float64 [L, D].
+
+        They are kept beside the array, for every run on it needs those of the same items.
+        """
+        items = hashlib.blake2b(np.asarray(item_index, dtype=np.int64).tobytes(), digest_size=8).hexdigest()
+        kept = self.path.with_name(f"moments-{_hash(self.digest, items)}.safetensors")
+        if kept.exists():
+            found = load(kept.read_bytes())
+            return found["mean"], found["variance"], found["squares"]
+        made = self.compute_moments(item_index)
+        storage.write_bytes(str(kept), save(dict(zip(("mean", "variance", "squares"), made, strict=True))))
+        return made
+
+    def compute_moments(self, item_index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, not kept."""
+        index, rows = np.asarray(item_index), torch.from_numpy(self.row(item_index))
+        total, squares = sums(self.stored(), rows, self.columns, ROWS_AT_ONCE)  # zeros where there is no feature
+        count = torch.from_numpy((~self.is_missing(index)).sum(0))[:, None].clamp_min(1)
         mean, squares = total / count, squares / count
         return mean, (squares - mean.square()).clamp_min(0.0), squares
 
@@ -185,12 +198,17 @@ def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str
     return [max(chosen, key=lambda name: parse_feature(name).tap)] if layers == "one" else chosen
 
 
-def compact(chosen: Sequence[tuple[FeatureSet, Sequence[str]]], item_ids: Sequence[str], cache: str) -> FeatureArray:
+def compact(
+    chosen: Sequence[tuple[FeatureSet, Sequence[str]]],
+    item_ids: Sequence[str],
+    cache: str,
+    max_missing: float = MAX_MISSING,
+) -> FeatureArray:
     """Make, or find, the memory-mapped array of feature sets and their columns for `item_ids` (item_index 1..I).
 
-    Raises `InputError` when more than 5 % of the items have no features in a set: it is of another catalogue.
+    Raises `InputError` when a larger share of the items than `max_missing` has no features in a set.
     """
-    found = [_find_items(feature_set, item_ids) for feature_set, _ in chosen]
+    found = [_find_items(feature_set, item_ids, max_missing) for feature_set, _ in chosen]
     without = [np.concatenate([[True], rows[PART].isna().to_numpy()]) for rows in found]
     parts = [part for feature_set, names in chosen for part in (feature_set.digest, *names)]
     digest = _hash(*parts, "", *item_ids)
@@ -244,7 +262,8 @@ def derive(
             for column in range(num_columns):
                 for start in range(1, items, ROWS_AT_ONCE):
                     index = np.arange(start, min(start + ROWS_AT_ONCE, items))
-                    made[index, column] = np.where(missing[index, column, None], 0.0, rows_of(column, index))
+                    made[start : index[-1] + 1, column] = rows_of(column, index)
+                    made[index[missing[index, column]], column] = 0.0
             made.flush()
     return replace(
         array,
@@ -263,15 +282,17 @@ def _hash(*texts: str) -> str:
     return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
 
 
-def _find_items(feature_set: FeatureSet, item_ids: Sequence[str]) -> pd.DataFrame:
+def _find_items(feature_set: FeatureSet, item_ids: Sequence[str], max_missing: float) -> pd.DataFrame:
     """Part and row of each item, or nothing. Raises `InputError`."""
     check_counted(feature_set, item_ids)
     found = feature_set.index.set_index(ITEM_ID).reindex(list(item_ids))
     share = float(found[PART].isna().mean())
-    if share > MAX_MISSING:
+    if share > max_missing:
+        ids = ", ".join(feature_set.index[ITEM_ID].head(3))
         raise InputError(
             f"features {feature_set.uri!r}: {share:.1%} of the dataset's {len(item_ids)} items have no features there; "
-            f"it is a feature set of another catalogue (its ids: {', '.join(feature_set.index[ITEM_ID].head(3))}, ...)"
+            f"it is a feature set of another catalogue (its ids: {ids}, ...), or set max_missing_features, "
+            f"now {max_missing:g}, to the share that may lack them"
         )
     return found
 

@@ -30,7 +30,7 @@ def noise_twin(array: FeatureArray, kind: str, seed: int) -> FeatureArray:
 
     @cache
     def mean_and_std(column: int) -> tuple[np.ndarray, np.ndarray]:
-        mean, variance, _ = array.select([array.names[column]]).moments(every)
+        mean, variance, _ = array.select([array.names[column]]).compute_moments(every)
         return mean[0].numpy(), variance[0].sqrt().numpy()
 
     def draw(column: int, item_index: np.ndarray) -> np.ndarray:
@@ -40,7 +40,9 @@ def noise_twin(array: FeatureArray, kind: str, seed: int) -> FeatureArray:
         rng = np.random.default_rng((seed, column, int(item_index[0])))
         shape = (len(item_index), len(mean))
         unit = rng.standard_normal(shape) if kind == "gaussian" else rng.uniform(-(3**0.5), 3**0.5, shape)
-        return mean + std * unit
+        unit *= std
+        unit += mean
+        return unit
 
     return derive(array, f"{kind}-{seed}", array.shape[2], draw)
 
@@ -57,4 +59,4 @@ def _like_all(one: FeatureArray, mean: np.ndarray, item_index: np.ndarray, seed:
         rng = np.random.default_rng((seed, int(item_index[0]), start))
         total += rng.standard_normal((len(item_index), len(index)), dtype=np.float32) @ centred
         count += int(present.sum())
-    return total / np.sqrt(count)
+    return total / np.sqrt(max(count, 1))

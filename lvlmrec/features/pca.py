@@ -27,11 +27,12 @@ def reduce(array: FeatureArray, item_index: np.ndarray, num_components: int) -> 
 
     Raises `InputError` when a column has fewer dimensions, or there are not more items than components.
     """
-    narrowest = min(array.widths)
-    if num_components > min(narrowest, len(item_index) - 1):
+    narrowest, with_features = min(array.widths), int((~array.is_missing(item_index)).sum(0).min())
+    most = max(0, min(narrowest, with_features - 1))
+    if num_components > most:
         raise InputError(
-            f"feature_pca: {num_components}: the features have {narrowest} dimensions and {len(item_index)} training "
-            f"items; choices: 0 (off) to {min(narrowest, len(item_index) - 1)}"
+            f"feature_pca: {num_components}: the features have {narrowest} dimensions and {with_features} training "
+            f"items; choices: 0 (off) to {most}"
         )
     items = hashlib.blake2b(np.asarray(item_index, dtype=np.int64).tobytes(), digest_size=8).hexdigest()
     folder = array.path.parent.with_name(f"{array.digest}-fit-{num_components}-{items}")
@@ -64,7 +65,7 @@ def _fit_column(one: FeatureArray, item_index: np.ndarray, num_components: int) 
     """Mean [D] and components [D, P] of the only column of `one`; memory O(D^2) whatever the number of items."""
     width, dim = one.widths[0], one.shape[2]
     index = item_index[~one.is_missing(item_index)[:, 0]]
-    mean = one.moments(index)[0][0]
+    mean = one.compute_moments(index)[0][0]
     covariance = torch.zeros(width, width, dtype=torch.float64)
     for start in range(0, len(index), compact.ROWS_AT_ONCE):
         centred = one.rows(index[start : start + compact.ROWS_AT_ONCE])[:, 0, :width].double() - mean[:width]
