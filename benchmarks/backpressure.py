@@ -40,7 +40,7 @@ from soak import store_stats
 
 from lvlmrec import cluster
 from lvlmrec.extraction import pipeline
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 
 SLOW = {"write": 1.0, "forward": 0.25, "decode": 0.08}  # seconds of each sleep
 STAGE, LOCK = "SLOW_STAGE", "SLOW_LOCK"  # environment of the workers

@@ -10,7 +10,7 @@ transformers, omegaconf and av are enough. Variants are interleaved round by rou
     lvlmrec   this project's extractor on the same videos, prompts and taps
 
 `videos_per_second` counts the model alone, from tensors on the host to pooled features on the host; the processor's
-seconds stand beside it (it runs in another thread, see extraction/stages.py). `mfu` is the operations that a variant
+seconds stand beside it (it runs in another thread, see extraction/extractor.py). `mfu` is the operations that a variant
 really does, counted by torch, / (seconds x the dense peak of the device). The last line is a JSON object.
 """
 

@@ -47,7 +47,7 @@ from record import save
 from lvlmrec import cluster
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.estimate import EstimateConfig
-from lvlmrec.extraction.pipeline import ExtractConfig, PoolConfig
+from lvlmrec.extraction.settings import ExtractConfig, PoolConfig
 from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMConfig
 from lvlmrec.lvlms.protocol import Item, ModelConfig
@@ -63,7 +63,7 @@ class StandIn:
     """A model that takes a fixed time per batch and appends `start end` of each to a file."""
 
     def __init__(self, info: LVLMInfo, recipe: Recipe, seconds_per_batch: float, calls: Path) -> None:
-        self.info, self.recipe = info, recipe
+        self.info, self.recipe, self.batch_size = info, recipe, BATCH
         self.seconds_per_batch, self.calls = seconds_per_batch, calls
 
     def prepare(self, items: Sequence[Item]) -> Sequence[Item]:

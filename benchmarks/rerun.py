@@ -38,7 +38,7 @@ from record import fenced, save
 
 from lvlmrec import config, storage
 from lvlmrec.extraction import pipeline
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import store
 from lvlmrec.lvlms import LVLMS
 

@@ -28,6 +28,39 @@ def is_own() -> bool:
     return ray.is_initialized() and global_worker.node is not None and global_worker.node.is_head()
 
 
+def device() -> str:
+    """`cuda` or `cpu`: in one of Ray's workers what Ray gave its task or actor, elsewhere what there is.
+
+    A process that was given no GPU sees none from then on: Ray hides them or not, by the environment of its nodes
+    (RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO), and libraries take what they see.
+    """
+    if not _in_worker():
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if ray.get_gpu_ids():
+        return "cuda"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return "cpu"
+
+
+def place() -> str:
+    """Where this process works, for messages: its node, and its GPU if Ray gave it one."""
+    if not _in_worker():
+        return "this machine"
+    gpus = ", ".join(map(str, ray.get_gpu_ids()))
+    return f"GPU {gpus} of node {node()}" if gpus else f"node {node()}"
+
+
+def node() -> str:
+    """The address of the node of this process; empty outside Ray."""
+    return str(ray.util.get_node_ip_address()) if _in_worker() else ""
+
+
+def _in_worker() -> bool:
+    return ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+
+
 def set_limits() -> None:
     """Ray's limits for one that this process starts next, unless the environment has them; a cluster has its own."""
     idle_workers = max(MIN_IDLE_WORKERS, os.cpu_count() or 1)

@@ -70,9 +70,9 @@ def variant(table: Mapping[str, type], default: str, help: str) -> Any:
 
 
 def check_gpus(key: str, number: float) -> None:
-    """Ray gives a process a share of one GPU, or whole ones. Raises `ConfigError`."""
-    if number > 1 and number % 1:
-        raise ConfigError(f"{key}: {number}: expected a share of one GPU, up to 1, or a whole number of them")
+    """Raises `ConfigError` when a process is to have more than one GPU: it would use the first of them."""
+    if number > 1:
+        raise ConfigError(f"{key}: {number}: a process uses one GPU at most; set 1, a share of one such as 0.5, or 0")
 
 
 def load(schema: type[T], layers: Sequence[str | Path | Mapping[str, Any]], overrides: Sequence[str] = ()) -> T:

@@ -17,6 +17,7 @@ from lvlmrec import storage
 from lvlmrec.data import micro_world
 from lvlmrec.errors import InputError
 from lvlmrec.extraction import pipeline
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import lease, store
 from lvlmrec.locks import locked
 from lvlmrec.lvlms import LVLMS
@@ -63,7 +64,7 @@ def ensure_features(config: TrainConfig) -> None:
     if own not in map(storage.absolute, feature_uris(config)) or store.committed(own):
         return
     print("sample: no features yet, extracting them (python rayjobs/extract.py)", file=sys.stderr)
-    extract = configs.load(pipeline.ExtractConfig, [{"workspace": config.workspace}])
+    extract = configs.load(ExtractConfig, [{"workspace": config.workspace}])
     ensure(extract.workspace, extract.input, extract.lvlm.model)
     plan = pipeline.plan(extract)
     while not store.committed(own):

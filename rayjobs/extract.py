@@ -10,7 +10,7 @@ from typing import Any
 
 from lvlmrec import job, sample
 from lvlmrec.extraction import pipeline
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.tracking import Run
 
 

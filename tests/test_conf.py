@@ -7,7 +7,7 @@ import pytest
 from lvlmrec.config import CONF, load, to_dict
 from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.experiment import TrainConfig
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.imported import ImportConfig
 from lvlmrec.features.recipe import LVLMInfo

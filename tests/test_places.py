@@ -11,7 +11,7 @@ import pytest
 from lvlmrec import config, job, places, tracking
 from lvlmrec.errors import ConfigError
 from lvlmrec.experiment import TrainConfig
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 from tests.test_conf import JOBS
 
 

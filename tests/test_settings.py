@@ -12,7 +12,7 @@ from lvlmrec import config, job
 from lvlmrec.errors import ConfigError
 from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.experiment import TrainConfig
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.tuning import TuneConfig
 from tests.test_conf import JOBS
 
@@ -93,12 +93,14 @@ TOGETHER = [
     (
         "tune",
         "search.gpus_per_trial=1.5",
-        "search.gpus_per_trial: 1.5: expected a share of one GPU, up to 1, or a whole",
+        "search.gpus_per_trial: 1.5: a process uses one GPU at most",
     ),
-    ("study", "study.gpus_per_run=2.5", "study.gpus_per_run: 2.5: expected a share of one GPU"),
+    ("study", "study.gpus_per_run=2.5", "study.gpus_per_run: 2.5: a process uses one GPU at most"),
     ("study", "study.reference=DFF2", "study.reference: 'DFF2' is not one of ID, fusion llm.0"),
     ("extract", "pool.min_actors=3", "pool.max_actors: 1 is below pool.min_actors=3"),
-    ("extract", "pool.gpus_per_actor=1.1", "pool.gpus_per_actor: 1.1: expected a share of one GPU"),
+    ("extract", "pool.gpus_per_actor=1.1", "pool.gpus_per_actor: 1.1: a process uses one GPU at most"),
+    ("extract", "pool.gpus_per_actor=2", "pool.gpus_per_actor: 2.0: a process uses one GPU at most"),
+    ("extract", "lvlm.device=cuda", "lvlm.device: 'cuda' with pool.gpus_per_actor=0, actors without a GPU"),
     ("extract", "lvlm.device=gpu", "lvlm.device: 'gpu' is not one of auto, cpu, cuda, cuda:1"),
 ]
 MISPLACED = [

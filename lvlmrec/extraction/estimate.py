@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from ray.exceptions import RayError
 
 from lvlmrec.columns import ERROR
 from lvlmrec.config import option
+from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.extraction import stages
-from lvlmrec.extraction.stages import DecodeConfig, Extractor
+from lvlmrec.extraction.extractor import Extractor
+from lvlmrec.extraction.stages import DecodeConfig
 from lvlmrec.features import store
 from lvlmrec.features.recipe import Recipe
 from lvlmrec.lvlms import LVLMConfig
@@ -103,6 +106,19 @@ def time_remotely(
     code: Mapping[str, bytes],
     resources: Mapping[str, Any],
 ) -> dict[str, float]:
-    """`time_sample` on a worker with `resources`, Ray's arguments for one actor."""
-    seconds: dict[str, float] = ray.get(ray.remote(**resources)(time_sample).remote(rows, recipe, decode, lvlm, code))
+    """`time_sample` on a worker with `resources`, Ray's arguments for one actor.
+
+    Raises `JobFailed` when that worker dies or its model fails, `InputError` when the model cannot be loaded.
+    """
+    task = ray.remote(max_retries=0, **resources)(time_sample)  # what ends a worker once does so again
+    try:
+        seconds: dict[str, float] = ray.get(task.remote(rows, recipe, decode, lvlm, code))
+    except RayError as error:
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, InputError):
+            raise cause from None
+        reason = f"{type(cause).__name__}: {stages.one_line(cause)}"
+        raise JobFailed(
+            f"timing {len(rows)} videos before the run (estimate.videos=0 leaves it out): {reason}"
+        ) from error
     return seconds

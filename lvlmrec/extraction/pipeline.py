@@ -19,24 +19,22 @@ from ray.runtime_env import RuntimeEnv
 
 from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE
-from lvlmrec.config import MAX_SEED, check_gpus, option
 from lvlmrec.errors import ConfigError, JobFailed
 from lvlmrec.extraction import estimate, inspection, stages
-from lvlmrec.extraction.estimate import EstimateConfig
-from lvlmrec.extraction.failures import SharedAttempts, Streak
+from lvlmrec.extraction.extractor import Extractor
+from lvlmrec.extraction.failures import Attempts, SharedAttempts, Streak
 from lvlmrec.extraction.manifest import columns_for, describe, read_manifest, source_of, texts_from
 from lvlmrec.extraction.progress import Tally
-from lvlmrec.extraction.stages import DecodeConfig, Extractor
+from lvlmrec.extraction.settings import ExtractConfig, PoolConfig
 from lvlmrec.features import lease, store
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.lease import Lease
-from lvlmrec.features.recipe import Recipe, RecipeConfig
+from lvlmrec.features.recipe import Recipe
 from lvlmrec.lvlms import LVLMConfig, authors_code, remote_code, source
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same size
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
 # On 2 CPUs it must find room beside one decoder, one actor, and the dealing out of the manifest: 1 CPU, says Ray.
 WRITE_CPUS = 0.05
@@ -44,50 +42,6 @@ WRITE_CPUS = 0.05
 # another number for each task, and for each number Ray keeps a class of scheduling for ever.
 WORKER_MEMORY = 400 << 20
 CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
-
-
-@dataclass(frozen=True)
-class PoolConfig:
-    """Resources of the extraction's stages."""
-
-    decode_tasks: int = option(1, "videos decoded at the same time, over the whole cluster", minimum=1)
-    cpus_per_decode: float = option(0.5, "CPUs that Ray reserves for one decode task", minimum=0)
-    min_actors: int = option(1, "LVLM actors that the pool never goes below", minimum=1)
-    max_actors: int = option(1, "LVLM actors that the pool may grow to", minimum=1)
-    cpus_per_actor: float = option(0.4, "CPUs that Ray reserves for one LVLM actor", minimum=0)
-    gpus_per_actor: float = option(0.0, "GPUs for one LVLM actor; 0 runs on CPU", minimum=0)
-    videos_per_block: int = option(8, "videos that travel together between stages", minimum=1)
-    videos_per_part: int = option(64, "videos in one file of the feature set", minimum=1)
-
-    def check(self) -> None:
-        if self.max_actors < self.min_actors:
-            raise ConfigError(f"max_actors: {self.max_actors} is below pool.min_actors={self.min_actors}")
-        check_gpus("gpus_per_actor", self.gpus_per_actor)
-
-
-@dataclass(frozen=True)
-class ExtractConfig:
-    """The extract job."""
-
-    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here", required=True)
-    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
-    seed: int = option(0, "seed of the sample and of everything random", minimum=0, maximum=MAX_SEED)
-    input: str = option(
-        "${workspace}/sample/videos",
-        "item manifest (.csv, .parquet or folder of its parts), folder or prefix of videos",
-        required=True,
-    )
-    store: str = option("${workspace}/features", "folder or prefix that holds feature sets", required=True)
-    lvlm: LVLMConfig = option(LVLMConfig, "the frozen model")
-    recipe: RecipeConfig = option(RecipeConfig, "what to extract")
-    decode: DecodeConfig = option(DecodeConfig, "limits of decoding")
-    pool: PoolConfig = option(PoolConfig, "resources")
-    estimate: EstimateConfig = option(EstimateConfig, "what is told before the run")
-    retry_rejected: bool = option(False, "try again what was rejected")
-    redo_changed: bool = option(False, "extract again what has another file or other texts than when it was")
-    max_rejected_in_a_row: int = option(
-        200, "stop when so many items one after another fail for the same reason; 0: never", minimum=0
-    )
 
 
 @dataclass(frozen=True)
@@ -137,9 +91,11 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
     """Extract what is missing, commit, and say what was done.
 
     `log(metrics, step)` is called as the work goes on. `busy_fraction` in the result is `forward_seconds`, summed over
-    all batches (`stages.Extractor`), / (`actors` x `seconds`): `actors` is the pool's maximum, and `seconds` the whole
-    wall time, with Ray's start, the loading of the model and the writing of the last part.
-    Raises `InputError` when another extraction writes the same feature set, `JobFailed` when all items fail alike.
+    all batches (`extractor.Extractor`), / (`actors` x `seconds`): `actors` is the pool's maximum, and `seconds` the
+    whole wall time, with Ray's start, the loading of the model and the writing of the last part. `oom_fallbacks` is how
+    often forwards became smaller because memory ran out, `device_failures` how many processes a device cost.
+    Raises `InputError` when another extraction writes the same feature set, `JobFailed` when all items fail alike or
+    a device fails again and again.
     """
     config, uri, index = plan.config, plan.feature_set, store.read_index(plan.feature_set)
     sources = _sources(plan) if config.redo_changed else {}
@@ -151,18 +107,18 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
             return {"feature_set": uri, "items": len(plan.manifest), "estimate": _estimate(plan, todo)}
     if not len(todo) and store.is_committed(uri):
         nothing = Tally(0, _workers(config.pool), log)
-        return _result(plan, nothing, 0.0, index) | {"estimate": _estimate(plan, todo)}
+        return _result(plan, nothing, 0.0, index) | Attempts().report() | {"estimate": _estimate(plan, todo)}
     with lease.hold(uri) as held:
         todo = missing(plan, store.pending_index(uri), sources)
         with _ray(todo):
             told = _estimate(plan, todo)
             started = time.perf_counter()
             tally = Tally(len(todo), _workers(config.pool), log)
-            _extract(plan, todo, tally, held)
+            went_on = _extract(plan, todo, tally, held)
             seconds = time.perf_counter() - started
         held.check()
         index = store.commit(uri, held.number)
-    return _result(plan, tally, seconds, index) | {"estimate": told}
+    return _result(plan, tally, seconds, index) | went_on | {"estimate": told}
 
 
 def missing(plan: Plan, index: pd.DataFrame, sources: Mapping[str, str]) -> pa.Table:
@@ -202,14 +158,18 @@ def _ray(todo: pa.Table) -> Any:
     return cluster.joined() if len(todo) else nullcontext()
 
 
-def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease) -> None:
-    """Run the pipeline over `todo` to its end. Raises `JobFailed`."""
+def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease) -> dict[str, int]:
+    """Run the pipeline over `todo` to its end; what went on in its processes. Raises `JobFailed`."""
     if not len(todo):
-        return
-    streak = Streak(plan.config.max_rejected_in_a_row)
-    blocks = iter(_dataset(plan, todo, held.number).iter_batches(batch_size=None, batch_format="pyarrow"))
+        return Attempts().report()
+    streak, attempts = Streak(plan.config.max_rejected_in_a_row), SharedAttempts()
+    dataset = _dataset(plan, todo, held.number, attempts)
+    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
     for block in blocks:
         _check_written(block)
+        if reason := _device_failure(block):
+            _forget(plan, todo, {stages.DIED}, held)  # it may have been the device
+            raise JobFailed(f"stopped: {reason}; the next run goes on with what is missing")
         tally.add(block)
         held.check()
         if streak.add(block):
@@ -220,13 +180,31 @@ def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease) -> None:
     if by_model and store.pending_index(plan.feature_set).empty:
         _forget(plan, todo, {*by_model}, held)
         raise JobFailed(f"every video was rejected by the model: {[*by_model.values()][-1]}")
+    return _tell(plan.config.lvlm, attempts.report())
+
+
+def _tell(lvlm: LVLMConfig, report: dict[str, int]) -> dict[str, int]:
+    """The report, and on stderr what in it a user should know."""
+    if report["oom_fallbacks"]:
+        size = f"lvlm.batch_size={lvlm.batch_size}"
+        lowest = f"the smallest now in use is {report['lowest_batch_size']}"
+        print(f"extract: memory ran out {report['oom_fallbacks']} times with {size}; {lowest}", file=sys.stderr)
+    if report["device_failures"]:
+        print(f"extract: {report['device_failures']} processes ended because their device failed", file=sys.stderr)
+    return report
 
 
 def _check_written(block: pa.Table) -> None:
-    """Raises `JobFailed` when storage did not take the rows."""
+    """Raises `JobFailed` when storage did not take the rows, or a device failed for good."""
     failed = block.filter(pc.equal(block[STAGE], stages.WRITE)).slice(0, 1).to_pylist()
     if failed:
         raise JobFailed(f"stopped: storage does not take features: {failed[0][ERROR]}: {failed[0][MESSAGE]}")
+
+
+def _device_failure(block: pa.Table) -> str:
+    """Which device failed for good, and how; empty if none did."""
+    failed: list[str] = block.filter(pc.equal(block[STAGE], stages.DEVICE))[MESSAGE].to_pylist()
+    return failed[0] if failed else ""
 
 
 def _forget(plan: Plan, todo: pa.Table, reasons: set[tuple[str, str]], held: Lease) -> None:
@@ -322,7 +300,7 @@ def _set_up_ray_data() -> None:
     bounds.bound(context)
 
 
-def _dataset(plan: Plan, todo: pa.Table, generation: int) -> Dataset:
+def _dataset(plan: Plan, todo: pa.Table, generation: int, attempts: SharedAttempts) -> Dataset:
     """The pipeline, not yet running."""
     # Slow to import; a run that finds nothing to do goes without.
     from ray.data import ActorPoolStrategy, TaskPoolStrategy, from_arrow
@@ -346,9 +324,9 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int) -> Dataset:
             "lvlm": config.lvlm,
             "recipe": plan.recipe,
             "code": plan.code,
-            "attempts": SharedAttempts(),
+            "attempts": attempts,
         },
-        batch_size=config.lvlm.batch_size * BATCHES_AT_ONCE,
+        batch_size=config.lvlm.batch_size * stages.BATCHES_AT_ONCE,
         batch_format="pyarrow",
         **_actor_resources(config),
         compute=ActorPoolStrategy(

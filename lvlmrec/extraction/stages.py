@@ -5,10 +5,7 @@ A row that fails at a stage keeps its place and carries `stage`, `error` and `me
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,26 +15,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lvlmrec import storage
+from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.config import option
-from lvlmrec.extraction.failures import MAX_DEATHS, Attempts, SharedAttempts
+from lvlmrec.extraction.failures import DECODED_ON, EXTRACTED_ON
 from lvlmrec.extraction.isolation import IsolatedDecoder
 from lvlmrec.extraction.manifest import MEDIA_COLUMNS, source_of
 from lvlmrec.features import store
 from lvlmrec.features.recipe import MEDIA, MOTION, Recipe
-from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.motion import CLIP_FRAMES, ENCODER, KEYFRAME_SIZE, MAP_SIZE, MotionClips
 from lvlmrec.video import Clip
 from lvlmrec.video_file import VideoError
 
-# A row's share of the time that its batch spent in a stage; see `Extractor`.
+# A row's share of the time that its batch spent in a stage; see `extractor.Extractor`.
 SECONDS = ("decode_seconds", "prepare_seconds", "forward_seconds", "write_seconds")
 DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS, WRITE_SECONDS = SECONDS
 TEXTS = "texts"
 MODEL_STAGES = ("model", "cast")
-WRITE = "write"
+DIED = ("model", "worker_died")
+WRITE, DEVICE = "write", "device"  # stages at which nothing is an item's fault: the run stops
+BATCHES_AT_ONCE = 4  # of the model: enough items for neighbours of the same size
 FAILURE = {STAGE: pa.string(), ERROR: pa.string(), MESSAGE: pa.string()}
 CLIP = {
     "frames": pa.large_binary(),
@@ -59,6 +57,7 @@ DECODED = pa.schema(
         ITEM_ID: pa.string(),
         URI: pa.string(),
         SOURCE: pa.string(),
+        DECODED_ON: pa.string(),
         TEXTS: pa.map_(pa.string(), pa.string()),
         **FAILURE,
         DECODE_SECONDS: pa.float64(),
@@ -66,7 +65,8 @@ DECODED = pa.schema(
     | {f"{kind}.{name}": column for kind in MEDIA for name, column in CLIP.items()}
     | {f"{MOTION}.{name}": column for name, column in MOTION_CLIPS.items()}
 )
-WRITTEN = pa.schema({ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, **MEASURED})
+PLACES = {DECODED_ON: pa.string(), EXTRACTED_ON: pa.string()}
+WRITTEN = pa.schema({ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, **MEASURED, **PLACES})
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def decode(rows: pa.Table, recipe: Recipe, config: DecodeConfig) -> Iterator[pa.
 
     Row by row, to bound memory; texts alone are one table, for a table per row would cost more than they do.
     """
-    outcomes = (_outcome(row, recipe, config) for row in rows.to_pylist())
+    cluster.device()  # none of its node's GPUs is a decoder's
+    here = {DECODED_ON: cluster.place()}
+    outcomes = (_outcome(row, recipe, config) | here for row in rows.to_pylist())
     for known in ([outcome] for outcome in outcomes) if recipe.media else [[*outcomes]]:
         yield pa.Table.from_pylist(known, schema=DECODED)
 
@@ -97,9 +99,9 @@ def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[
         for kind in recipe.media:
             outcome |= _decode(row[MEDIA_COLUMNS[kind]], kind, recipe, config)
     except VideoError as error:
-        outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: _one_line(error.message)}
+        outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: one_line(error.message)}
     except (OSError, ValueError) as error:
-        outcome = {STAGE: "fetch", ERROR: type(error).__name__, MESSAGE: _one_line(error)}
+        outcome = {STAGE: "fetch", ERROR: type(error).__name__, MESSAGE: one_line(error)}
     seconds = time.perf_counter() - started
     return {ITEM_ID: row[ITEM_ID], URI: row.get(URI, ""), SOURCE: source, DECODE_SECONDS: seconds} | outcome
 
@@ -132,121 +134,35 @@ def _check_texts(recipe: Recipe, row: Mapping[str, str]) -> None:
             raise VideoError("text", "empty", f"prompt {name!r} shows {', '.join(prompt.fields)} alone: empty")
 
 
-class Extractor:
-    """A pool's actor: one frozen LVLM, clips in, features out. Called by several threads at once.
-
-    While one batch is in the model's `extract`, the next is prepared and the one after it fetched. The seconds of the
-    rows of a batch add up to what it spent in `prepare` and in `extract`, failed attempts included; waiting is not.
-    `code` are the files of the repository that `lvlm.code` names. Items with which processes died before, as `attempts`
-    knows, enter the model alone, and those with which it happened again and again not at all.
-    """
-
-    def __init__(
-        self,
-        lvlm: LVLMConfig,
-        recipe: Recipe,
-        code: Mapping[str, bytes] | None = None,
-        attempts: SharedAttempts | None = None,
-    ) -> None:
-        self.recipe = recipe
-        self.attempts = attempts or Attempts()
-        if code:
-            lvlm = dataclasses.replace(lvlm, code=str(authors_code.unpack(code)))
-        self.lvlm = LVLMS[lvlm.name].load(lvlm, recipe)
-        self._preparing, self._extracting = threading.RLock(), threading.RLock()
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        spent = {PREPARE_SECONDS: 0.0, FORWARD_SECONDS: 0.0}
-        kept = [ITEM_ID, URI, SOURCE, *FAILURE, DECODE_SECONDS]
-        failed = rows.filter(pc.is_valid(rows[ERROR])).select(kept)
-        decoded = rows.filter(pc.is_null(rows[ERROR]))
-        tables = [self._features(decoded, spent)] if len(decoded) else []
-        table = pa.concat_tables([_extracted(self.recipe).empty_table(), *tables, failed], promote_options="default")
-        for name, seconds in spent.items():
-            shares = pa.array([seconds / max(len(rows), 1)] * len(table), pa.float64())
-            table = table.set_column(table.column_names.index(name), name, shares)
-        return table
-
-    def _features(self, rows: pa.Table, spent: dict[str, float]) -> pa.Table:
-        """A batch at once; when that fails, or a process died of it, one by one: an item costs no neighbour."""
-        item_ids = rows[ITEM_ID].to_pylist()
-        deaths = self.attempts.deaths(item_ids)
-        if deaths and len(rows) > 1:
-            return self._one_by_one(rows, spent)
-        if deaths >= MAX_DEATHS:
-            return self._failed(rows, "model", "worker_died", f"{deaths} processes died with this item in the model")
-        with self._nothing_else() if deaths else contextlib.nullcontext():
-            self.attempts.begin(item_ids)
-            try:
-                return self._extract(rows, spent)
-            except Exception as error:
-                if len(rows) == 1:
-                    stage = "cast" if isinstance(error, store.CastError) else "model"
-                    return self._failed(rows, stage, type(error).__name__, _one_line(error))
-            finally:
-                self.attempts.end(item_ids)
-        return self._one_by_one(rows, spent)
-
-    def _one_by_one(self, rows: pa.Table, spent: dict[str, float]) -> pa.Table:
-        singles = [self._features(rows.slice(i, 1), spent) for i in range(len(rows))]
-        return pa.concat_tables(singles, promote_options="default")
-
-    def _failed(self, row: pa.Table, stage: str, error: str, message: str) -> pa.Table:
-        known = {name: row[name][0].as_py() for name in (ITEM_ID, URI, SOURCE, DECODE_SECONDS)}
-        failure = {STAGE: stage, ERROR: error, MESSAGE: message}
-        return pa.Table.from_pylist([known | failure], schema=_extracted(self.recipe))
-
-    @contextlib.contextmanager
-    def _nothing_else(self) -> Iterator[None]:
-        """While this process may die, no other item is in its model."""
-        with self._preparing, self._extracting:
-            yield
-
-    def _extract(self, rows: pa.Table, spent: dict[str, float]) -> pa.Table:
-        items = _items(rows, self.recipe)
-        with self._preparing, _timed(spent, PREPARE_SECONDS):
-            prepared = self.lvlm.prepare(items)
-        with self._extracting, _timed(spent, FORWARD_SECONDS):
-            columns = self.lvlm.extract(prepared)
-        num_frames = [_num_distinct_frames(item) for item in items]
-        item_ids = [item.item_id for item in items]
-        table = store.feature_table(self.recipe, item_ids, num_frames, columns, rows[SOURCE].to_pylist())
-        table = table.append_column(URI, rows[URI].cast(pa.string()))
-        return table.append_column(DECODE_SECONDS, rows[DECODE_SECONDS])
-
-
 def write(rows: pa.Table, uri: str, recipe: Recipe, generation: int) -> pa.Table:
     """Write a part with the rows that have features and a file with those that were rejected.
 
-    When storage fails for good, the rows come out with stage `write`: nothing of them is there, and the driver stops.
+    When storage fails for good, the rows come out with stage `write`: nothing of them is there, and the driver stops,
+    as it does for rows of stage `device`.
     """
     started = time.perf_counter()
     good = rows.filter(pc.is_null(rows[ERROR]))
     bad = rows.filter(pc.is_valid(rows[ERROR]))
+    rejected = bad.filter(pc.not_equal(bad[STAGE], DEVICE))
     try:
         part = store.write_part(uri, recipe, good, generation) if len(good) else None
-        if len(bad):
-            store.write_rejected(uri, bad.select(list(store.REJECTED_COLUMNS)).to_pylist(), generation)
+        if len(rejected):
+            store.write_rejected(uri, rejected.select(list(store.REJECTED_COLUMNS)).to_pylist(), generation)
     except OSError as error:
-        failure = {STAGE: WRITE, ERROR: type(error).__name__, MESSAGE: _one_line(error)}
+        failure = {STAGE: WRITE, ERROR: type(error).__name__, MESSAGE: one_line(error)}
         return pa.Table.from_pylist([{ITEM_ID: i, **failure} for i in rows[ITEM_ID].to_pylist()], schema=WRITTEN)
-    good = good.select([ITEM_ID, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
+    good = good.select([ITEM_ID, *PLACES, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
     good = good.append_column(PART, pa.array([part] * len(good), pa.string()))
     good = good.append_column(ROW, pa.array(range(len(good)), pa.int64()))
-    bad = bad.select([ITEM_ID, *FAILURE, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
+    bad = bad.select([ITEM_ID, *PLACES, *FAILURE, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
     written = pa.concat_tables([WRITTEN.empty_table(), good, bad], promote_options="default")
-    share = (time.perf_counter() - started) / max(len(written), 1)
-    column = written.column_names.index(WRITE_SECONDS)
-    return written.set_column(column, WRITE_SECONDS, pa.array([share] * len(written), pa.float64()))
+    return filled(written, WRITE_SECONDS, (time.perf_counter() - started) / max(len(written), 1))
 
 
-@contextlib.contextmanager
-def _timed(spent: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        spent[name] += time.perf_counter() - started
+def filled(table: pa.Table, name: str, value: str | float) -> pa.Table:
+    """The same value in every row of a column."""
+    column = pa.array([value] * len(table), table.schema.field(name).type)
+    return table.set_column(table.column_names.index(name), name, column)
 
 
 @functools.cache
@@ -254,9 +170,9 @@ def _decoder(memory_mb: int) -> IsolatedDecoder:
     return IsolatedDecoder(memory_mb=memory_mb)
 
 
-def _extracted(recipe: Recipe) -> pa.Schema:
+def extracted(recipe: Recipe) -> pa.Schema:
     measured = {name: pa.float64() for name in (DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS)}
-    extra = pa.schema({URI: pa.string(), **FAILURE, **measured})
+    extra = pa.schema({URI: pa.string(), **FAILURE, **measured, **PLACES})
     return pa.unify_schemas([store.schema(recipe), extra])
 
 
@@ -280,7 +196,7 @@ def _motion_row(clips: MotionClips) -> dict[str, Any]:
     }
 
 
-def _items(rows: pa.Table, recipe: Recipe) -> list[Item]:
+def items(rows: pa.Table, recipe: Recipe) -> list[Item]:
     """Rows of `DECODED` as the model takes them; pictures and motion are buffers that are not copied."""
     kinds = [MOTION if kind == "video" and recipe.video_form == MOTION else kind for kind in recipe.media]
     shown: dict[str, Any] = {kind: _motions(rows) if kind == MOTION else _clips(rows, kind) for kind in kinds}
@@ -304,7 +220,7 @@ def _motions(rows: pa.Table) -> list[MotionClips]:
     ]
 
 
-def _num_distinct_frames(item: Item) -> int:
+def num_distinct_frames(item: Item) -> int:
     """How many pictures of its video an item's model sees: frames, or key frames."""
     if item.motion is not None:
         return len(item.motion.starts)
@@ -328,5 +244,5 @@ def _clip(row: dict[str, Any]) -> Clip:
     )
 
 
-def _one_line(error: object) -> str:
+def one_line(error: object) -> str:
     return " ".join(str(error).split())[:500]

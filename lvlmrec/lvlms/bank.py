@@ -37,31 +37,28 @@ class Reading:
 
 
 class Bank:
-    """Reads prompts with one base model. `batch_size` bounds the rows of a forward over ends.
+    """Reads prompts with one base model. `shares_prefix` is that of a family, see `family.NativeFamily`."""
 
-    `shares_prefix` is that of a family, see `family.NativeFamily`.
-    """
-
-    def __init__(
-        self, base: Any, hooks: Hooks, recipe: Recipe, batch_size: int, shares_prefix: Callable[[Any, Tensor], bool]
-    ) -> None:
-        self._base, self._hooks, self._batch_size = base, hooks, batch_size
-        self._shares_prefix = shares_prefix
+    def __init__(self, base: Any, hooks: Hooks, recipe: Recipe, shares_prefix: Callable[[Any, Tensor], bool]) -> None:
+        self._base, self._hooks, self._shares_prefix = base, hooks, shares_prefix
         self._poolings = {name: poolings_of(prompt, recipe.poolings) for name, prompt in recipe.prompts.items()}
         self._groups = [
             [name for name, p in recipe.prompts.items() if p.input == kind and p.place == "after"]
             for kind in recipe.media
         ]
 
-    def read(self, bank: Mapping[str, Reading]) -> dict[str, Tensor]:
-        """The pooled features of all prompts, those after the same video together."""
+    def read(self, bank: Mapping[str, Reading], batch_size: int) -> dict[str, Tensor]:
+        """The pooled features of all prompts, those after the same video together.
+
+        `batch_size` bounds the rows of a forward over ends.
+        """
         pooled: dict[str, Tensor] = {}
         alone = list(bank)
         for group in self._groups:
             shared = [bank[name] for name in group]
             length = prefix.shared_length(shared) if len(shared) > 1 and self._may_share(shared) else 0
             if length:
-                pooled |= self._read_together({name: bank[name] for name in group}, length)
+                pooled |= self._read_together({name: bank[name] for name in group}, length, batch_size)
                 alone = [name for name in alone if name not in group]
         for name in alone:
             pooled |= self._read_alone(name, bank[name])
@@ -83,7 +80,7 @@ class Bank:
         self._forward(reading)
         return pooled
 
-    def _read_together(self, bank: Mapping[str, Reading], length: int) -> dict[str, Tensor]:
+    def _read_together(self, bank: Mapping[str, Reading], length: int, batch_size: int) -> dict[str, Tensor]:
         """Prompts whose first `length` positions are the same: those once, then at most `batch_size` ends at once."""
         decoder, names = self._base.get_decoder(), list(bank)
         first = bank[names[0]].masks.cut(0, length)
@@ -103,7 +100,7 @@ class Bank:
         self._hooks.pool = pool_starts
         cache = prefix.run_prefix(decoder, call_of(names[0]), length)
         names = [name for name in names if any(reads_text(pooling) for pooling in self._poolings[name])]
-        at_once = max(1, self._batch_size // len(first.attended))
+        at_once = max(1, batch_size // len(first.attended))
         for begin in range(0, len(names), at_once):
             group = names[begin : begin + at_once]
             masks = prefix.suffix_masks([bank[name].masks for name in group], length)

@@ -45,7 +45,7 @@ class FramesFamily:
 
     def load(self, config: ModelConfig, recipe: Recipe) -> Frames:
         """Raises `ConfigError` as `inspect`."""
-        return Frames(self.inspect(config), recipe)
+        return Frames(self.inspect(config), recipe, config.batch_size)
 
     def write_tiny(self, directory: Path, seed: int) -> None:
         """Raises `ConfigError`: there is no model to write."""
@@ -55,8 +55,8 @@ class FramesFamily:
 class Frames:
     """See `protocol.LVLM`."""
 
-    def __init__(self, info: LVLMInfo, recipe: Recipe) -> None:
-        self.info = info
+    def __init__(self, info: LVLMInfo, recipe: Recipe, batch_size: int) -> None:
+        self.info, self.batch_size = info, batch_size
         self._recipe = recipe
 
     def prepare(self, items: Sequence[Item]) -> torch.Tensor:

@@ -95,7 +95,7 @@ class NativeLVLM:
         self._base = model.base_model if recipe.text_names else model
         if recipe.text_names:
             generation.leave_to_recipe(model)
-        self._recipe, self._batch_size = recipe, batch_size
+        self._recipe, self.batch_size = recipe, batch_size
         # One thread may prepare while another answers, and a tokenizer is not for two.
         self._tokenizer = copy.deepcopy(processor.tokenizer)
         self._specials = conversation.special_tokens(processor)
@@ -106,7 +106,7 @@ class NativeLVLM:
         self._texts = {name: conversation.render(processor, name, prompt) for name, prompt in prompts.items()}
         self._adds = {name: conversation.adds_special_tokens(processor, text) for name, text in self._texts.items()}
         self.hooks = Hooks(self._base, family.vision_layers, recipe, info.num_layers["llm"])
-        self._bank = Bank(self._base, self.hooks, recipe, batch_size, family.shares_prefix)
+        self._bank = Bank(self._base, self.hooks, recipe, family.shares_prefix)
 
     def prepare(self, items: Sequence[Item]) -> list[Batch]:
         """See `protocol.LVLM.prepare`. Videos with different numbers of frames never share a batch."""
@@ -120,7 +120,7 @@ class NativeLVLM:
 
         batches: list[list[int]] = []
         for row in sorted(range(len(items)), key=size):
-            if batches and len(batches[-1]) < self._batch_size and num_frames[row] == num_frames[batches[-1][0]]:
+            if batches and len(batches[-1]) < self.batch_size and num_frames[row] == num_frames[batches[-1][0]]:
                 batches[-1].append(row)
             else:
                 batches.append([row])
@@ -184,7 +184,7 @@ class NativeLVLM:
                 answered |= {f"{name}/{ANSWER}": answers.texts, f"{name}/{FINISH}": answers.finishes}
                 ids = answers.ids
             bank[name] = self._reading(name, rows, ids, shown, encoded)
-        return (pooled | self._bank.read(bank) if self._has_llm_taps else pooled), answered
+        return (pooled | self._bank.read(bank, self.batch_size) if self._has_llm_taps else pooled), answered
 
     def _see(self, shown: Mapping[str, Media], num_items: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The pooled taps before the decoder, and each kind of media encoded for the language model."""

@@ -68,9 +68,12 @@ class LVLM(Protocol):
     """A loaded model, made for one recipe.
 
     One thread may `prepare` while another is in `extract`; no two are in the same method at the same time.
+    `batch_size` is how many items share a forward at most, `lvlm.batch_size` at first: what is prepared from then on
+    keeps to a smaller one that the caller sets.
     """
 
     info: LVLMInfo
+    batch_size: int
 
     def prepare(self, items: Sequence[Item]) -> Any:
         """What the processor makes of `items` on the CPU, in batches of items alike in size: for `extract`."""

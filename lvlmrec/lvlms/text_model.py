@@ -72,7 +72,7 @@ class TextModel:
     ) -> None:
         self.info, self.limit = info, limit
         self._model, self._tokenizer = model, tokenizer
-        self._recipe, self._batch_size = recipe, batch_size
+        self._recipe, self.batch_size = recipe, batch_size
         added = tokenizer.added_tokens_decoder.values()
         self._specials = sorted({str(token) for token in added if token.special}, key=len, reverse=True)
         # The last state is what the model returns, behind a final norm where it has one.
@@ -98,7 +98,7 @@ class TextModel:
             lengths = [len(ids) for ids in encoded["input_ids"]]
             if not all(lengths):
                 raise InputError(f"item {items[lengths.index(0)].item_id!r}: its text has no token")
-            for rows in group(lengths, self._batch_size):
+            for rows in group(lengths, self.batch_size):
                 batches.append(self._batch(name, rows, [encoded["input_ids"][row] for row in rows]))
         if num_cut:
             print(f"{self.info.family}: {num_cut} texts cut to {self.limit} tokens", file=sys.stderr)

@@ -75,6 +75,8 @@ def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> VideoLaVIT:
 class VideoLaVIT:
     """A loaded model; see `protocol.LVLM`."""
 
+    batch_size = 1
+
     def __init__(self, model: Any, tokenizer: Any, recipe: Recipe, info: LVLMInfo) -> None:
         self.info = info
         self._model, self._tokenizer, self._recipe = model.eval(), tokenizer, recipe

@@ -63,7 +63,7 @@ class VisionModel:
     ) -> None:
         self.info = info
         self._model, self._processor = model, processor
-        self._recipe, self._batch_size, self._before_patches = recipe, batch_size, before_patches
+        self._recipe, self.batch_size, self._before_patches = recipe, batch_size, before_patches
         self._reads_images = "cover" in info.inputs
         # V-JEPA 2's predictor serves its pretraining
         options = inspect.signature(model.forward).parameters
@@ -76,7 +76,7 @@ class VisionModel:
 
         Raises `InputError` for an item without the video or cover that is shown, or with too few frames.
         """
-        batches = []
+        batches, batch_size = [], self.batch_size
         for kind in self._recipe.media:
             by_shape: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
             for row, item in enumerate(items):
@@ -86,8 +86,8 @@ class VisionModel:
                 pixels = self._process(clip)
                 by_shape.setdefault(pixels.shape, []).append((row, pixels))
             for group in by_shape.values():
-                for first in range(0, len(group), self._batch_size):
-                    rows, pixels_FCHW = zip(*group[first : first + self._batch_size], strict=True)
+                for first in range(0, len(group), batch_size):
+                    rows, pixels_FCHW = zip(*group[first : first + batch_size], strict=True)
                     stacked = encoder.to_host(torch.stack(pixels_FCHW), self._model.device)
                     batches.append(Batch(kind, list(rows), stacked))
         return batches

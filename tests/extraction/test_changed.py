@@ -9,7 +9,7 @@ from lvlmrec import storage
 from lvlmrec.config import load
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.manifest import source_of
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.lvlms import LVLMS
 
 

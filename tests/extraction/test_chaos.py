@@ -18,7 +18,7 @@ from lvlmrec import storage
 from lvlmrec.columns import ITEM_ID
 from lvlmrec.config import load
 from lvlmrec.extraction import pipeline
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import store
 from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.protocol import Item

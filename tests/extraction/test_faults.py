@@ -14,7 +14,8 @@ import pytest
 from lvlmrec.config import load
 from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.extraction import pipeline
-from lvlmrec.extraction.pipeline import ExtractConfig, Plan
+from lvlmrec.extraction.pipeline import Plan
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import lease, store
 from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.protocol import Item

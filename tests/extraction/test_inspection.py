@@ -99,8 +99,8 @@ def test_planning_with_a_model_that_is_known_imports_no_torch(models: Path, tmp_
     program = (
         "import sys\n"
         "from lvlmrec import config, job, sample\n"
-        "from lvlmrec.extraction import pipeline\n"
-        "pipeline.plan(config.load(pipeline.ExtractConfig, [], sys.argv[1:]))\n"
+        "from lvlmrec.extraction import pipeline, settings\n"
+        "pipeline.plan(config.load(settings.ExtractConfig, [], sys.argv[1:]))\n"
         "print([name for name in ('torch', 'transformers', 'torchvision', 'ray.data') if name in sys.modules])\n"
     )
     prompts = "recipe.prompts={title: {input: text, text: '{title}'}}"

@@ -16,7 +16,7 @@ from lvlmrec import storage
 from lvlmrec.config import load
 from lvlmrec.errors import ConfigError, InputError, JobFailed
 from lvlmrec.extraction import estimate, pipeline
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import store
 from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.protocol import Item

@@ -1,6 +1,7 @@
 """The resources that the stages of the pipeline ask Ray for."""
 
-from lvlmrec.extraction.pipeline import WRITE_CPUS, PoolConfig
+from lvlmrec.extraction.pipeline import WRITE_CPUS
+from lvlmrec.extraction.settings import PoolConfig
 
 
 def test_the_default_pool_has_room_for_every_stage_on_two_cpus() -> None:

@@ -15,9 +15,10 @@ import torch
 
 from lvlmrec.errors import JobFailed
 from lvlmrec.extraction import estimate, pipeline, stages
+from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import Streak
 from lvlmrec.extraction.progress import Tally
-from lvlmrec.extraction.stages import DecodeConfig, Extractor
+from lvlmrec.extraction.stages import DecodeConfig
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import MOTION, LVLMInfo, Prompt, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
@@ -33,6 +34,7 @@ class StandIn:
     """A model of known pace that fails on one item and notices when two threads are in one of its methods."""
 
     info = INFO
+    batch_size = 4
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -267,7 +269,7 @@ def test_videos_travel_as_key_frames_and_motion(tmp_path: Path, monkeypatch: pyt
     decoded = pa.concat_tables(list(stages.decode(rows, recipe, DecodeConfig())))
     assert decoded.schema == stages.DECODED
     assert decoded["stage"].to_pylist() == [None, "open", None]
-    items = stages._items(decoded.take([0, 2]), recipe)
+    items = stages.items(decoded.take([0, 2]), recipe)
     for item, num_clips in zip(items, (1, 3), strict=True):
         expected = motion_clips(tmp_path / f"{item.item_id}.mp4", 16)
         assert item.video is None

@@ -13,6 +13,7 @@ import pytest
 from lvlmrec import storage
 from lvlmrec.columns import COVER_URI, ERROR, ITEM_ID
 from lvlmrec.extraction import stages
+from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features import store
 from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
@@ -40,7 +41,7 @@ def test_titles_travel_as_one_table_and_an_empty_one_is_rejected(tmp_path: Path)
     (decoded,) = stages.decode(rows, recipe, stages.DecodeConfig())
     assert decoded.schema == stages.DECODED
     assert decoded[ERROR].to_pylist() == [None, "empty", None, None]
-    extractor = stages.Extractor(lvlm, recipe)
+    extractor = Extractor(lvlm, recipe)
     store.create(str(tmp_path / "set"), recipe)
     stages.write(extractor(decoded), str(tmp_path / "set"), recipe, 1)
     assert store.commit(str(tmp_path / "set"))[ITEM_ID].tolist() == ["a", "c", "d"]
@@ -64,7 +65,7 @@ def test_covers_are_decoded_and_encoded(tmp_path: Path, suffix: str) -> None:
     rows = pa.table({ITEM_ID: ["a", "b"], COVER_URI: [str(tmp_path / f"cover.{suffix}"), ""]})
     decoded = pa.concat_tables(list(stages.decode(rows, recipe, stages.DecodeConfig())))
     assert decoded[ERROR].to_pylist() == [None, "missing"]
-    extractor = stages.Extractor(lvlm, recipe)
+    extractor = Extractor(lvlm, recipe)
     feature = extractor(decoded)["cover/vision.3/first_token"][0].as_py()
     clip = sample_clip(tmp_path / f"cover.{suffix}", 1, 1280)
     expected = extractor.lvlm.extract(extractor.lvlm.prepare([Item("a", cover=clip)]))

@@ -13,6 +13,7 @@ import ray
 
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.extraction import inspection, pipeline
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig, resolve
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.family import context_of
@@ -112,7 +113,7 @@ def test_long_titles_and_covers_count(tiny_models, tmp_path, items) -> None:
 def test_the_job_ends_before_its_run(tiny_models, tmp_path) -> None:
     directory = shortened(tiny_models["llava_onevision"], tmp_path, 64)
     (tmp_path / "items.csv").write_text("item_id,uri\na,nowhere.mp4\n")
-    config = pipeline.ExtractConfig(
+    config = ExtractConfig(
         workspace=str(tmp_path),
         input=str(tmp_path / "items.csv"),
         store=str(tmp_path / "store"),

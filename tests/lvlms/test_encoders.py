@@ -228,7 +228,7 @@ def test_features_do_not_depend_on_batch_neighbours_or_order(directories, monkey
     alone = [extract(model, [item]) for item in items()]
     order = [2, 0, 3, 1]
     for batch_size in (1, 2, 16):
-        monkeypatch.setattr(model, "_batch_size", batch_size)
+        monkeypatch.setattr(model, "batch_size", batch_size)
         together = extract(model, [items()[row] for row in order])
         for name in map(str, recipe.feature_names):
             for place, row in enumerate(order):

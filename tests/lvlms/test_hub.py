@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.extraction import pipeline
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features.recipe import Prompt, RecipeConfig, resolve
 from lvlmrec.lvlms import LVLMS, LVLMConfig, hub, source
 from lvlmrec.lvlms.protocol import Item

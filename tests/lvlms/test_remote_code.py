@@ -19,7 +19,7 @@ from lvlmrec import storage
 from lvlmrec.config import load
 from lvlmrec.errors import ConfigError
 from lvlmrec.extraction import pipeline
-from lvlmrec.extraction.pipeline import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features import store
 from lvlmrec.features.recipe import RecipeConfig

@@ -1,0 +1,67 @@
+"""The settings of the extract job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lvlmrec.config import MAX_SEED, check_gpus, option
+from lvlmrec.errors import ConfigError
+from lvlmrec.extraction.estimate import EstimateConfig
+from lvlmrec.extraction.stages import DecodeConfig
+from lvlmrec.features.recipe import RecipeConfig
+from lvlmrec.lvlms import LVLMConfig
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Resources of the extraction's stages."""
+
+    decode_tasks: int = option(1, "videos decoded at the same time, over the whole cluster", minimum=1)
+    cpus_per_decode: float = option(0.5, "CPUs that Ray reserves for one decode task", minimum=0)
+    min_actors: int = option(1, "LVLM actors that the pool never goes below", minimum=1)
+    max_actors: int = option(1, "LVLM actors that the pool may grow to", minimum=1)
+    cpus_per_actor: float = option(0.4, "CPUs that Ray reserves for one LVLM actor", minimum=0)
+    gpus_per_actor: float = option(0.0, "GPU for one LVLM actor: 1, or a share of one; 0 runs on CPU", minimum=0)
+    videos_per_block: int = option(8, "videos that travel together between stages", minimum=1)
+    videos_per_part: int = option(64, "videos in one file of the feature set", minimum=1)
+
+    def check(self) -> None:
+        if self.max_actors < self.min_actors:
+            raise ConfigError(f"max_actors: {self.max_actors} is below pool.min_actors={self.min_actors}")
+        check_gpus("gpus_per_actor", self.gpus_per_actor)
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """The extract job."""
+
+    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here", required=True)
+    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
+    seed: int = option(0, "seed of the sample and of everything random", minimum=0, maximum=MAX_SEED)
+    input: str = option(
+        "${workspace}/sample/videos",
+        "item manifest (.csv, .parquet or folder of its parts), folder or prefix of videos",
+        required=True,
+    )
+    store: str = option("${workspace}/features", "folder or prefix that holds feature sets", required=True)
+    lvlm: LVLMConfig = option(LVLMConfig, "the frozen model")
+    recipe: RecipeConfig = option(RecipeConfig, "what to extract")
+    decode: DecodeConfig = option(DecodeConfig, "limits of decoding")
+    pool: PoolConfig = option(PoolConfig, "resources")
+    estimate: EstimateConfig = option(EstimateConfig, "what is told before the run")
+    retry_rejected: bool = option(False, "try again what was rejected")
+    redo_changed: bool = option(False, "extract again what has another file or other texts than when it was")
+    max_rejected_in_a_row: int = option(
+        200, "stop when so many items one after another fail for the same reason; 0: never", minimum=0
+    )
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a device that the actors would not have."""
+        device = self.lvlm.device
+        if device.startswith("cuda") and not self.pool.gpus_per_actor:
+            remedy = "set pool.gpus_per_actor=1, or lvlm.device=auto"
+            raise ConfigError(f"lvlm.device: {device!r} with pool.gpus_per_actor=0, actors without a GPU: {remedy}")
+        if device.startswith("cuda:") and device != "cuda:0":
+            raise ConfigError(
+                f"lvlm.device: {device!r}: an actor sees the GPU that Ray gave it alone; set lvlm.device=auto"
+            )
