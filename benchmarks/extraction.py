@@ -10,9 +10,11 @@ features of the same clip (checked). Rounds are interleaved, times are CPU time,
     base     the same without head and cache, hidden states of the taps alone: the fair baseline
     rerun    as `base`, one forward per tap and prompt
     lvlmrec  this project's extractor
+    merged   the same, and beside the means the video's tokens merged to 16
 
 The last line is a JSON object: `speedup_4_half` is base / lvlmrec for four prompts with the top tap at half depth,
-`..._over_naive` is naive / lvlmrec. --save writes it to benchmarks/results/ with the date.
+`..._over_naive` is naive / lvlmrec,
+`cost_of_merged_16` is merged / lvlmrec. --save writes it to benchmarks/results/ with the date.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,7 @@ def check(features: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return worst
 
 
-def lvlmrec(model: str, depth: str, num_prompts: int) -> Variant:
+def lvlmrec(model: str, depth: str, num_prompts: int, poolings: Sequence[str] = POOLINGS) -> Variant:
     """This project's extractor."""
     config = LVLMConfig(name="llava_onevision", model=model, device="cpu")
     entry = LVLMS[config.name]
@@ -130,7 +132,7 @@ def lvlmrec(model: str, depth: str, num_prompts: int) -> Variant:
             frames=FRAMES,
             taps=[f"llm.{layer}" for layer in TAPS[depth]],
             prompts={name: Prompt(PROMPTS[name]) for name in list(PROMPTS)[:num_prompts]},
-            poolings=list(POOLINGS),
+            poolings=list(poolings),
         ),
         entry.inspect(config),
     )
@@ -182,6 +184,7 @@ VARIANTS: dict[str, Callable[[str], Variant]] = {
     "base_1": lambda model: hugging_face(model, "base", 1),
     "rerun_1": lambda model: hugging_face(model, "rerun", 1),
     "lvlmrec_1_half": lambda model: lvlmrec(model, "half", 1),
+    "merged_1_half": lambda model: lvlmrec(model, "half", 1, (*POOLINGS, "merged_16")),
     "lvlmrec_1_88": lambda model: lvlmrec(model, "88", 1),
     "naive_4": lambda model: hugging_face(model, "naive", 4),
     "base_4": lambda model: hugging_face(model, "base", 4),
@@ -192,7 +195,10 @@ PAIRS = {
     f"speedup_{case}{suffix}": (f"lvlmrec_{case}", f"{baseline}_{case[0]}")
     for case in ("1_half", "1_88", "4_half", "4_88")
     for baseline, suffix in (("base", ""), ("naive", "_over_naive"))
-} | {"speedup_1_half_over_rerun": ("lvlmrec_1_half", "rerun_1")}
+} | {
+    "speedup_1_half_over_rerun": ("lvlmrec_1_half", "rerun_1"),
+    "cost_of_merged_16": ("lvlmrec_1_half", "merged_1_half"),
+}
 
 
 def make_clip() -> Clip:

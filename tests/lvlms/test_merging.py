@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lvlmrec.lvlms import merging
 from lvlmrec.lvlms.merging import merge_tokens
 
 
@@ -83,3 +87,51 @@ def test_a_still_video_merges_the_same_way_whatever_the_last_bits() -> None:
     everything = torch.ones(1, 64, dtype=torch.bool)
     noise = 1 + 1e-7 * random_tokens(1, 64)
     assert torch.equal(merge_tokens(tokens, everything, 16)[1], merge_tokens(tokens * noise, everything, 16)[1])
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        made = function(*arguments, **(named or {}))
+        for tensor in made if isinstance(made, tuple) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize(("num_clips", "num_tokens"), [(1, 900), (3, 500), (2, 701)])
+def test_what_is_held_at_once_is_bounded_and_changes_nothing(
+    num_clips: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = random_tokens(num_clips, num_tokens)
+    everything = torch.ones(num_clips, num_tokens, dtype=torch.bool)
+    expected, sizes = merge_tokens(tokens, everything, 16)
+    monkeypatch.setattr(merging, "NUMBERS_AT_ONCE", 4096)
+    with Largest() as largest:
+        merged, merged_sizes = merge_tokens(tokens, everything, 16)
+    assert torch.equal(merged_sizes, sizes)
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
+    # a row of similarities for each clip, or the tokens themselves
+    assert largest.num_bytes <= max(4 * 4096, 4 * num_clips * num_tokens, tokens.untyped_storage().nbytes())
+
+
+def test_the_mean_of_very_many_like_tokens_keeps_its_bits() -> None:
+    tokens = 1 + 1e-3 * random_tokens(1, 20_000, dim=2).abs()
+    merged, sizes = merge_tokens(tokens, torch.ones(1, 20_000, dtype=torch.bool), 1)
+    assert sizes.tolist() == [[20_000.0]]
+    torch.testing.assert_close(merged[0, 0].double(), tokens[0].double().mean(dim=0), rtol=3e-7, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_merges_the_same_way_each_time_and_as_a_cpu_does() -> None:
+    tokens, everything = random_tokens(2, 3000, dim=64), torch.ones(2, 3000, dtype=torch.bool)
+    expected, sizes = merge_tokens(tokens, everything, 16)
+    runs = [merge_tokens(tokens.cuda(), everything.cuda(), 16) for _ in range(5)]
+    for merged, merged_sizes in runs:
+        assert torch.equal(merged, runs[0][0])
+        assert torch.equal(merged_sizes.cpu(), sizes)
+        torch.testing.assert_close(merged.cpu(), expected, rtol=1e-5, atol=1e-5)
