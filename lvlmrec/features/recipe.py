@@ -32,7 +32,12 @@ INPUTS = (*MEDIA, "text")
 FRAMES, MOTION = "frames", "motion"  # what a model is shown of a video
 ANSWER, FINISH = "text", "finish"  # last part of the names of the columns with what was generated, and why it ended
 FORMAT = 3  # counted up when sampling, pooling or naming change what a feature is
-LATER = ("bos_written", "generation_left_out")  # keys of recipes that came later: without effect they do not count
+NOISE = 2  # counted up when sampled answers draw other numbers; 1 was torch's generator, one for each item
+LATER = (
+    "bos_written",
+    "generation_left_out",
+    "noise",
+)  # keys of recipes that came later: without effect they do not count
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ class Recipe:
 
     `generation_left_out`: of a recipe with answers, what the model's files say of generation and is not applied.
     Of a model that sees motion `frames` is the number of clips at most, and `frame_max_side` is 0: it has no effect.
+    `noise` says where the numbers of sampled answers come from, 0 where none is sampled.
     """
 
     family: str
@@ -143,6 +149,7 @@ class Recipe:
     video_encoder: str = ""
     bos_written: bool = False
     generation_left_out: Mapping[str, Any] = field(default_factory=dict)
+    noise: int = 0
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -300,6 +307,7 @@ def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str
         video_encoder=info.video_encoder,
         bos_written=info.bos_written,
         generation_left_out=dict(info.generation) if any(p.max_new_tokens for p in config.prompts.values()) else {},
+        noise=NOISE if is_sampled else 0,
     )
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from lvlmrec.features.recipe import Prompt
 
+# SplitMix64's numbers, as int64: products and sums overflow as they should
+_GOLDEN, _FIRST, _SECOND = (n - (1 << 64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -78,12 +81,12 @@ def seed_of(seed: int, prompt: str, item_id: str) -> int:
 class _Sampler:
     """Turns the likeliest token into a sample: the maximum of logits with Gumbel noise is a draw from their softmax.
 
-    Every row draws from a generator of its own, so that neighbours and the size of the batch change nothing.
+    Every row has noise of its own, so that neighbours and the size of the batch change nothing.
     """
 
     def __init__(self, temperature: float, top_p: float, seeds: Sequence[int]) -> None:
         self.temperature, self.top_p = temperature, top_p
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.seeds_B, self.step = torch.tensor(seeds), 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits_BV = scores.float() / self.temperature
@@ -92,11 +95,36 @@ class _Sampler:
             # a token stays while those likelier than it are less than top_p together
             dropped_BV = ordered_BV.cumsum(dim=-1) - ordered_BV >= self.top_p
             logits_BV = logits_BV.masked_fill(torch.empty_like(dropped_BV).scatter(1, order_BV, dropped_BV), -torch.inf)
-        uniform_BV = torch.stack(
-            [torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self.generators]
-        )
-        gumbel_BV = -torch.log(-torch.log(uniform_BV.clamp_min(1e-300)))
-        return logits_BV + gumbel_BV.to(logits_BV)
+        self.seeds_B = self.seeds_B.to(scores.device)
+        noise_BV = gumbel_noise(self.seeds_B, self.step, scores.shape[1])
+        self.step += 1
+        return logits_BV + noise_BV
+
+
+def gumbel_noise(seeds_B: Tensor, step: int, num_tokens: int) -> Tensor:
+    """float32 [B, V]: standard Gumbel numbers of each seed's `step`, a function of these alone.
+
+    They are computed where the int64 seeds lie, without a generator's state: on every device the same but for the last
+    bits of a logarithm. Token v has the v-th number of SplitMix64 (Steele, Lea and Flood 2014,
+    https://doi.org/10.1145/2714064.2660195) begun at a number made of seed and step in the same way.
+    """
+    begin_B1 = _mix(_mix(seeds_B) + torch.full_like(seeds_B, step + 1) * _GOLDEN)[:, None]
+    bits_BV = _mix(begin_B1 + torch.arange(1, num_tokens + 1, device=seeds_B.device) * _GOLDEN)
+    # 63 bits, so that the upper tail, of small numbers here, is as fine as float32; 1 itself would be minus infinity
+    uniform_BV = _shifted(bits_BV, 1).float().mul_(2.0**-63).clamp_(2.0**-64, 1 - 2.0**-24)
+    return uniform_BV.neg_().log1p_().neg_().log_().neg_()
+
+
+def _mix(numbers: Tensor) -> Tensor:
+    """SplitMix64's function of 64 bits: each bit that goes in changes half of those that come out."""
+    mixed = (numbers ^ _shifted(numbers, 30)).mul_(_FIRST)
+    mixed = mixed.bitwise_xor_(_shifted(mixed, 27)).mul_(_SECOND)
+    return mixed.bitwise_xor_(_shifted(mixed, 31))
+
+
+def _shifted(numbers: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros from the left: int64 has a sign, which `>>` repeats."""
+    return (numbers >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _read(rows: Sequence[Sequence[int]], tokenizer: Any, prompt: Prompt, ends: Sequence[int]) -> Answers:

@@ -99,3 +99,28 @@ def test_keys_that_came_later_count_where_they_have_an_effect_alone() -> None:
 def test_what_is_wrong_is_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(override)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fingerprint"),
+    [
+        ("{text: x}", "15b5cb80364657fe"),
+        ("{text: x, max_new_tokens: 5}", "fc5454e5c74fe7ea"),
+        ("{text: x, temperature: 0.7}", "fb41c13d4ec93e1c"),
+    ],
+)
+def test_recipes_that_draw_no_answer_keep_their_fingerprints(prompt: str, fingerprint: str) -> None:
+    recipe = make(f"prompts={{p: {prompt}}}")
+    assert recipe.fingerprint == fingerprint
+    assert "noise" not in recipe.to_json()
+
+
+def test_recipes_that_draw_answers_are_other_ones_than_those_of_another_generator() -> None:
+    recipe = make("prompts={p: {text: x, max_new_tokens: 5, temperature: 0.7}}")
+    assert recipe.noise == 2
+    before = {key: value for key, value in recipe.to_json().items() if key != "noise"}
+    assert (
+        Recipe.from_json(before).fingerprint == "f654bc79344bc82d"
+    )  # what was stored stays readable, under its own name
+    assert recipe.fingerprint != "f654bc79344bc82d"
+    assert Recipe.from_json(recipe.to_json()) == recipe
