@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import AbstractContextManager, nullcontext
 
 import ray
@@ -20,7 +21,11 @@ def joined() -> AbstractContextManager[object]:
     if ray.is_initialized():
         return nullcontext()
     set_limits()
-    return ray.init()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    context = ray.init()
+    for number, handler in handlers.items():  # Ray's own prints a stack and aborts the process three seconds later
+        signal.signal(number, handler)
+    return context
 
 
 def is_own() -> bool:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.tracking import Run
 
 C = TypeVar("C")
+
+REPEAT_SECONDS = 10.0  # a signal so soon after another is the same one
 
 # Importing packages makes objects that stay. At its own threshold of 700 Python's collector looks through them again
 # and again, and a job takes longer to start.
@@ -45,7 +48,8 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
         return 0
     for noisy in ("ray.data", "ray.train", "ray.tune", "mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # the job's own lines say how it goes
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # as Ray does: the run ends as KILLED
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _Interrupt())
     try:
         resolved: Any = config.from_arguments(schema, arguments, config.CONF / f"{name}.yaml")
         places.check(resolved)
@@ -63,3 +67,20 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
     sys.stderr.flush()
     print(json.dumps({"job": name, "run_id": run.id, **result}), flush=True)
     return 0
+
+
+class _Interrupt:
+    """A handler of signals that ends the job: the run ends as KILLED.
+
+    `timeout` signals its child and then its child's group, a user presses Ctrl-C again: what is being closed must not
+    be broken off by that.
+    """
+
+    def __init__(self) -> None:
+        self.last = -REPEAT_SECONDS
+
+    def __call__(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if now - self.last >= REPEAT_SECONDS:
+            self.last = now
+            raise KeyboardInterrupt

@@ -63,6 +63,9 @@ class _Trainer(TorchTrainer):
             each for each in callbacks if not (cluster.is_own() and isinstance(each, PlacementGroupCleanerCallback))
         ]
 
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C ends the job as it does everywhere else; Ray's handler would wait for the workers first."""
+
 
 def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
     settings = experiment.config.training

@@ -14,17 +14,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import psutil
-
-from lvlmrec import storage
+from lvlmrec import processes, storage
 from lvlmrec.errors import InputError, JobFailed
 
 WRITERS = "writers"
@@ -84,11 +80,10 @@ def hold(uri: str) -> Iterator[Lease]:
 
 
 def _take(uri: str) -> Lease:
-    born = _born(os.getpid())
     about = {
-        "host": _host(),
+        "host": processes.host(),
         "pid": os.getpid(),
-        "born": born,
+        "born": processes.born(os.getpid()),
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     about |= {"beat": 0, "released": False}
@@ -103,8 +98,8 @@ def _take(uri: str) -> Lease:
 def _wait_for_the_end(uri: str, number: int) -> None:
     """Returns when the lease `number` is released or dead. Raises `BusyInputError` when it is alive."""
     about = _read(uri, number)
-    is_here = about["host"] == _host()
-    if about["released"] or (is_here and _born(about["pid"]) != about["born"]):
+    is_here = about["host"] == processes.host()
+    if about["released"] or (is_here and not processes.is_alive(about["pid"], about["born"])):
         return
     name = f"process {about['pid']} on {about['host'].split()[0]} (since {about['since']})"
     is_alive, ends = is_here, time.monotonic() + EXPIRY
@@ -143,20 +138,3 @@ def _read(uri: str, number: int) -> dict[str, Any]:
 
 def _write(uri: str, number: int, about: dict[str, Any]) -> None:
     storage.write_bytes(_file(uri, number), json.dumps(about).encode())
-
-
-def _host() -> str:
-    """The host as far as its process numbers mean the same: two containers of one host have different ones."""
-    try:
-        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _born(pid: int) -> float:
-    """When a process began, which tells it from a later one with its number; 0 when there is none or it is dead."""
-    try:
-        process = psutil.Process(pid)
-        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
-        return 0.0

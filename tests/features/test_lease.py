@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lvlmrec import storage
+from lvlmrec import processes, storage
 from lvlmrec.config import load
 from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.features import lease, store, vacuum
@@ -71,7 +71,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path, holder
     with pytest.raises(InputError, match=said), lease.hold(str(tmp_path)):
         pass
     holder.kill()  # and nobody waits for it: what is left is a zombie
-    while lease._born(holder.pid):
+    while processes.born(holder.pid):
         time.sleep(0.01)
     started = time.monotonic()
     with lease.hold(str(tmp_path)) as held:
