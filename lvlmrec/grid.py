@@ -27,7 +27,8 @@ from lvlmrec.experiment import NOT_LEARNED, TrainConfig
 # One split, one budget: neither a method nor the search may change them.
 SAME_FOR_ALL = ("workspace", "tracking_uri", "cache", "seed", "dataset", "training.epochs", "training.patience")
 NOT_DECIDING = ("study.max_concurrent", "study.cpus_per_run", "study.gpus_per_run", *NOT_LEARNED)
-NAME = re.compile(r"[\w .:/-]+")  # what MLflow takes as part of a parameter's name
+NAME = re.compile(r"[\w .:-]+")  # of a folder
+METHOD = re.compile(r"[^,|\x00-\x1f\x7f]+")  # commas and bars separate in messages and tables
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class StudySettings:
     gpus_per_run: float = option(0.0, "GPUs for a run", minimum=0)
 
     def check(self) -> None:
-        if not NAME.fullmatch(self.name) or "/" in self.name:
+        if not NAME.fullmatch(self.name):
             raise ConfigError(f"name: {self.name!r} is not a folder's name of letters, digits, blanks, .:-_")
         if self.reference not in (names := [str(name) for name in self.methods]):
             raise ConfigError(f"reference: {self.reference!r} is not one of {', '.join(names)}")
@@ -211,8 +212,8 @@ def _search(given: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _overrides(name: str, given: Any, searched: Collection[str]) -> dict[str, Any]:
     """The dotted keys that a method changes."""
-    if not NAME.fullmatch(name):
-        raise ConfigError(f"study.methods.{name}: a name is made of letters, digits, blanks and .:/-_")
+    if not METHOD.fullmatch(name):
+        raise ConfigError(f"study.methods.{name}: a name is made of printable characters, without commas and bars")
     if not isinstance(given, dict):
         raise ConfigError(f"study.methods.{name}: {given!r} is not a group of keys")
     overrides = dict(configs.flatten(given))

@@ -62,6 +62,25 @@ def _make(file: Path, replace: bool) -> None:
     making.unlink(missing_ok=True)
 
 
+def move_artifacts(file: Path, location: str, artifacts: Path) -> None:
+    """Have the artifacts of experiment and runs at `location` in `artifacts`: the workspace was moved or copied.
+
+    MLflow keeps absolute paths, and has no call that changes them.
+    """
+    was = Path(location.removeprefix("file://"))
+    is_ours = was.is_absolute() and was.name == artifacts.name
+    if not is_ours or was == artifacts or (was.parent.exists() and was.parent.samefile(artifacts.parent)):
+        return
+    with closing(_connect(file)) as database:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            database.execute(
+                f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or {column} like ? || '/%'",
+                [str(artifacts), len(location) + 1, location, location],
+            )
+        database.commit()
+    print(f"tracking: the workspace was at {was.parent}; its artifacts are now those in {artifacts}", file=sys.stderr)
+
+
 def is_outdated(file: Path) -> bool:
     """Whether a database has tables of MLflow, but not those of the installed MLflow or a later one."""
     with closing(_connect(file)) as database:

@@ -31,6 +31,12 @@ def test_every_method_is_given_every_combination(world: Path, tmp_path: Path) ->
     assert found == [(name, lr, pca) for name in ("id", "dff") for lr in (1.0, 2.0) for pca in (0, 3)]
 
 
+@pytest.mark.parametrize("name", ["SASRec+ID", "what? (en)", "100 % frozen", "名前", "a=b"])
+def test_a_method_has_the_name_that_its_authors_gave_it(world: Path, tmp_path: Path, name: str) -> None:
+    plan = grid.make_plan(study_config(world, tmp_path, {"ID": {}, name: {"model.item_encoder.name": "dff"}}))
+    assert plan.methods == ["ID", name]
+
+
 def test_a_run_has_the_key_that_the_train_job_gives_it(world: Path, tmp_path: Path) -> None:
     plan = grid.make_plan(study_config(world, tmp_path))
     ours = plan.config(Trial("DFF", 1, 7))

@@ -116,6 +116,16 @@ def test_a_failed_run_is_told_and_the_rest_is_done(
     assert sum(reused[run.info.run_id] for run in found if run.info.status == "FINISHED") == 1
 
 
+@pytest.mark.slow
+def test_a_study_ends_with_its_tables_without_its_tracker(local_ray: str, world: Path, tmp_path: Path) -> None:
+    config = study_config(world, tmp_path, study__seeds=[0], study__baselines=[])
+    gone = Run("http://127.0.0.1:9", "parent", str(tmp_path))
+    result = study.run(config, grid.make_plan(config), gone)
+    assert (result["runs"], result["failed"]) == (4, 0)
+    kept = [file.read_text() for file in (tmp_path / "untracked").glob("*.jsonl")]
+    assert len(kept) == 4 and all("train_loss" in text for text in kept)
+
+
 def command(world: Path, workspace: Path, tracking_uri: str) -> list[str]:
     values = settings(world, workspace, tracking_uri=tracking_uri, model__backbone__dropout=0.3, training__epochs=4)
     given = {

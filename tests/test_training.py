@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from lvlmrec.training import _worker as product_worker
 from tests import chaos
 from tests.conftest import ROOT
 from tests.toy import Fitting, arguments, fitted, settings, train_config
+from tests.tracking_server import server
 
 pytestmark = pytest.mark.slow
 
@@ -258,3 +260,32 @@ def test_a_killed_driver_started_again_ends_as_if_nothing_had_been(
     _, state = fitted(train_config(world, tmp_path, model__backbone__dropout=0.3, training__epochs=12))
     assert result["validation"] == state.progress.best
     assert_bit_equal(load_file(Path(result["checkpoint"], "model.safetensors")), state.best_weights)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_while_it_trains(
+    ray_address: str, world: Path, tmp_path: Path, tracking_uri: str
+) -> None:
+    """The job goes on to its result, and exits well; what the server missed is in the workspace."""
+    tracking.start(tracking_uri, str(tmp_path), "test", {})
+    shutil.copy(tracking_uri.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    with server(tmp_path / "mlflow.db") as (uri, process):
+        values = settings(world, tmp_path, tracking_uri=uri, training__epochs=400, training__patience=400)
+        command = [sys.executable, str(ROOT / "rayjobs" / "train.py"), *arguments(values)]
+        environment = os.environ | {"RAY_ADDRESS": ray_address}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, env=environment, text=True, **pipes) as job:
+            assert job.stderr is not None
+            said = []
+            for line in iter(job.stderr.readline, ""):
+                said.append(line)
+                if "epoch 2/400" in line:
+                    os.killpg(process.pid, signal.SIGKILL)
+            assert job.stdout is not None
+            out = job.stdout.read()
+    assert job.returncode == 0, "".join(said[-30:])
+    result = json.loads(out.splitlines()[-1])
+    assert result["epochs"] == 400
+    kept = Path(tmp_path, "untracked", f"{result['run_id']}.jsonl").read_text()
+    assert '"epoch": 400.0' in kept and '"kind": "result.json"' in kept and '"content": "FINISHED"' in kept
+    assert "Traceback" not in "".join(said)

@@ -257,6 +257,16 @@ def test_an_interrupted_search_leaves_killed_trials(
     assert [run.info.status for run in children(parent)] == ["KILLED"]
 
 
+@pytest.mark.slow
+def test_a_search_ends_with_its_result_without_its_tracker(local_ray: str, world: Path, tmp_path: Path) -> None:
+    gone = Run("http://127.0.0.1:9", "parent", str(tmp_path))
+    settings = tune_config(world, tmp_path)
+    result = tuning.run(settings, prepare(settings), gone)
+    assert (result["trials"], result["failed"]) == (settings.search.trials, 0)
+    kept = [file.read_text() for file in (tmp_path / "untracked").glob("*.jsonl")]
+    assert len(kept) == settings.search.trials and all("train_loss" in text for text in kept)
+
+
 def test_a_record_that_is_not_there_is_an_empty_history(tmp_path: Path) -> None:
     record = tmp_path / "trial.json"
     assert tuning._read_history(str(record)) == []
