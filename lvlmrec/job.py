@@ -48,8 +48,9 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
         return 0
     for noisy in ("ray.data", "ray.train", "ray.tune", "mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # the job's own lines say how it goes
+    interrupt = _interrupt()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _Interrupt())
+        signal.signal(number, interrupt)
     try:
         resolved: Any = config.from_arguments(schema, arguments, config.CONF / f"{name}.yaml")
         places.check(resolved)
@@ -69,18 +70,19 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
     return 0
 
 
-class _Interrupt:
-    """A handler of signals that ends the job: the run ends as KILLED.
+def _interrupt() -> Callable[[int, Any], None]:
+    """A handler of signals that breaks the job off, once.
 
-    `timeout` signals its child and then its child's group, a user presses Ctrl-C again: what is being closed must not
-    be broken off by that.
+    `timeout` signals its child and then the child's group, a user presses Ctrl-C again: what is being closed by then
+    must not be broken off too.
     """
+    last = -REPEAT_SECONDS
 
-    def __init__(self) -> None:
-        self.last = -REPEAT_SECONDS
-
-    def __call__(self, number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
+        nonlocal last
         now = time.monotonic()
-        if now - self.last >= REPEAT_SECONDS:
-            self.last = now
+        if now - last >= REPEAT_SECONDS:
+            last = now
             raise KeyboardInterrupt
+
+    return handle

@@ -46,9 +46,10 @@ def start(tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(sys, "argv", ["train.py", str(layer), *place, *arguments])
         return job.main("train", Config, body)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield start
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def epochs(config: Config, run: Run) -> dict[str, Any]:
