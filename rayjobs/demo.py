@@ -6,6 +6,7 @@ Every step is a job that you can run by itself; its command is shown. A second r
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -21,10 +22,14 @@ NAMES = {"id": "SASRec, ids alone", "dff": "SASRec, DFF"}
 def run(job: str, *arguments: str) -> dict[str, Any]:
     """Run a job as a process of its own and return the JSON of its last line. Ends the demo if the job fails."""
     print(f"\n$ python rayjobs/{job}.py {' '.join(arguments)}", file=sys.stderr, flush=True)
-    process = subprocess.run([sys.executable, str(JOBS / f"{job}.py"), *arguments], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(JOBS / f"{job}.py"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the job closes its run, and the demo ends with its status
+            signal.signal(number, lambda number, frame: process.send_signal(number))
+        out, _ = process.communicate()
     if process.returncode != 0:
         sys.exit(process.returncode)
-    return json.loads(process.stdout.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
 
 
 def main() -> int:

@@ -102,6 +102,15 @@ def test_a_job_of_one_process(tmp_path: Path, tracking_uri: str, job: str, numbe
     assert statuses(tracking_uri, tmp_path) == {"jobs": ["KILLED"], "children": []}
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_demo_ends_with_its_job(tmp_path: Path, number: int) -> None:
+    with begun("demo", tmp_path / "log", [f"workspace={tmp_path}"]) as running:
+        running.wait_until_said("sample: rendering")
+        running.end(number)
+    assert statuses(f"sqlite:///{tmp_path}/mlflow.db", tmp_path) == {"jobs": ["KILLED"], "children": []}
+
+
 @pytest.mark.slow
 def test_training_goes_on_after_its_last_checkpoint(world: Path, tmp_path: Path, tracking_uri: str) -> None:
     given = arguments(settings(world, tmp_path, tracking_uri=tracking_uri, **LONG))
