@@ -81,7 +81,9 @@ def check_length(lvlm: LVLMConfig, recipe: Recipe, limit: int) -> None:
     Says nothing of models that a process of their own must read: there each item is rejected.
     """
     family = LVLMS.get(recipe.family)
-    if lvlm.trust_remote_code or lvlm.environment or not isinstance(family, NativeFamily | PortedFamily | None):
+    if not limit or lvlm.trust_remote_code or lvlm.environment:
+        return
+    if not isinstance(family, NativeFamily | PortedFamily | None):
         return
     from lvlmrec.lvlms import context, loading  # import torch
 

@@ -22,7 +22,7 @@ SMALL_SIDE = 64  # pixels; all black and still: no model shows fewer tokens of s
 
 def check(config: ModelConfig, recipe: Recipe, processor: Any, minimum_frames: int, limit: int) -> None:
     """Raises `ConfigError` when even the smallest video gives a prompt more than `limit` tokens."""
-    if not limit or not (recipe.text_names or any(tap.tower in READS_TEXT for tap in recipe.taps)):
+    if not recipe.text_names and not any(tap.tower in READS_TEXT for tap in recipe.taps):
         return
     for name, num_tokens in least_tokens(processor, recipe, minimum_frames).items():
         if too_long := excess(recipe, name, num_tokens, limit):
