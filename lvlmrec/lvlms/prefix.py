@@ -4,7 +4,7 @@ Positions, masks and deepstack states are not worked out again here: the model's
 its decoder, and the call is cut in two.
 
 Legend: B clips, P prompts, S positions of a whole sequence, C of what all prompts share, Q of a prompt's own end,
-D hidden width; rows of a batch of ends are P * B, prompt by prompt.
+D hidden width, H heads of W numbers; rows of a batch of ends are P * B, prompt by prompt.
 """
 
 from __future__ import annotations
@@ -102,8 +102,6 @@ def run_suffixes(
     masks of `attended`, the calls' padding masks [B, S].
     Shorter ends are padded on the right, where causal attention lets nobody look. `cache` is left as it was.
     """
-    from transformers import DynamicCache
-
     longest = max(call["inputs_embeds"].shape[1] for call in calls)
 
     def ends(key: str) -> Tensor:
@@ -115,15 +113,11 @@ def run_suffixes(
         parts = [_pad(call["position_ids"][..., length:], longest - length, dim=-1) for call in calls]
         batch_size = len(calls[0]["inputs_embeds"])
         positions = torch.cat([part.expand(*part.shape[:-2], batch_size, -1) for part in parts], dim=-2)
-    # A layer of the copy joins new keys to the old ones in a new tensor: the prefix is never written to.
-    copy = DynamicCache(
-        [(_repeat(layer.keys, len(calls)), _repeat(layer.values, len(calls))) for layer in cache.layers]
-    )
     call = {key: value for key, value in calls[0].items() if key not in _VISUAL_ARGUMENTS}
     suffixes = {"inputs_embeds": ends("inputs_embeds"), "attention_mask": mask_RS, "position_ids": positions}
     if call.get("per_layer_inputs") is not None:
         suffixes["per_layer_inputs"] = ends("per_layer_inputs")
-    decoder(**call | suffixes | {_cache_name(call): copy, "use_cache": True})
+    decoder(**call | suffixes | {_cache_name(call): _read_only(cache, len(calls)), "use_cache": True})
 
 
 def suffix_masks(masks: Sequence[TokenMasks], length: int) -> TokenMasks:
@@ -160,9 +154,32 @@ def _last_position(mask_BS: Tensor) -> int:
     return int((mask_BS * positions_S).max(dim=1).values.min())
 
 
-def _repeat(tensor: Tensor, times: int) -> Tensor:
-    """[B, ...] -> [times * B, ...], the whole batch again and again; no copy when there is nothing to repeat."""
-    return tensor if times == 1 else tensor.repeat(times, *[1] * (tensor.ndim - 1))
+def _read_only(cache: Any, times: int) -> Any:
+    """`cache` for one forward over `times` as many rows, the whole batch again and again.
+
+    A layer gives its part of the prefix with what is new behind it, and keeps neither: beside the prefix itself there
+    is never more than one layer of it in memory.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class Layer(DynamicLayer):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            return _behind(self.keys, key_states, times), _behind(self.values, value_states, times)
+
+    shared = DynamicCache()
+    for layer in cache.layers:
+        one = Layer()
+        one.lazy_initialization(layer.keys, layer.values)
+        one.keys, one.values = layer.keys, layer.values
+        shared.layers.append(one)
+    return shared
+
+
+def _behind(prefix: Tensor, new: Tensor, times: int) -> Tensor:
+    """[B, H, C, W] and [times * B, H, Q, W] -> [times * B, H, C + Q, W]."""
+    repeated = prefix.expand(times, *prefix.shape)
+    return torch.cat([repeated, new.unflatten(0, (times, -1))], dim=-2).flatten(0, 1)
 
 
 def _pad(tensor: Tensor, size: int, dim: int) -> Tensor:

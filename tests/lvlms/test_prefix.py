@@ -37,3 +37,35 @@ def test_the_cache_goes_by_the_name_that_the_call_has(name: str) -> None:
     decoder = Deaf(0)
     prefix.run_prefix(decoder, CALL | {name: None}, 3)
     assert decoder.seen == [name]
+
+
+class Attentive(nn.Module):
+    """Two layers that put what they are given into the cache and keep what came out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(2))
+        self.given: list[torch.Tensor] = []
+
+    def forward(self, inputs_embeds: torch.Tensor, cache: Any, **call: Any) -> None:
+        for layer in range(2):
+            keys, _ = cache.update(inputs_embeds[:, None] + layer, -inputs_embeds[:, None], layer)
+            self.given.append(keys)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2, 3])
+def test_ends_see_the_prefix_and_no_copy_of_it_is_kept(num_prompts: int) -> None:
+    decoder, begin, end = Attentive(), torch.randn(2, 5, 4), torch.randn(num_prompts, 2, 3, 4)
+    calls = [CALL | {"inputs_embeds": torch.cat([begin, one], dim=1), "cache": None} for one in end]
+    cache = prefix.run_prefix(decoder, calls[0], 5)
+    kept = [(layer.keys, layer.values) for layer in cache.layers]
+    storages = [keys.untyped_storage().data_ptr() for keys, _ in kept]
+    shared = prefix._read_only(cache, num_prompts)
+    assert [layer.keys.untyped_storage().data_ptr() for layer in shared.layers] == storages
+    decoder.given.clear()
+    prefix.run_suffixes(decoder, calls, [torch.ones(2, 8)] * num_prompts, 5, cache)
+    for layer, keys in enumerate(decoder.given):
+        whole = torch.cat([torch.cat([begin, one], dim=1) for one in end]) + layer
+        assert torch.equal(keys[:, 0], whole)
+    assert [layer.keys.shape[-2] for layer in shared.layers] == [5, 5]
+    assert all(layer.keys is keys for layer, (keys, _) in zip(cache.layers, kept, strict=True))
