@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import ray
 from ray._private.worker import global_worker
 
+from lvlmrec.errors import ConfigError
+
 # Ray ends workers without a task, past one for each CPU, after a second: on two CPUs the stages of an extraction would
 # begin a process every few seconds.
 MIN_IDLE_WORKERS = 8
@@ -60,6 +62,14 @@ def place() -> str:
 def node() -> str:
     """The address of the node of this process; empty outside Ray."""
     return str(ray.util.get_node_ip_address()) if _in_worker() else ""
+
+
+def require_gpus(key: str, gpus: float) -> None:
+    """Raises `ConfigError` when this Ray has no node with a GPU and will start none: it would wait without end."""
+    if not gpus or ray._private.state.state.get_max_resources_from_cluster_config() is not None:
+        return
+    if not any(node["Alive"] and node["Resources"].get("GPU", 0) >= gpus for node in ray.nodes()):
+        raise ConfigError(f"{key}: {gpus:g}: no node of this Ray has a GPU; set 0 to run on CPUs, or join one that has")
 
 
 def _in_worker() -> bool:

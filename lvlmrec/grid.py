@@ -74,7 +74,7 @@ class StudySettings:
     item_knn_neighbours: int = option(NUM_NEIGHBOURS, NEIGHBOURS_HELP, minimum=1)
     max_concurrent: int = option(2, "runs at the same time", minimum=1)
     cpus_per_run: int = option(1, "CPUs that Ray reserves for a run, and its threads", minimum=1)
-    gpus_per_run: float = option(0.0, "GPUs for a run", minimum=0)
+    gpus_per_run: float = option(0.0, "GPU for a run: 1, or a share of one; 0 runs on CPU", minimum=0)
 
     def check(self) -> None:
         if not NAME.fullmatch(self.name):

@@ -75,6 +75,7 @@ def run(config: StudyConfig, plan: Plan, parent: Run) -> dict[str, Any]:
     """
     study = Study(config, plan, parent, folder(config))
     with cluster.joined():
+        cluster.require_gpus("study.gpus_per_run", config.study.gpus_per_run)
         try:
             _work(study)
         except BaseException:
@@ -179,7 +180,7 @@ def train(config: TrainConfig, run: Run, threads: int, name: str) -> dict[str, A
 
 def _fit(prepared: Experiment, saved: str, tell: Callable[[dict[str, float], int], None]) -> State:
     """Train from the state in the file `saved`, if there is one, and keep it up to date."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(cluster.device())
     config, settings = prepared.config, prepared.config.training
     state = new_state(config, prepared.data, prepared.features, device)
     if storage.exists(saved):
@@ -222,6 +223,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The test metrics of a checkpoint; an evaluation of it that is already written is reused."""
     torch.set_num_threads(threads)
+    cluster.device()  # without a GPU of its own it sees none
     workspace = storage.absolute(config.workspace)
     written = storage.join(workspace, "evaluations", uri.rsplit("/", 1)[-1], "evaluation.json")
     try:

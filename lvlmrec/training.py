@@ -46,6 +46,7 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
         tracking.log_chosen(done["validation"], done["best_epoch"])
         return done | {"checkpoint": experiment.checkpoint, "reused": True}
     with cluster.joined():
+        cluster.require_gpus("training.use_gpu", float(experiment.config.training.use_gpu))
         trained = _fit(experiment, tracking)
         result = _publish(experiment, trained)
     tracking.log_chosen(result["validation"], result["best_epoch"], result["epochs"])

@@ -42,7 +42,7 @@ class SearchConfig:
     trials: int = option(8, "configurations tried", minimum=1)
     max_concurrent: int = option(2, "trials that run at the same time", minimum=1)
     cpus_per_trial: float = option(1.0, "CPUs that Ray reserves for one trial", minimum=0.1)
-    gpus_per_trial: float = option(0.0, "GPUs for one trial", minimum=0)
+    gpus_per_trial: float = option(0.0, "GPU for one trial: 1, or a share of one; 0 runs on CPU", minimum=0)
     grace_epochs: int = option(3, "epochs before a trial may be stopped for being behind", minimum=1)
     reduction: int = option(3, "of how many trials one goes on at each rung", minimum=2)
     lr_min: float = option(3e-4, "lower end of the learning rate, log-uniform", above=0)
@@ -82,6 +82,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C would end the sweep as if it were complete
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # `TrialRuns` does
     with cluster.joined():
+        cluster.require_gpus("search.gpus_per_trial", search.gpus_per_trial)
         trainable = tune.with_resources(
             tune.with_parameters(_trial, experiment=experiment, folder=storage.join(runs, f"trials-{experiment.key}")),
             {"CPU": search.cpus_per_trial, "GPU": search.gpus_per_trial},
@@ -176,7 +177,7 @@ def _trial(sampled: dict[str, Any], experiment: Experiment, folder: str) -> None
     features = experiment.features
     if features is not None:
         features = features.select(columns_of(sampled["taps"], features.names))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(cluster.device())
 
     def report(metrics: dict[str, float], state: State) -> None:
         progress = state.progress

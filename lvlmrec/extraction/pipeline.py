@@ -6,9 +6,9 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -103,14 +103,14 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
     if len(todo):
         inspection.check_length(config.lvlm, plan.recipe, plan.context)
     if config.estimate.only:
-        with _ray(todo):
+        with _ray(plan, todo):
             return {"feature_set": uri, "items": len(plan.manifest), "estimate": _estimate(plan, todo)}
     if not len(todo) and store.is_committed(uri):
         nothing = Tally(0, _workers(config.pool), log)
         return _result(plan, nothing, 0.0, index) | Attempts().report() | {"estimate": _estimate(plan, todo)}
     with lease.hold(uri) as held:
         todo = missing(plan, store.pending_index(uri), sources)
-        with _ray(todo):
+        with _ray(plan, todo):
             told = _estimate(plan, todo)
             started = time.perf_counter()
             tally = Tally(len(todo), _workers(config.pool), log)
@@ -153,9 +153,13 @@ def _sources(plan: Plan) -> dict[str, str]:
         return {item_id: version for item_id, version in found if version}
 
 
-def _ray(todo: pa.Table) -> Any:
-    """A context with Ray in it, where there is work for it."""
-    return cluster.joined() if len(todo) else nullcontext()
+@contextmanager
+def _ray(plan: Plan, todo: pa.Table) -> Iterator[None]:
+    """Ray, where there is work for it. Raises `ConfigError` when it has not what the actors need."""
+    with cluster.joined() if len(todo) else nullcontext():
+        if len(todo):
+            cluster.require_gpus("pool.gpus_per_actor", plan.config.pool.gpus_per_actor)
+        yield
 
 
 def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease) -> dict[str, int]:

@@ -165,6 +165,7 @@ def _read_only(cache: Any, times: int) -> Any:
 
     class Layer(DynamicLayer):
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            assert self.keys is not None and self.values is not None
             return _behind(self.keys, key_states, times), _behind(self.values, value_states, times)
 
     shared = DynamicCache()
