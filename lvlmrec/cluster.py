@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import AbstractContextManager, nullcontext
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 from ray._private.worker import global_worker
@@ -18,16 +20,29 @@ MIN_IDLE_WORKERS = 8
 MAX_TASK_RECORDS = 10_000
 
 
-def joined() -> AbstractContextManager[object]:
+@contextmanager
+def joined() -> Iterator[object]:
     """A context with Ray in it; at its end a Ray that it started or joined is left."""
     if ray.is_initialized():
-        return nullcontext()
+        yield None
+        return
     set_limits()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    context = ray.init()
-    for number, handler in handlers.items():  # Ray's own prints a stack and aborts the process three seconds later
-        signal.signal(number, handler)
-    return context
+    with ray.init() as context:
+        for number, handler in handlers.items():  # Ray's own prints a stack and aborts the process three seconds later
+            signal.signal(number, handler)
+        try:
+            yield context
+        except BaseException as error:
+            _let_go(error)
+            raise
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the frames of an error hold: a pipeline that ends only after Ray was left complains of that."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def is_own() -> bool:

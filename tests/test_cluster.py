@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import ray
@@ -42,3 +44,47 @@ def test_a_ray_that_is_there_is_joined_and_stays(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     with cluster.joined() as joined:
         assert joined is None
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_a_broken_off_job_holds_ends_before_ray_is_left(monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
+    order: list[str] = []
+
+    class Pipeline:
+        def __del__(self) -> None:
+            order.append("pipeline")
+
+    @contextmanager
+    def ray_context() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            order.append("ray")
+
+    def work() -> None:
+        pipeline = Pipeline()
+        raise KeyboardInterrupt(str(type(pipeline)))
+
+    def job() -> None:
+        try:
+            work()
+        except KeyboardInterrupt as error:
+            if wrapped:
+                raise RuntimeError("interrupted") from error
+            raise
+
+    monkeypatch.setattr(ray, "init", ray_context)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)) as caught, cluster.joined():
+        job()
+    assert caught and order == ["pipeline", "ray"]
+
+
+def test_rays_signal_handlers_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> nullcontext[None]:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return nullcontext()
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "init", init)
+    with cluster.joined():
+        assert signal.getsignal(signal.SIGTERM) == before

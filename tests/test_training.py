@@ -63,10 +63,10 @@ def pausing_worker(config: dict[str, Any]) -> None:
     training.CHECKPOINT_SECONDS = 0.0
     tell = training._tell
 
-    def pausing_tell(metrics: dict[str, float], epochs: int) -> None:
+    def pausing_tell(metrics: dict[str, float], epochs: int, selected_by: str) -> None:
         if metrics["epoch"] == 5:
             time.sleep(600)
-        tell(metrics, epochs)
+        tell(metrics, epochs, selected_by)
 
     training._tell = pausing_tell
     product_worker(config)
@@ -287,5 +287,5 @@ def test_a_server_that_is_killed_while_it_trains(
     result = json.loads(out.splitlines()[-1])
     assert result["epochs"] == 400
     kept = Path(tmp_path, "untracked", f"{result['run_id']}.jsonl").read_text()
-    assert '"epoch": 400.0' in kept and '"kind": "result.json"' in kept and '"content": "FINISHED"' in kept
+    assert '"epoch": 400,' in kept and '"kind": "result.json"' in kept and '"content": "FINISHED"' in kept
     assert "Traceback" not in "".join(said)
