@@ -319,8 +319,11 @@ def _ids(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
 
 
 def _is_parquet(uri: str) -> bool:
-    with storage.open_read(uri) as file:
-        return file.read(4) == b"PAR1"
+    try:
+        with storage.open_read(uri) as file:
+            return file.read(4) == b"PAR1"
+    except (FileNotFoundError, PermissionError):  # a broken link among videos, say
+        return False
 
 
 def _one_line(error: BaseException) -> str:

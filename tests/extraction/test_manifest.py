@@ -148,6 +148,12 @@ def test_a_name_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
         read_manifest(os.fsdecode(os.fsencode(tmp_path) + b"/folder\xff"))
 
 
+def test_numbered_files_without_a_suffix_are_tried(tmp_path: Path) -> None:
+    touch(tmp_path, "2", "3")
+    (tmp_path / "1").symlink_to(tmp_path / "gone")
+    assert read_manifest(str(tmp_path))[0]["item_id"].to_pylist() == ["1", "2", "3"]
+
+
 def test_a_folder_without_videos_says_what_it_holds(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg", "c.part")
     with pytest.raises(
