@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import ray
 from ray._private.worker import global_worker
@@ -18,19 +20,26 @@ from lvlmrec.errors import ConfigError
 MIN_IDLE_WORKERS = 8
 # What became of tasks, for the dashboard, which shows no more of them. Ray would keep ten times as many.
 MAX_TASK_RECORDS = 10_000
+LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+
+
+def join() -> AbstractContextManager[object]:
+    """Start or join a Ray where there is none yet, and stay; the context that it gives leaves it again."""
+    if ray.is_initialized():
+        return nullcontext()
+    set_limits()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with _quiet():
+        context: AbstractContextManager[object] = ray.init()
+    for number, handler in handlers.items():  # Ray's own prints a stack and aborts the process three seconds later
+        signal.signal(number, handler)
+    return context
 
 
 @contextmanager
 def joined() -> Iterator[object]:
     """A context with Ray in it; at its end a Ray that it started or joined is left."""
-    if ray.is_initialized():
-        yield None
-        return
-    set_limits()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with ray.init() as context:
-        for number, handler in handlers.items():  # Ray's own prints a stack and aborts the process three seconds later
-            signal.signal(number, handler)
+    with join() as context:
         try:
             yield context
         except BaseException as error:
@@ -43,6 +52,32 @@ def _let_go(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let Ray's C++ code of this process, which starts in here, say nothing on stderr but that it crashes.
+
+    Its level is read from the environment: `putenv` reaches this process and none that Ray starts, so that Ray's log
+    files stay whole. That the level was read is said at once, on the file descriptor, and left out here.
+    """
+    if LOG_LEVEL in os.environ:
+        yield
+        return
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        os.putenv(LOG_LEVEL, "fatal")
+        try:
+            yield
+        finally:
+            os.unsetenv(LOG_LEVEL)
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if LOG_LEVEL.encode() not in line))
 
 
 def is_own() -> bool:

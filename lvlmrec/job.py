@@ -26,13 +26,10 @@ REPEAT_SECONDS = 10.0  # a signal so soon after another is the same one
 gc.set_threshold(10_000, 10, 10)
 
 # What Ray shows of its processes' output, before anything imports ray: all but the notes of its own C++ code, which its
-# log files keep; a crash stays. A line that several processes say is shown of each, not folded into one. This process's
-# own C++ code would note errors on stderr itself: `putenv` reaches it, and no process that Ray starts.
-RAYS_OWN = r"^\[[\d :,.-]+ [IWE] \d+ \d+\] (\(\w+\) )?\w+\.cc:\d+: "
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYS_OWN)
-os.environ.setdefault("RAY_DEDUP_LOGS_ALLOW_REGEX", f"^(?!{RAYS_OWN.removeprefix('^')})")
-if "RAY_BACKEND_LOG_LEVEL" not in os.environ:
-    os.putenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+# log files keep; a crash stays. A line that several processes say is shown of each, not folded into one.
+RAYS_NOTE = r"\[[\d :,.-]+ [IWE] \d+ \d+\] (\(\w+\) )?\w+\.cc:\d+: "
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", f"^{RAYS_NOTE}")
+os.environ.setdefault("RAY_DEDUP_LOGS_ALLOW_REGEX", f"^(?!{RAYS_NOTE})")
 
 
 def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -> int:

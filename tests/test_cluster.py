@@ -40,6 +40,25 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         assert limits == ["3", "3"]
 
 
+def test_what_is_said_on_stderr_while_ray_starts_is_kept_but_for_its_level(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ray's C++ code reads the level from the process's environment, which Python's mapping does not show."""
+    said = "echo seen >&2; echo I logging.cc: Set ray log level from RAY_BACKEND_LOG_LEVEL to 3 >&2; exit"
+
+    def start() -> None:
+        assert "RAY_BACKEND_LOG_LEVEL" not in os.environ, "processes that Ray starts would be silent too"
+        assert os.system(f'test "$RAY_BACKEND_LOG_LEVEL" = fatal || {{ echo loud >&2; }}; {said}') == 0
+        raise ConnectionError("no Ray")
+
+    monkeypatch.delenv("RAY_BACKEND_LOG_LEVEL", raising=False)
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(ConnectionError):
+        cluster.join()
+    assert capfd.readouterr().err == "seen\n"
+    assert os.system('test -z "$RAY_BACKEND_LOG_LEVEL"') == 0
+
+
 def test_a_ray_that_is_there_is_joined_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     with cluster.joined() as joined:

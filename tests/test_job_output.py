@@ -64,9 +64,9 @@ PREFIX = re.compile(r"(\x1b\[\d+m)?\((\w+|study\S*) pid=\d+\)(\x1b\[\d+m)? ")
 
 
 def strangers(stderr: list[str], job: str) -> list[str]:
-    """The lines of a job's stderr that are not its own."""
+    """The lines of a job's stderr that are not its own, but for those that say which Ray it is on."""
     lines = [PREFIX.sub("", line) for line in stderr]
-    return [line for line in lines if not line.startswith(f"{job}: ") and "Started a local Ray instance" not in line]
+    return [line for line in lines if not line.startswith(f"{job}: ") and "INFO worker.py" not in line]
 
 
 def said(job: str, given: list[str], folder: Path, tracking_uri: str) -> list[str]:

@@ -61,7 +61,7 @@ def _name(lvlm: LVLMConfig, code: Mapping[str, bytes]) -> str:
 
 
 def _inspect_there(lvlm: LVLMConfig, resources: Mapping[str, Any]) -> LVLMInfo:
-    cluster.joined()  # and stay: the pipeline needs it next
+    cluster.join()  # and stay: the pipeline needs it next
     cluster.require_gpus("pool.gpus_per_actor", resources.get("num_gpus", 0))
     try:
         return ray.get(ray.remote(**resources)(inspect_here).remote(lvlm))
