@@ -1,11 +1,12 @@
 """Object storage and local files behind one set of functions; nothing else knows fsspec.
 
-A URI is a local path or `s3://bucket/key` (any protocol fsspec knows). Endpoint, region, profile and
-credentials come from the environment alone (AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE, ...).
-Writes are atomic: a reader sees the whole file or none.
+A URI is a local path, `file:///path` with its percent signs decoded, or `s3://bucket/key` (any protocol fsspec knows).
+Of paths and keys every character stands for itself: none is a pattern, joins two URIs or begins a query.
+Endpoint, region, profile and credentials come from the environment alone (AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE,
+...). Writes are atomic: a reader sees the whole file or none.
 
 Requests to S3 are repeated in two loops. botocore's `standard` mode waits up to 1, 2, 4, 8 s, at random, after
-throttling, 5xx and broken or silent connections. s3fs, up to five times, repeats what `_is_passing` names, throttling
+throttling, 5xx and broken or silent connections. s3fs, up to five times, repeats what `s3.is_passing` names, throttling
 among it, and reads a body that broke anew. A store that goes on so is given up: `StorageError`, or `StorageRefused`.
 """
 
@@ -14,38 +15,33 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    FlexibleChecksumError,
-    HTTPClientError,
-    IncompleteReadError,
-    ResponseStreamingError,
-)
+from botocore.exceptions import BotoCoreError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
+from lvlmrec import s3
 from lvlmrec.errors import InputError, JobFailed
 
 T = TypeVar("T")
 ATTEMPTS = 5
 WRITER = "lvlmrec-writer"  # key of an object's metadata
-# Some stores deny access under load; HEAD has no body to name the error but its status.
-PASSING_CODES = {"AccessDenied", "403", "RequestTimeout", "ConditionalRequestConflict"}
-PASSING_STATUS = {429, 500, 502, 503, 504}
-GARBLED = (FlexibleChecksumError, IncompleteReadError, ResponseParserError)  # answers that are not what the store sent
+MAX_NAME_BYTES = 255  # of a file's name on Linux; an object's may have 1024
+REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+FILE = re.compile(r"file:(//(localhost(?=/))?|(?=/))")  # also the `file:/path` of Spark and Java
 
 
 class StorageError(OSError, JobFailed):
@@ -68,14 +64,21 @@ class StoredFile:
 
 def is_remote(uri: str) -> bool:
     """Whether `uri` names something other than a local path."""
-    return "://" in uri and not uri.startswith("file://")
+    return REMOTE.match(uri) is not None
+
+
+def is_absolute(uri: str) -> bool:
+    """Whether `uri` says by itself where it is: a path from the root, or a URI."""
+    return uri.startswith("/") or is_remote(uri) or FILE.match(uri) is not None
 
 
 def absolute(uri: str) -> str:
     """`uri` as every process understands it: local paths made absolute, remote ones without a trailing slash."""
     if is_remote(uri):
         return uri.rstrip("/")
-    return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    if found := FILE.match(uri):
+        uri = unquote(uri[found.end() :], errors="surrogateescape")
+    return str(Path(os.path.expanduser(uri)).absolute())  # noqa: PTH111 (Path's own raises for `~name` of no user)
 
 
 def join(uri: str, *parts: str) -> str:
@@ -178,7 +181,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
         try:
             fs.pipe_file(path, data, mode="create", **({"Metadata": {WRITER: writer}} if _is_s3(fs) else {}))
         except OSError as error:
-            if not isinstance(error, FileExistsError) and _http_status(error) != 412:
+            if not isinstance(error, FileExistsError) and s3.http_status(error) != 412:
                 raise
             return bool(_is_s3(fs) and fs.metadata(path).get(WRITER) == writer)
         return True
@@ -203,8 +206,8 @@ def remove(uri: str) -> None:
         for attempt in range(ATTEMPTS):
             if not fs.exists(path):
                 return
-            time.sleep(attempt)  # S3 answers a bulk deletion key by key, and s3fs leaves unread which ones failed
-            fs.rm(path, recursive=True)
+            time.sleep(attempt)  # S3 answers a bulk deletion key by key, and we leave unread which ones failed
+            _remove_all(fs, path)
         if fs.exists(path):
             raise OSError(f"still there after {ATTEMPTS} deletions")
 
@@ -217,7 +220,8 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     folder = Path(tempfile.mkdtemp(prefix="lvlmrec-"))
     try:
-        target = folder / uri.rsplit("/", 1)[-1]
+        name = os.fsencode(uri.rsplit("/", 1)[-1])[-MAX_NAME_BYTES:]  # its end tells FFmpeg what it may be
+        target = folder / name.decode(errors="ignore")
         _read(uri, functools.partial(_copy, target))
         yield target
     finally:
@@ -230,11 +234,18 @@ def _filesystem(uri: str) -> Iterator[tuple[Any, str]]:
     options = _s3_options() if uri.startswith(("s3://", "s3a://")) else {}
     try:
         # Listings are not cached: other processes write while we read.
-        fs, path = fsspec.url_to_fs(absolute(uri), use_listings_cache=False, **options)
+        fs, path = _opened(absolute(uri), use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise InputError(f"{uri!r}: no such storage: {error}") from error
     with _faults_named(uri):
         yield fs, path
+
+
+def _opened(uri: str, **options: Any) -> tuple[Any, str]:
+    """The filesystem and the path of an absolute URI; fsspec's own function splits one that has `::` in it."""
+    protocol = uri.split("://", 1)[0].lower() if is_remote(uri) else "file"
+    kind = fsspec.get_filesystem_class(protocol)
+    return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(uri), **options), kind._strip_protocol(uri)
 
 
 @contextmanager
@@ -251,7 +262,9 @@ def _faults_named(uri: str) -> Iterator[None]:
         cause = f"{uri}: {text}"
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"{uri}: no such file" if text in uri else cause) from error
-        is_broken = isinstance(error, (OSError, HTTPClientError, *GARBLED)) and not isinstance(error, PermissionError)
+        is_broken = isinstance(error, (OSError, HTTPClientError, *s3.GARBLED)) and not isinstance(
+            error, PermissionError
+        )
         raise (StorageError if is_broken else StorageRefused)(cause) from error
 
 
@@ -262,7 +275,7 @@ def _read(uri: str, read: Callable[[BinaryIO], T]) -> T:
             with open_read(uri) as file:
                 return read(file)
         except StorageError as error:
-            if attempt == ATTEMPTS - 1 or _http_status(error) != 412:
+            if attempt == ATTEMPTS - 1 or s3.http_status(error) != 412:
                 raise
     raise AssertionError("the last attempt returns or raises")
 
@@ -286,7 +299,7 @@ def _copy(target: Path, source: BinaryIO) -> None:
 def _whole_temporary(target: Path, data: bytes | memoryview) -> Iterator[Path]:
     """A hidden file beside `target` with all of `data` on the disk; removed at the end unless renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    temporary = target.with_name(f".{uuid.uuid4().hex}")  # whatever it is to be called, its name may be at the limit
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -303,27 +316,12 @@ def _s3_options() -> dict[str, Any]:
 
     # What botocore has repeated: s3fs would do so 5 times, and 25 times around the reading of a body.
     core.S3_RETRYABLE_ERRORS = tuple(kind for kind in core.S3_RETRYABLE_ERRORS if kind is not HTTPClientError)
-    core.set_custom_error_handler(_is_passing)
+    core.set_custom_error_handler(s3.is_passing)
     region = os.environ.get("AWS_REGION")  # botocore reads AWS_DEFAULT_REGION alone
     return {
         "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}},
         "client_kwargs": {"region_name": region} if region else {},
     }
-
-
-def _is_passing(error: BaseException) -> bool:
-    if not isinstance(error, ClientError):
-        return isinstance(error, (ResponseStreamingError, *GARBLED))
-    return error.response["Error"].get("Code") in PASSING_CODES or _http_status(error) in PASSING_STATUS
-
-
-def _http_status(error: BaseException | None) -> int:
-    """The status of the answer that led to `error`, 0 where there was none."""
-    while error is not None:
-        if isinstance(error, ClientError):
-            return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
-        error = error.__cause__
-    return 0
 
 
 def _is_s3(fs: Any) -> bool:
@@ -332,10 +330,8 @@ def _is_s3(fs: Any) -> bool:
 
 def _pages(fs: Any, path: str, recursive: bool, **options: Any) -> Iterator[list[StoredFile]]:
     """The objects under a prefix, up to 1000 at a time, in the order of their keys. Raises `FileNotFoundError`."""
-    bucket, key, _ = fs.split_path(path)
-    request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "Delimiter": "" if recursive else "/"} | options
-    while True:
-        page = fs.call_s3("list_objects_v2", **request)
+    bucket, _, _ = fs.split_path(path)
+    for page in s3.list_pages(fs, path, recursive, **options):
         yield [
             StoredFile(
                 f"s3://{bucket}/{item['Key']}",
@@ -343,12 +339,22 @@ def _pages(fs: Any, path: str, recursive: bool, **options: Any) -> Iterator[list
                 item["LastModified"].timestamp(),
                 item.get("ETag", "").strip('"'),
             )
-            for item in page.get("Contents", [])
+            for item in page
             if not item["Key"].endswith("/")  # consoles mark folders so
         ]
-        if not page.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _remove_all(fs: Any, path: str) -> None:
+    """A file, or a folder with all it holds. A remote `fs.rm` reads the name as a pattern and removes what fits."""
+    if "file" in fs.protocol:
+        fs.rm(path, recursive=True)
+    elif _is_s3(fs):
+        s3.delete_all(fs, path)
+    else:
+        found = fs.find(path, withdirs=True, detail=True)
+        for name in sorted(found, reverse=True):  # what a folder holds, then the folder, which may be gone with it
+            with suppress(FileNotFoundError):
+                (fs.rmdir if found[name]["type"] == "directory" else fs.rm_file)(name)
 
 
 def _local_files(folder: str, recursive: bool) -> Iterator[StoredFile]:

@@ -37,6 +37,8 @@ MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_NAME_LENGTH = 6000, 8000, 250
 # A server that does not answer must not hold up a run; MLflow itself asks it for minutes.
 LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 SECRETS = re.compile(r"(?<=://)([^/\s:@]*:)[^/\s@]+(?=@)|([?&](?:password|token|secret)=)[^&\s]+", re.IGNORECASE)
+SQLITE = "sqlite:///"
+OPTIONS = re.compile(r"\?\w+=[^/]*$")  # of a database's URI; any other question mark is the path's
 
 _ends_to_send: dict[Run, str] = {}  # runs that ended while the tracker did not answer, and how
 
@@ -268,9 +270,10 @@ def artifacts(tracking_uri: str, workspace: str) -> str | None:
     """Where a database's artifacts lie: in the workspace, and beside a file where that is remote. A server knows."""
     if not _is_database(tracking_uri):
         return None
-    if storage.is_remote(workspace) and tracking_uri.startswith("sqlite:///"):
-        return str(Path(tracking_uri.removeprefix("sqlite:///")).parent / "artifacts")
-    return storage.join(storage.absolute(workspace), "artifacts")
+    file = _database_file(tracking_uri)
+    if storage.is_remote(workspace):
+        return (file.parent / "artifacts").absolute().as_uri() if file else storage.join(workspace, "artifacts")
+    return Path(storage.absolute(workspace), "artifacts").as_uri()
 
 
 def _reason(error: Exception) -> str:
@@ -289,12 +292,13 @@ def _remedy(file: Path | None) -> str:
 
 def _absolute(tracking_uri: str) -> str:
     """A database file by its absolute path: the workers of a run have other working directories."""
-    path = tracking_uri.removeprefix("sqlite:///")
-    return f"sqlite:///{Path(path).absolute()}" if path != tracking_uri and path else tracking_uri
+    path, options = _database(tracking_uri)
+    return f"{SQLITE}{Path(path).absolute()}{options}" if path else tracking_uri
 
 
 def _database_file(tracking_uri: str) -> Path | None:
-    return Path(tracking_uri.removeprefix("sqlite:///")) if tracking_uri.startswith("sqlite:///") else None
+    path, _ = _database(tracking_uri)
+    return Path(path) if path else None
 
 
 def _client(tracking_uri: str) -> mlflow.MlflowClient:
@@ -304,7 +308,19 @@ def _client(tracking_uri: str) -> mlflow.MlflowClient:
 
     for noisy in ("mlflow.store.db.utils", "mlflow.tracking"):  # they print the stack of what is said in one line here
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    file = _database_file(tracking_uri)
+    if file:
+        tracking_uri = tracking_database.uri_of(file) + _database(tracking_uri)[1]
     return mlflow.MlflowClient(tracking_uri)
+
+
+def _database(tracking_uri: str) -> tuple[str, str]:
+    """The path and the options (`?timeout=60`) in the URI of an SQLite database; both empty for any other."""
+    if not tracking_uri.startswith(SQLITE):
+        return "", ""
+    rest = tracking_uri.removeprefix(SQLITE)
+    path = OPTIONS.sub("", rest)
+    return path, rest.removeprefix(path)
 
 
 def _is_database(tracking_uri: str) -> bool:

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from lvlmrec import storage
 from lvlmrec.locks import locked
 
 MLFLOW = {"alembic_version", "experiments"}  # one of these is there from the first migration on
@@ -47,7 +48,7 @@ def _make(file: Path, replace: bool) -> None:
     import mlflow
 
     making = file.with_name(f".{file.name}.{uuid.uuid4().hex}.making")
-    mlflow.MlflowClient(f"sqlite:///{making}").search_experiments(max_results=1)
+    mlflow.MlflowClient(uri_of(making)).search_experiments(max_results=1)
     if replace:
         for ending in BESIDE:
             file.with_name(file.name + ending).unlink(missing_ok=True)
@@ -62,20 +63,29 @@ def _make(file: Path, replace: bool) -> None:
     making.unlink(missing_ok=True)
 
 
+def uri_of(file: Path) -> str:
+    """The URI of a database file: SQLAlchemy decodes percent signs, and takes what follows a question mark for options.
+
+    Of `sqlite:///` MLflow itself would make the parent folder, as it is spelled there.
+    """
+    quoted = str(file).replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{file}" if quoted == str(file) else f"sqlite+pysqlite:///{quoted}"
+
+
 def move_artifacts(file: Path, location: str, artifacts: Path) -> None:
     """Have the artifacts of experiment and runs at `location` in `artifacts`: the workspace was moved or copied.
 
     MLflow keeps absolute paths, and has no call that changes them.
     """
-    was = Path(location.removeprefix("file://"))
-    is_ours = was.is_absolute() and was.name == artifacts.name
+    was = Path(storage.absolute(location))
+    is_ours = location.startswith(("/", "file:///")) and was.name == artifacts.name
     if not is_ours or was == artifacts or (was.parent.exists() and was.parent.samefile(artifacts.parent)):
         return
     with closing(_connect(file)) as database:
         for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
             database.execute(
-                f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or {column} like ? || '/%'",
-                [str(artifacts), len(location) + 1, location, location],
+                f"update {table} set {column} = ? || substr({column}, ?) where substr({column} || '/', 1, ?) = ?",
+                [artifacts.as_uri(), len(location) + 1, len(location) + 1, f"{location}/"],
             )
         database.commit()
     print(f"tracking: the workspace was at {was.parent}; its artifacts are now those in {artifacts}", file=sys.stderr)

@@ -40,6 +40,7 @@ GROUND = {
     "storage",
     "text_file",
     "tables",
+    "s3",
     "tracking",
     "tracking_database",
     "tracking_names",

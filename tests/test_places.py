@@ -102,9 +102,9 @@ def test_elsewhere_a_relative_place_is_one(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("tracking_uri", "workspace", "artifacts"),
     [
-        ("sqlite:////srv/t/mlflow.db", "s3://bucket/w", "/srv/t/artifacts"),
-        ("sqlite:////srv/t/mlflow.db", "/data/w", "/data/w/artifacts"),
-        ("sqlite:////srv/t/mlflow.db", "file:///data/w", "/data/w/artifacts"),
+        ("sqlite:////srv/t/mlflow.db", "s3://bucket/w", "file:///srv/t/artifacts"),
+        ("sqlite:////srv/t/mlflow.db", "/data/w", "file:///data/w/artifacts"),
+        ("sqlite:////srv/t/mlflow.db", "file:///data/w", "file:///data/w/artifacts"),
         ("postgresql://host/db", "s3://bucket/w", "s3://bucket/w/artifacts"),
         ("http://server:5000", "s3://bucket/w", None),
     ],

@@ -119,6 +119,25 @@ def test_artifacts_lie_in_the_workspace_of_a_new_database(
         assert database.execute("select status from runs where run_uuid = ?", [new.id]).fetchall() == [("FINISHED",)]
 
 
+@pytest.mark.parametrize("name", ["a%20b", "a?b=c", "100% #1 [é]", "a%3F"])
+def test_a_workspace_of_any_name(run: Run, tmp_path: Path, name: str) -> None:
+    workspace = tmp_path / name
+    workspace.mkdir()
+    shutil.copy(run.tracking_uri.removeprefix("sqlite:///"), workspace / "mlflow.db")
+    with sqlite3.connect(workspace / "mlflow.db") as database:
+        database.execute("update experiments set name = 'other' where name = ?", [tracking.EXPERIMENT])
+    new = tracking.start(f"sqlite:///{workspace}/mlflow.db?timeout=20", str(workspace), "test", {})
+    child = tracking.start(new.tracking_uri, str(workspace), "child", {}, new)
+    for one in (new, child):
+        one.log_json("result.json", {})
+        one.finish("FINISHED")
+    assert len(list((workspace / "artifacts").glob("**/result.json"))) == 2
+    assert list(tmp_path.iterdir()) == [workspace]
+    with sqlite3.connect(workspace / "mlflow.db") as database:
+        ended = database.execute("select status from runs where run_uuid in (?, ?)", [new.id, child.id]).fetchall()
+    assert ended == [("FINISHED",)] * 2
+
+
 def test_a_child_run_names_its_parent(run: Run, tmp_path: Path) -> None:
     child = tracking.start(run.tracking_uri, str(tmp_path), "child", {}, run)
     assert stored(child).data.tags["mlflow.parentRunId"] == run.id

@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from lvlmrec import tracking, untracked
+from lvlmrec import storage, tracking, untracked
 from lvlmrec.tracking import Run
 from tests.tracking_server import server
 
@@ -172,7 +172,9 @@ def test_artifacts_are_in_the_workspace_where_it_is_now(
     second = tracking.start(f"sqlite:///{new}/mlflow.db", str(new), "train", {})
     second.log_json("result.json", {"run": 2})
     client = mlflow.MlflowClient(f"sqlite:///{new}/mlflow.db")
-    artifacts = [Path(client.get_run(run.id).info.artifact_uri, "result.json") for run in (first, second)]
+    artifacts = [
+        Path(storage.absolute(client.get_run(run.id).info.artifact_uri), "result.json") for run in (first, second)
+    ]
     assert [json.loads(path.read_text()) for path in artifacts] == [{"run": 1}, {"run": 2}]
     place = old if how == "linked" else new
     assert all(path.is_relative_to(place / "artifacts") for path in artifacts)
@@ -216,7 +218,9 @@ def test_values_that_are_too_long_are_cut_and_kept_whole(
     assert (len(found.data.params["prompt"]), len(found.data.tags["error"])) == (6000, 8000)
     assert found.data.tags["short"] == "s" and len(found.data.metrics) == 1201 and len(found.info.run_name) == 250
     assert kept(run) == [("tags", {"error": "e" * 9000})]
-    assert json.loads(Path(found.info.artifact_uri, "config.json").read_text()) == {"prompt": "p" * 7000}
+    assert json.loads(Path(storage.absolute(found.info.artifact_uri), "config.json").read_text()) == {
+        "prompt": "p" * 7000
+    }
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -44,6 +44,10 @@ LENGTH = struct.Struct("<Q")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+class NoDecoderError(RuntimeError):
+    """The child cannot be started: the fault of an installation or a machine, not of a file."""
+
+
 class IsolatedDecoder:
     """`sample_clip` and `motion_clips` in a child process with limits. Not for use by several threads at once.
 
@@ -74,8 +78,7 @@ class IsolatedDecoder:
     def sample_clip(self, path: str | Path, num_frames: int, max_side: int, timeout_s: float) -> Clip:
         """What `video.sample_clip` gives, within `timeout_s` seconds of wall time.
 
-        Raises `VideoError`, also with error `timeout`, `decoder_died` or `out_of_memory`, and `RuntimeError` if the
-        child cannot be started.
+        Raises `VideoError`, also with error `timeout`, `decoder_died` or `out_of_memory`, and `NoDecoderError`.
         """
         request = {"path": os.fspath(path), "num_frames": num_frames, "max_side": max_side}
         return self._ask(request, self._receive_clip, timeout_s)
@@ -141,7 +144,7 @@ class IsolatedDecoder:
         except (TimeoutError, EOFError) as error:
             message = f"the decoder process did not start: {type(error).__name__}; {self._epitaph()}"
             self.close()
-            raise RuntimeError(message) from error
+            raise NoDecoderError(message) from error
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._child is not None and self._child.stdin is not None
@@ -235,6 +238,10 @@ def _answer(request: dict[str, Any], answers: int) -> None:
         return
     except MemoryError:
         _write_json(answers, {"stage": "decode", "error": "out_of_memory", "message": "MemoryError outside FFmpeg"})
+        return
+    except Exception as error:
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        _write_json(answers, {"stage": "decode", "error": "decode_failed", "message": message})
         return
     _write_json(answers, header)
     for array in arrays:

@@ -185,6 +185,4 @@ def _from_table(source: str, files: Sequence[str], columns: Sequence[str]) -> tu
 
 
 def _resolve(folder: str, uri: str) -> str:
-    if not uri or "://" in uri or uri.startswith("/"):
-        return uri
-    return storage.join(folder, uri)
+    return uri if not uri or storage.is_absolute(uri) else storage.join(folder, uri)

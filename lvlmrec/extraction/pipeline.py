@@ -145,7 +145,7 @@ def _sources(plan: Plan) -> dict[str, str]:
     def source(row: dict[str, str]) -> str:
         try:
             return source_of(row, plan.recipe, version)
-        except OSError:
+        except Exception:  # whatever it is, it is one row's
             return ""
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as threads:

@@ -19,7 +19,7 @@ from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.config import option
 from lvlmrec.extraction.failures import DECODED_ON, EXTRACTED_ON
-from lvlmrec.extraction.isolation import IsolatedDecoder
+from lvlmrec.extraction.isolation import IsolatedDecoder, NoDecoderError
 from lvlmrec.extraction.manifest import MEDIA_COLUMNS, source_of
 from lvlmrec.features import store
 from lvlmrec.features.recipe import MEDIA, MOTION, Recipe
@@ -81,7 +81,10 @@ def decode(rows: pa.Table, recipe: Recipe, config: DecodeConfig) -> Iterator[pa.
     """What a recipe shows of each item, decoded in the child process of this worker.
 
     Row by row, to bound memory; texts alone are one table, for a table per row would cost more than they do.
+    Raises `RuntimeError` where the fault is this worker's, whatever the row.
     """
+    if recipe.video_form == MOTION and "video" in recipe.media:
+        _check_encoder(recipe)
     cluster.device()  # none of its node's GPUs is a decoder's
     here = {DECODED_ON: cluster.place()}
     outcomes = (_outcome(row, recipe, config) | here for row in rows.to_pylist())
@@ -100,7 +103,9 @@ def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[
             outcome |= _decode(row[MEDIA_COLUMNS[kind]], kind, recipe, config)
     except VideoError as error:
         outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: one_line(error.message)}
-    except (OSError, ValueError) as error:
+    except NoDecoderError:
+        raise
+    except Exception as error:
         outcome = {STAGE: "fetch", ERROR: type(error).__name__, MESSAGE: one_line(error)}
     seconds = time.perf_counter() - started
     return {ITEM_ID: row[ITEM_ID], URI: row.get(URI, ""), SOURCE: source, DECODE_SECONDS: seconds} | outcome
@@ -113,7 +118,6 @@ def _decode(uri: str, kind: str, recipe: Recipe, config: DecodeConfig) -> dict[s
     decoder, limit = _decoder(config.memory_mb), config.timeout_s
     with storage.local_copy(uri) as path:
         if kind == "video" and recipe.video_form == MOTION:
-            _check_encoder(recipe)
             kind, values = MOTION, _motion_row(decoder.motion_clips(path, recipe.frames, limit))
         else:
             num_frames = recipe.frames if kind == "video" else 1
@@ -245,4 +249,5 @@ def _clip(row: dict[str, Any]) -> Clip:
 
 
 def one_line(error: object) -> str:
-    return " ".join(str(error).split())[:500]
+    """What an error says; of a file's name that is no text, its bytes."""
+    return " ".join(str(error).split())[:500].encode(errors="backslashreplace").decode()

@@ -179,6 +179,13 @@ def test_a_child_that_cannot_start_says_why(good: Path, tmp_path: Path, monkeypa
         decoder.sample_clip(good, 4, 50, timeout_s=20)
 
 
+def test_an_exception_in_the_child_is_named(decoder: IsolatedDecoder, good: Path) -> None:
+    with pytest.raises(VideoError, match="ValueError: cannot sample 0 of 12 frames") as caught:
+        decoder.sample_clip(good, 0, 50, timeout_s=20)
+    assert (caught.value.stage, caught.value.error) == ("decode", "decode_failed")
+    assert_works(decoder, good)
+
+
 def test_close_ends_the_child_and_a_later_video_starts_another(good: Path) -> None:
     with IsolatedDecoder() as decoder:
         assert_works(decoder, good)

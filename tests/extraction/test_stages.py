@@ -6,17 +6,19 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from lvlmrec import storage
 from lvlmrec.errors import JobFailed
 from lvlmrec.extraction import estimate, pipeline, stages
 from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import Streak
+from lvlmrec.extraction.isolation import IsolatedDecoder, NoDecoderError
 from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.stages import DecodeConfig
 from lvlmrec.features import recipe as recipes
@@ -117,6 +119,54 @@ def test_an_item_that_fails_costs_no_neighbour(tmp_path: Path, extractor: Extrac
         for row in rows.to_pylist()
         if row["item_id"] == name
     ]
+
+
+URIS_OF_NOTHING = [
+    "zip://a.mp4",
+    "s3://bucket",
+    "nowhere://a.mp4",
+    "file:///%FF.mp4",
+    "a\0b.mp4",
+    "~nobody/a.mp4",
+    "::",
+]
+
+
+def test_whatever_a_row_raises_stays_in_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    good = str(write_video(tmp_path / "good.mp4", num_frames=4))
+    uris = [*URIS_OF_NOTHING, good]
+    rows = pa.table({"item_id": list(map(str, range(len(uris)))), "uri": uris})
+    outcomes = pa.concat_tables(list(stages.decode(rows, recipe_of(), DecodeConfig()))).to_pylist()
+    assert [outcome["item_id"] for outcome in outcomes] == rows["item_id"].to_pylist()
+    assert [outcome["stage"] for outcome in outcomes] == ["fetch"] * len(URIS_OF_NOTHING) + [None]
+    assert all(outcome["error"] and outcome["message"] for outcome in outcomes[:-1])
+
+
+@pytest.mark.parametrize("error", [TypeError("not\nexpected"), KeyError("x"), RuntimeError("\udcff"), MemoryError()])
+def test_any_exception_of_a_row_stays_in_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(uri: str) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(storage, "local_copy", fail)
+    table = decoded(tmp_path, "a")
+    assert (table["stage"][0].as_py(), table["error"][0].as_py()) == ("fetch", type(error).__name__)
+    assert "\n" not in table["message"][0].as_py()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), NoDecoderError("did not start")])
+def test_what_is_not_a_rows_fault_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*_: Any) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(IsolatedDecoder, "sample_clip", fail)
+    with pytest.raises(type(error)):
+        decoded(tmp_path, "a")
 
 
 def test_all_that_a_batch_spends_is_counted(
