@@ -7,8 +7,9 @@ Pictures are 8-bit RGB as swscale makes them from the stream's own colour space 
 dropped, not composited; pixels are as coded (the sample aspect ratio is not applied); every frame has the size and the
 orientation of the first, to which frames of another size are scaled.
 
-A file is an error when reading or decoding what the sampler needs fails midway, as with most truncated files: a clip
-of the part that happens to be left would pass for the whole. Pictures that the decoder conceals are kept.
+A file is an error when it has fewer bytes than its container tells of (see `truncation`), or when reading or decoding
+what the sampler needs fails midway: a clip of the part that happens to be left would pass for the whole. Pictures that
+the decoder conceals are kept.
 """
 
 from __future__ import annotations

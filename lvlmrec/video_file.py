@@ -15,6 +15,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from lvlmrec.av1 import Fed, part_of
+from lvlmrec.truncation import promised_size
 
 PYAV_ERRORS = (av.FFmpegError, ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
 
@@ -24,8 +25,8 @@ class VideoError(Exception):
 
     stage    open, probe (which stream), demux, decode, convert or encode
     error    a short stable reason: not_found, unreadable, not_a_video, no_video_stream, no_decoder, no_frames,
-             encrypted, too_long, demux_failed, decode_failed, convert_failed, encode_failed, out_of_memory, timeout,
-             decoder_died
+             encrypted, too_long, truncated, demux_failed, decode_failed, convert_failed, encode_failed, out_of_memory,
+             timeout, decoder_died
     message  one line
     """
 
@@ -69,15 +70,24 @@ def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]
             raise VideoError("probe", "no_video_stream", "no video stream, cover pictures aside")
         if stream.codec_context is None:
             raise VideoError("probe", "no_decoder", "this FFmpeg has no decoder for the video stream")
+        with faults_named("open"):
+            promised = promised_size(path, container.format.name)
+        if promised > container.size:
+            message = f"the file has {container.size} of the {promised} bytes that its container tells of"
+            raise VideoError("demux", "truncated", message)
         yield container, cast(VideoStream, stream)
 
 
 def demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
     """The packets of a stream in decode order. Raises `VideoError`."""
+    is_cut = False
     with faults_named("demux"):
         for packet in container.demux(stream):
             if packet.size:  # an empty one would end the decoder's stream
+                is_cut = packet.is_corrupt
                 yield packet
+    if is_cut and container.format.name == "flv":  # many a decoder conceals what is missing
+        raise VideoError("demux", "truncated", "the file ends within a frame")
 
 
 def decode_frames(

@@ -52,6 +52,7 @@ GROUND = {
     "video_file",
     "motion",
     "orientation",
+    "truncation",
     "taps",
     "bitstream",
     "av1",

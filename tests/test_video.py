@@ -319,7 +319,7 @@ FAULTY = {
     "sound only": (lambda folder: sound(folder / "v.flac"), "probe", "no_video_stream"),
     "cover picture": (lambda folder: sound(folder / "v.flac", cover=True), "probe", "no_video_stream"),
     "no frames": (lambda folder: without_beginning(folder / "v.mkv", gop=60), "decode", "no_frames"),
-    "truncated": (lambda folder: truncated(folder / "v.mp4"), "decode", "decode_failed"),
+    "truncated": (lambda folder: truncated(folder / "v.mp4"), "demux", "truncated"),
 }
 
 
