@@ -144,9 +144,9 @@ def test_a_run_of_a_study_that_diverges_keeps_its_last_good_state_and_publishes_
 
     monkeypatch.setattr(fitting, "train_epoch", spoilt)
     with pytest.raises(Diverged, match="epoch 3, step 1: the loss is nan; lower"):
-        study.train(config, Run(tracking_uri, "none"), 1, "a run")
+        study.train(config, Run(tracking_uri, "none", str(tmp_path)), 1, "a run")
     assert not (tmp_path / "checkpoints").exists()
-    done = study.train(config, Run(tracking_uri, "none"), 1, "a run")
+    done = study.train(config, Run(tracking_uri, "none", str(tmp_path)), 1, "a run")
     assert len(epochs) == 5, "it did not go on after its second epoch"
     _, alone = fitted(config)
     assert done["validation"] == alone.progress.best and len(prepared.data.item_ids) == len(ITEM_IDS)

@@ -158,6 +158,6 @@ def test_a_job_script_is_called_as_documented(tmp_path: Path) -> None:
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.splitlines() == [
         "evaluate: chekpoint='x': unknown key; did you mean checkpoint? choices: against, baselines, checkpoint, "
-        "dataset_path, features, ks, seed, tracking_uri, workspace"
+        "dataset_path, features, item_knn_neighbours, ks, seed, tracking_uri, workspace"
     ]
     assert list(tmp_path.iterdir()) == []
