@@ -1,5 +1,7 @@
 """Settings that say nothing, or what nothing can be made of: one line, exit status 2, before anything starts."""
 
+import dataclasses
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -213,3 +215,22 @@ def test_the_ends_of_a_range_are_in_it(argument: str) -> None:
 def test_a_batch_of_one_user_has_negatives_where_they_are_drawn_or_the_catalogue_is_read() -> None:
     for loss in ("full_softmax", "bpr", "sampled_softmax", "gbce"):
         config.load(TrainConfig, [], ["training.batch_size=1", f"training.loss.name={loss}"])
+
+
+def fields_of(schema: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field]]:
+    """The keys of a schema, of every variant of its parts too."""
+    instance: Any = schema()
+    for field in dataclasses.fields(instance):
+        value, key = getattr(instance, field.name), f"{prefix}{field.name}"
+        named = list(value.values())[:1] if isinstance(value, dict) else [value]
+        for part in [*field.metadata.get("variants", {}).values()] or [type(v) for v in named]:
+            if dataclasses.is_dataclass(part):
+                yield from fields_of(part, f"{key}.")
+            else:
+                yield key, field
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_number_has_a_bound(name: str) -> None:
+    numbers = {key: field for key, field in fields_of(JOBS[name], "") if re.search("int|float", str(field.type))}
+    assert [key for key, field in numbers.items() if not field.metadata.get("bounds")] == []
