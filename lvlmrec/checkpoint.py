@@ -69,7 +69,7 @@ def read_result(uri: str) -> dict[str, Any] | None:
     """The result of a published checkpoint, None when there is none."""
     try:
         return json.loads(storage.read_bytes(storage.join(uri, RESULT)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -1,4 +1,14 @@
-"""Errors that are the user's to mend: they end a job with exit status 2 and one line."""
+"""Errors that a job ends with in one line: the user's to mend with exit status 2, of a run that failed with 1."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 class InputError(ValueError):
@@ -11,3 +21,35 @@ class ConfigError(InputError):
 
 class JobFailed(RuntimeError):
     """A job ran and could not reach its result; it ends with exit status 1 and one line."""
+
+
+class StorageError(OSError, JobFailed):
+    """A store did not do what was asked, however often, or is full; the message names the URI and the cause."""
+
+
+class StorageRefused(OSError, InputError):
+    """A store cannot be reached, denies access or cannot be written; the message names the URI and the cause."""
+
+
+@contextmanager
+def writing(place: str) -> Iterator[None]:
+    """Turns what a full disk raises into `StorageError`, and a place that cannot be written into `StorageRefused`."""
+    try:
+        yield
+    except (InputError, JobFailed):
+        raise
+    except Exception as error:
+        number = error_number(error)
+        if number in FULL:
+            text = f"{place}: {os.strerror(number)}; free some, then the same command goes on where it stopped"
+            raise StorageError(text) from error
+        if number in CLOSED:
+            raise StorageRefused(f"{place}: cannot be written: {os.strerror(number)}; choose another place") from error
+        raise
+
+
+def error_number(error: Exception) -> int:
+    """The errno of what went wrong, 0 for none. Libraries that are not written in Python only quote what it means."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    return next((number for number in FULL if os.strerror(number) in str(error)), 0)

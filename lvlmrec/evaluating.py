@@ -68,13 +68,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         read_ranks(other)  # before the work, not after it
     checkpoint, split = _load(config)
     holdout = split.test()
+    folder = storage.join(storage.absolute(config.workspace), "evaluations", checkpoint.uri.rsplit("/", 1)[-1])
+    storage.check_writable(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = checkpoint.model.to(device)
     catalogue = encode_catalogue(model, len(checkpoint.item_ids), checkpoint.features, device)
     queries = encode_users(model, catalogue, holdout.inputs)
     ranks = rank_targets(queries, catalogue, holdout.targets, holdout.histories)
     lists = top_items(queries, catalogue, holdout.histories, ks[-1])
-    folder = storage.join(storage.absolute(config.workspace), "evaluations", checkpoint.uri.rsplit("/", 1)[-1])
     uri = storage.join(folder, "ranks.parquet")
     write_ranks(uri, split, holdout, ranks)
     result: dict[str, Any] = {

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lvlmrec import config, places, tracking
-from lvlmrec.errors import InputError, JobFailed
+from lvlmrec.errors import FULL, InputError, JobFailed, error_number
 from lvlmrec.tracking import Run
 
 C = TypeVar("C")
@@ -56,6 +56,12 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
     except (InputError, JobFailed) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        if error_number(error) not in FULL:
+            traceback.print_exc()
+        else:  # of a temporary file, or of a library's
+            print(f"{name}: {error.filename or resolved.workspace}: {error.strerror}", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, SystemExit):
         print(f"{name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 1

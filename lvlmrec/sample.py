@@ -6,6 +6,7 @@ sample/models/<family>/                a tiny, randomly initialised LVLM (lvlms/
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 import uuid
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.data import micro_world
-from lvlmrec.errors import InputError
+from lvlmrec.errors import InputError, writing
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import lease, store
@@ -44,7 +45,8 @@ def ensure(workspace: str, *uris: str) -> None:
         )
     if not inside:
         return
-    with locked(root / ".lock"):  # of the first jobs of a workspace one makes it, the others wait
+    # Of the first jobs of a workspace one makes it, the others wait.
+    with writing(str(root)), locked(root / ".lock"):
         for path in inside:
             if path.parent == root / "models":
                 _ensure_model(path)
@@ -89,5 +91,8 @@ def _ensure_model(path: Path) -> None:
         return
     print(f"sample: a tiny untrained {path.name} in {path}", file=sys.stderr)
     working = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    LVLMS[path.name].write_tiny(working, SEED)
-    working.rename(path)
+    try:
+        LVLMS[path.name].write_tiny(working, SEED)
+        working.rename(path)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)

@@ -34,7 +34,7 @@ from botocore.exceptions import BotoCoreError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
 from lvlmrec import s3
-from lvlmrec.errors import InputError, JobFailed
+from lvlmrec.errors import InputError, StorageError, StorageRefused, writing
 
 T = TypeVar("T")
 ATTEMPTS = 5
@@ -42,14 +42,6 @@ WRITER = "lvlmrec-writer"  # key of an object's metadata
 MAX_NAME_BYTES = 255  # of a file's name on Linux; an object's may have 1024
 REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 FILE = re.compile(r"file:(//(localhost(?=/))?|(?=/))")  # also the `file:/path` of Spark and Java
-
-
-class StorageError(OSError, JobFailed):
-    """A remote store did not do what was asked, however often; the message names the URI and the cause."""
-
-
-class StorageRefused(OSError, InputError):
-    """A remote store cannot be reached or denies access; the message names the URI and the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +179,13 @@ def create_bytes(uri: str, data: bytes) -> bool:
         return True
 
 
+def check_writable(folder: str) -> None:
+    """Raises `StorageRefused` or `StorageError` when nothing can be written there, before anybody works for hours."""
+    probe = join(absolute(folder), f".probe-{uuid.uuid4().hex}")
+    write_bytes(probe, b"")
+    remove(probe)
+
+
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, or some of its columns. Raises `FileNotFoundError`, `pyarrow.ArrowInvalid`."""
     names = list(columns) if columns is not None else None
@@ -222,7 +221,8 @@ def local_copy(uri: str) -> Iterator[Path]:
     try:
         name = os.fsencode(uri.rsplit("/", 1)[-1])[-MAX_NAME_BYTES:]  # its end tells FFmpeg what it may be
         target = folder / name.decode(errors="ignore")
-        _read(uri, functools.partial(_copy, target))
+        with writing(str(folder)):
+            _read(uri, functools.partial(_copy, target))
         yield target
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -298,16 +298,19 @@ def _copy(target: Path, source: BinaryIO) -> None:
 @contextmanager
 def _whole_temporary(target: Path, data: bytes | memoryview) -> Iterator[Path]:
     """A hidden file beside `target` with all of `data` on the disk; removed at the end unless renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid.uuid4().hex}")  # whatever it is to be called, its name may be at the limit
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(str(target)):
+        with suppress(FileExistsError):  # a file, which the next line says
+            target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _s3_options() -> dict[str, Any]:

@@ -74,6 +74,7 @@ def run(config: StudyConfig, plan: Plan, parent: Run) -> dict[str, Any]:
     Raises `JobFailed` at the end when a step failed; all others are done and in the tables then.
     """
     study = Study(config, plan, parent, folder(config))
+    storage.check_writable(study.folder)
     with cluster.joined():
         cluster.require_gpus("study.gpus_per_run", config.study.gpus_per_run)
         try:

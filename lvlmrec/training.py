@@ -45,6 +45,8 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
         print(f"train: {experiment.checkpoint} is finished; nothing to do", file=sys.stderr)
         tracking.log_chosen(done["validation"], done["best_epoch"])
         return done | {"checkpoint": experiment.checkpoint, "reused": True}
+    for folder in ("checkpoints", "runs"):
+        storage.check_writable(storage.join(storage.absolute(experiment.config.workspace), folder))
     with cluster.joined():
         cluster.require_gpus("training.use_gpu", float(experiment.config.training.use_gpu))
         trained = _fit(experiment, tracking)

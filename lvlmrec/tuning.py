@@ -77,6 +77,7 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
     """Search, and give the best configuration by its best validation epoch. Raises `JobFailed` if no trial ended."""
     search, selected_by = config.search, config.dataset.selected_by
     runs = storage.join(storage.absolute(config.workspace), "runs")
+    storage.check_writable(runs)
     trial_runs = TrialRuns(parent, config.workspace, config.training.epochs, selected_by)
     param_space = space(search, experiment)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C would end the sweep as if it were complete

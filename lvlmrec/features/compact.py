@@ -11,10 +11,11 @@ import fnmatch
 import hashlib
 import json
 import math
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from lvlmrec import storage
 from lvlmrec.columns import ITEM_ID, PART, ROW
-from lvlmrec.errors import InputError
+from lvlmrec.errors import InputError, writing
 from lvlmrec.features import store
 from lvlmrec.features.imported import COUNTED
 from lvlmrec.features.moments import sums
@@ -150,7 +151,8 @@ class FeatureArray:
             found = load(kept.read_bytes())
             return found["mean"], found["variance"], found["squares"]
         made = self.compute_moments(item_index)
-        storage.write_bytes(str(kept), save(dict(zip(("mean", "variance", "squares"), made, strict=True))))
+        with suppress(OSError):  # a cache that others filled may be read-only
+            storage.write_bytes(str(kept), save(dict(zip(("mean", "variance", "squares"), made, strict=True))))
         return made
 
     def compute_moments(self, item_index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +223,7 @@ def compact(
         shape = (len(item_ids) + 1, len(sets), max(widths))
         with publishing(folder, {"feature_sets": [s.uri for s, _ in chosen], "shape": shape}) as working:
             element = np.dtype("uint16" if dtype == "bfloat16" else dtype)
-            array = np.lib.format.open_memmap(working / ARRAY, mode="w+", dtype=element, shape=shape)
+            array = _new_array(working / ARRAY, element, shape)
             for k, (feature_set, names) in enumerate(chosen):
                 _fill(array, sets.index(k), feature_set, names, found[k])
             array.flush()
@@ -256,9 +258,7 @@ def derive(
     missing = array.is_missing(np.arange(items))
     if not (folder / ABOUT).exists():
         with publishing(folder, {"made_of": array.digest, "shape": (items, num_columns, dim)}) as working:
-            made = np.lib.format.open_memmap(
-                working / ARRAY, mode="w+", dtype=np.float32, shape=(items, num_columns, dim)
-            )
+            made = _new_array(working / ARRAY, np.dtype(np.float32), (items, num_columns, dim))
             for column in range(num_columns):
                 for start in range(1, items, ROWS_AT_ONCE):
                     index = np.arange(start, min(start + ROWS_AT_ONCE, items))
@@ -360,16 +360,27 @@ def _fill(array: np.ndarray, first: int, feature_set: FeatureSet, names: Sequenc
             array[rows["item_index"].to_numpy(), column, : values.shape[1]] = values
 
 
+def _new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A memory-mapped array of zeros whose room on the disk is taken: a page without ends the process by a signal."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 @contextmanager
 def publishing(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """A working folder that is renamed to `folder` when its content is whole: others see all of it or nothing."""
     working = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    working.mkdir(parents=True)
     try:
-        yield working
-        (working / ABOUT).write_text(json.dumps(about))
-        if not folder.exists():
-            working.rename(folder)
+        with writing(str(folder)):
+            with suppress(FileExistsError):  # a file, which the next line says
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            working.mkdir()
+            yield working
+            (working / ABOUT).write_text(json.dumps(about))
+            if not folder.exists():
+                working.rename(folder)
     except OSError:
         if not (folder / ABOUT).exists():  # else another process finished the same content first
             raise
