@@ -60,7 +60,7 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
         if error_number(error) not in FULL:
             traceback.print_exc()
         else:  # of a temporary file, or of a library's
-            print(f"{name}: {error.filename or resolved.workspace}: {error.strerror}", file=sys.stderr)
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit):
         print(f"{name}: interrupted; the same command goes on where it stopped", file=sys.stderr)

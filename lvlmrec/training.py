@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -90,10 +91,15 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
     try:
         result = trainer.fit()
     except Exception as error:
-        raise JobFailed(f"training {experiment.key}: {' '.join(str(error).split())[-500:]}") from error
+        raise JobFailed(f"training {experiment.key}: {_reason(error)}") from error
     if diverged := cast(TrainResult, result).return_value:
         raise JobFailed(f"training {experiment.key}: {diverged}")
     return cast(RayCheckpoint, result.checkpoint)
+
+
+def _reason(error: Exception) -> str:
+    """What a worker said last: Ray's text is its whole traceback."""
+    return re.split(r"lvlmrec\.errors\.\w+: ", " ".join(str(error).split()))[-1][-500:]
 
 
 def _num_workers(settings: TrainingConfig) -> Any:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from lvlmrec import cluster, config, evaluating, experiment, job, sample, storage, tracking, training
-from lvlmrec.errors import InputError, JobFailed, StorageError, StorageRefused, writing
+from lvlmrec.errors import InputError, StorageError, StorageRefused, writing
 from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.features import imported, store
 from lvlmrec.features.compact import compact
@@ -217,7 +217,7 @@ def full(*given: object, **named: object) -> Any:
 @pytest.mark.parametrize(
     ("fault", "status", "line"),
     [
-        (full, 1, "import_features: /tmp/somewhere: No space left on device"),
+        (full, 1, "import_features: [Errno 28] No space left on device: '/tmp/somewhere'"),
         (
             lambda *given: storage.write_bytes(f"{__file__}/x", b""),
             2,
@@ -245,24 +245,28 @@ def test_a_job_says_it_in_one_line(
 
 
 @pytest.mark.parametrize("call", ["log_batch", "log_text", "set_terminated"])
-def test_a_full_disk_of_the_tracking_database_is_one_line_and_hides_nothing(
+def test_a_disk_that_is_full_for_the_record_too_hides_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_uri: str, call: str
 ) -> None:
+    """Neither the tracker takes what is said of the run nor the workspace."""
     import mlflow
 
     def broken(self: object, *given: object, **named: object) -> None:
         raise mlflow.exceptions.MlflowException("(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT]")
 
-    def works(fails: type[Exception] | None) -> None:
-        with tracking.tracked(tracking_uri, str(tmp_path), "train", {"a": 1}) as run:
-            monkeypatch.setattr(mlflow.MlflowClient, call, broken)
-            if fails:
-                raise fails("the work's own end")
-            run.set_tags({"x": "y"})
-            run.log_json("a.json", {})
+    monkeypatch.setattr(mlflow.MlflowClient, call, broken)
+    monkeypatch.setattr(Path, "open", full)
+    with (
+        pytest.raises(StorageError, match="the work's own end"),
+        tracking.tracked(tracking_uri, str(tmp_path), "j", {}),
+    ):
+        raise StorageError("the work's own end")
 
-    with pytest.raises(JobFailed, match=r"^tracking_uri 'sqlite.*': not recorded: .*disk is full \[SQL: INSERT\]$"):
-        works(None)
-    monkeypatch.undo()
-    with pytest.raises(KeyError, match="the work's own end"):
-        works(KeyError)
+
+def test_the_reason_of_a_failed_training_is_its_workers_last_word() -> None:
+    traceback = """ray.train.v2.api.exceptions.WorkerGroupError: Traceback (most recent call last):
+      File "lvlmrec/storage.py", line 1, in write
+        raise StorageError(text) from error
+    lvlmrec.errors.StorageError: /data/runs: No space left on device; free some"""
+    assert training._reason(RuntimeError(traceback)) == "/data/runs: No space left on device; free some"
+    assert training._reason(RuntimeError("another\nfault")) == "another fault"
