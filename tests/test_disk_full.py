@@ -199,7 +199,7 @@ def test_training_finds_out_before_it_trains(
     prepared = experiment.prepare(train_config(world, tmp_path))
     (tmp_path / name).write_text("a file where the folder should be")
     with pytest.raises(StorageRefused, match=rf"^{tmp_path}/{name}/.*: cannot be written: Not a directory; choose"):
-        training.run(prepared, Run("", ""))
+        training.run(prepared, Run("", "", str(tmp_path)))
 
 
 def test_evaluation_finds_out_before_it_ranks(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,12 +254,11 @@ def test_a_disk_that_is_full_for_the_record_too_hides_nothing(
     def broken(self: object, *given: object, **named: object) -> None:
         raise mlflow.exceptions.MlflowException("(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT]")
 
-    monkeypatch.setattr(mlflow.MlflowClient, call, broken)
-    monkeypatch.setattr(Path, "open", full)
-    with (
-        pytest.raises(StorageError, match="the work's own end"),
-        tracking.tracked(tracking_uri, str(tmp_path), "j", {}),
-    ):
+    tracked = tracking.tracked(tracking_uri, str(tmp_path), "train", {})
+    with pytest.raises(StorageError, match="the work's own end"), tracked as run:
+        monkeypatch.setattr(mlflow.MlflowClient, call, broken)
+        monkeypatch.setattr(Path, "open", full)
+        run.log_metrics({"a": 1.0})
         raise StorageError("the work's own end")
 
 
