@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 INDEX = "index.parquet"
 RECIPE = "recipe.json"
 IDS_FROM = "ids_from"
+# How a prompt names the time of a frame. 1, where recipe.json does not say: its index / the video's mean rate, as
+# transformers does. 2: its time in the file, another in videos of variable frame rate alone.
+FRAME_TIMES = "2"
 RECORDED = ("fingerprint", "versions", IDS_FROM)  # keys of recipe.json that are no part of the recipe
 PARTS = "parts"
 REJECTED = "rejected"
@@ -94,6 +97,8 @@ def create(uri: str, recipe: Recipe, ids_from: str = "") -> None:
     if storage.exists(storage.join(uri, RECIPE)) and (not ids_from or _read_about(uri).get(IDS_FROM) == ids_from):
         return
     versions = {package: version(package) for package in ("torch", "transformers", "av", "numpy")}
+    if "video" in recipe.media and "llm" in recipe.width and not ids_from:
+        versions["frame_times"] = FRAME_TIMES
     content = recipe.to_json() | {"fingerprint": recipe.fingerprint, "versions": versions}
     content |= {IDS_FROM: ids_from} if ids_from else {}
     storage.write_bytes(storage.join(uri, RECIPE), json.dumps(content, indent=2).encode())

@@ -12,6 +12,7 @@ from lvlmrec.errors import InputError
 from lvlmrec.video import Clip
 
 UNKNOWN_FPS = 24.0  # transformers' own assumption about a video without a duration
+FINEST_SECONDS = 0.1  # to which prompts name a time
 _NOT_MEDIA = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "video_metadata")
 
 
@@ -102,14 +103,30 @@ def _at_least(frames_FHWC: np.ndarray, num_frames: int) -> np.ndarray:
 
 
 def _metadata(clip: Clip, num_frames: int) -> dict[str, Any]:
-    """Transformers' VideoMetadata of a clip that is already sampled; timestamps are made from it."""
-    indices = clip.frame_indices.tolist()
+    """Transformers' VideoMetadata of a clip that is already sampled; processors name the times index / fps.
+
+    Of a video of variable frame rate those are not its frames' times. Its clip is described as of one frame a second,
+    with the seconds in place of the indices.
+    """
+    fps = clip.num_source_frames / clip.duration if clip.duration > 0 else UNKNOWN_FPS
+    total: float = clip.num_source_frames
+    places = clip.frame_indices.tolist()
+    if not _is_constant(clip, fps):
+        total, fps, places = clip.duration, 1.0, clip.timestamps.tolist()
     height, width = clip.frames.shape[1:3]
     return {
-        "total_num_frames": clip.num_source_frames,
-        "fps": clip.num_source_frames / clip.duration if clip.duration > 0 else UNKNOWN_FPS,
+        "total_num_frames": total,
+        "fps": fps,
         "duration": clip.duration,
         "height": height,
         "width": width,
-        "frames_indices": indices + indices[-1:] * (num_frames - len(indices)),
+        "frames_indices": places + places[-1:] * (num_frames - len(places)),
     }
+
+
+def _is_constant(clip: Clip, fps: float) -> bool:
+    """Whether each frame stands where the mean rate puts it, within a frame and within what a prompt tells apart.
+
+    Containers round timestamps, and the last frame's duration, of which the rate is made, is often another.
+    """
+    return bool(np.abs(clip.timestamps - clip.frame_indices / fps).max() <= min(1 / fps, FINEST_SECONDS))

@@ -1,4 +1,7 @@
-"""Qwen2.5-VL (https://arxiv.org/abs/2502.13923): window attention in the tower, time in seconds in the positions."""
+"""Qwen2.5-VL (https://arxiv.org/abs/2502.13923): window attention in the tower, time in seconds in the positions.
+
+They take one number of seconds between frames for a whole video: of one of variable frame rate, the mean.
+"""
 
 from __future__ import annotations
 
