@@ -87,7 +87,7 @@ class TrainConfig:
     features: Any = option("${workspace}/features", "feature set, or a store that holds exactly one; or a list of them")
     feature_columns: list[str] = option([], "patterns of columns, as describe/llm.*/visual_mean; none: see README")
     max_missing_features: float = option(
-        compact.MAX_MISSING, "share of the items that may have no features, from 0 to 1", minimum=0
+        compact.MAX_MISSING, "share of the items that may have no features", minimum=0, maximum=1
     )
     feature_scaling: str = option(
         "standardize", "per dimension over the training items, or none", choices=("standardize", "none")
@@ -261,8 +261,6 @@ def load_features(
         return None
     if storage.is_remote(config.cache):
         raise InputError(f"cache {config.cache!r}: features are memory-mapped, so it is a local folder; set cache")
-    if config.max_missing_features > 1:
-        raise ConfigError(f"max_missing_features: {config.max_missing_features:g} is above 1; 5 % is 0.05")
     feature_sets = [store.read(uri) for uri in feature_uris(config)]
     for feature_set in feature_sets:
         compact.check_counted(feature_set, dataset_ids)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lvlmrec import experiment
 from lvlmrec.checkpoint import load_checkpoint
-from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.errors import InputError
 from lvlmrec.features import compact as compact_module
 from lvlmrec.features import moments
 from lvlmrec.features.compact import FeatureArray
@@ -158,14 +158,6 @@ def test_what_may_be_missing_is_no_part_of_a_runs_name(world: Path, tmp_path: Pa
         for more in ({}, {"max_missing_features": 0.0}, {"max_missing_features": 0.5})
     }
     assert len(keys) == 1
-
-
-def test_a_share_above_one_is_a_percentage_by_mistake(world: Path, tmp_path: Path) -> None:
-    config = train_config(world, tmp_path, model__item_encoder__name="dff", max_missing_features=5)
-    with pytest.raises(ConfigError, match=r"max_missing_features: 5 is above 1; 5 % is 0\.05"):
-        experiment.prepare(config)
-    with pytest.raises(ConfigError, match=r"max_missing_features: -0\.1 is below 0"):
-        train_config(world, tmp_path, max_missing_features=-0.1)
 
 
 @pytest.mark.parametrize("more", [{}, {"feature_control": "covariance"}, {"feature_pca": 2}])
