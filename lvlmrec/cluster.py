@@ -116,10 +116,20 @@ def node() -> str:
 
 def require_gpus(key: str, gpus: float) -> None:
     """Raises `ConfigError` when this Ray has no node with a GPU and will start none: it would wait without end."""
-    if not gpus or ray._private.state.state.get_max_resources_from_cluster_config() is not None:
+    if not gpus or _grows():
         return
     if not any(node["Alive"] and node["Resources"].get("GPU", 0) >= gpus for node in ray.nodes()):
         raise ConfigError(f"{key}: {gpus:g}: no node of this Ray has a GPU; set 0 to run on CPUs, or join one that has")
+
+
+def memory() -> int | None:
+    """Bytes that the nodes of this Ray offer; None where it starts nodes by itself."""
+    return None if _grows() else int(sum(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]))
+
+
+def _grows() -> bool:
+    """Whether this Ray starts nodes by itself."""
+    return ray._private.state.state.get_max_resources_from_cluster_config() is not None
 
 
 def _in_worker() -> bool:

@@ -73,4 +73,4 @@ def of_a_run(experiment: Experiment) -> list[str]:
         except Told as told:
             found.append(str(told))
     evaluating.run = lambda config: {"device": "cuda" if torch.cuda.is_available() else "cpu"}
-    return [*found, study.evaluate(experiment.config, "/nowhere/x", [], 1)["device"]]
+    return [*found, study.evaluate(experiment.config, "/nowhere/x", [], 1, 1)["device"]]

@@ -8,21 +8,18 @@ from pathlib import Path
 import pytest
 import ray
 
-from lvlmrec import cluster, experiment, grid, tuning
+from lvlmrec import cluster, experiment
 from lvlmrec.config import load
 from lvlmrec.errors import ConfigError
 from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.pipeline import ExtractConfig
 from lvlmrec.grid import StudyConfig
-from lvlmrec.tracking import Run
 from lvlmrec.tuning import TuneConfig
 from tests import gpu_probes
 
-NOBODY = Run("sqlite://", "none")
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def ray_with_a_gpu() -> Iterator[None]:
     """Ray counts a GPU, and does not hide it from processes that get none."""
     options = {"num_cpus": 2, "num_gpus": 1, "include_dashboard": False, "log_to_driver": False}
@@ -51,7 +48,7 @@ class TestDevices:
     def test_runs_of_studies_and_trials_of_searches(
         self, gpus: float, device: str, world: Path, tmp_path: Path
     ) -> None:
-        arguments = [f"workspace={tmp_path}", f"dataset.path={world}/interactions.csv", "model.item_encoder.name=id"]
+        arguments = [f"workspace={tmp_path}", f"dataset.path={world}/interactions", "model.item_encoder.name=id"]
         prepared = experiment.prepare(load(TrainConfig, [], arguments))
         assert ray.get(ray.remote(num_gpus=gpus)(gpu_probes.of_a_run).remote(prepared)) == [device] * 3
 
@@ -71,9 +68,9 @@ def test_more_than_one_gpu_for_a_process_is_refused(gpus: float) -> None:
     with pytest.raises(ConfigError, match=rf"^pool\.gpus{refused}"):
         pipeline.plan(load(ExtractConfig, [], [f"pool.gpus_per_actor={gpus}"]))
     with pytest.raises(ConfigError, match=rf"^study\.gpus{refused}"):
-        grid.make_plan(load(StudyConfig, [], [f"study.gpus_per_run={gpus}"]))
+        load(StudyConfig, [], [f"study.gpus_per_run={gpus}"])
     with pytest.raises(ConfigError, match=rf"^search\.gpus{refused}"):
-        tuning.run(load(TuneConfig, [], [f"search.gpus_per_trial={gpus}"]), None, NOBODY)  # type: ignore[arg-type]
+        load(TuneConfig, [], [f"search.gpus_per_trial={gpus}"])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +79,7 @@ def test_more_than_one_gpu_for_a_process_is_refused(gpus: float) -> None:
         ("cuda", 0, "with pool.gpus_per_actor=0, actors without a GPU: set pool.gpus_per_actor=1, or lvlm.device=auto"),
         ("cuda:0", 0, "with pool.gpus_per_actor=0, actors without a GPU"),
         ("cuda:1", 1, "an actor sees the GPU that Ray gave it alone; set lvlm.device=auto"),
-        ("gpu", 0.5, "an actor sees the GPU that Ray gave it alone"),
+        ("cuda:3", 0.5, "an actor sees the GPU that Ray gave it alone"),
     ],
 )
 def test_a_device_that_actors_would_not_have_is_refused(device: str, gpus: float, told: str) -> None:

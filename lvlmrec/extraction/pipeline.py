@@ -8,22 +8,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from ray.exceptions import RayActorError
 from ray.runtime_env import RuntimeEnv
 
 from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE
 from lvlmrec.errors import ConfigError, JobFailed
-from lvlmrec.extraction import estimate, inspection, stages
+from lvlmrec.extraction import estimate, inspection, memory, stages
 from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import Attempts, SharedAttempts, Streak
 from lvlmrec.extraction.manifest import columns_for, describe, read_manifest, source_of, texts_from
+from lvlmrec.extraction.memory import Reserved
 from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.settings import ExtractConfig, PoolConfig
 from lvlmrec.features import lease, store
@@ -38,10 +40,6 @@ if TYPE_CHECKING:
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
 # On 2 CPUs it must find room beside one decoder, one actor, and the dealing out of the manifest: 1 CPU, says Ray.
 WRITE_CPUS = 0.05
-# Bytes of a worker that decodes or writes. Without a figure Ray Data asks for what outputs needed on average so far,
-# another number for each task, and for each number Ray keeps a class of scheduling for ever.
-WORKER_MEMORY = 400 << 20
-CALLS_AT_ONCE = 3  # of an actor: one in the model, one being prepared, one fetched
 
 
 @dataclass(frozen=True)
@@ -110,11 +108,11 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
         return _result(plan, nothing, 0.0, index) | Attempts().report() | {"estimate": _estimate(plan, todo)}
     with lease.hold(uri) as held:
         todo = missing(plan, store.pending_index(uri), sources)
-        with _ray(plan, todo):
+        with _ray(plan, todo) as reserved:
             told = _estimate(plan, todo)
             started = time.perf_counter()
             tally = Tally(len(todo), _workers(config.pool), log)
-            went_on = _extract(plan, todo, tally, held)
+            went_on = _extract(plan, todo, tally, held, reserved)
             seconds = time.perf_counter() - started
         held.check()
         index = store.commit(uri, held.number)
@@ -154,21 +152,25 @@ def _sources(plan: Plan) -> dict[str, str]:
 
 
 @contextmanager
-def _ray(plan: Plan, todo: pa.Table) -> Iterator[None]:
-    """Ray, where there is work for it. Raises `ConfigError` when it has not what the actors need."""
-    with cluster.joined() if len(todo) else nullcontext():
-        if len(todo):
-            cluster.require_gpus("pool.gpus_per_actor", plan.config.pool.gpus_per_actor)
-        yield
+def _ray(plan: Plan, todo: pa.Table) -> Iterator[Reserved | None]:
+    """Ray, where there is work for it, and the memory to ask it for.
 
-
-def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease) -> dict[str, int]:
-    """Run the pipeline over `todo` to its end; what went on in its processes. Raises `JobFailed`."""
+    Raises `ConfigError` when it has not what the processes need.
+    """
     if not len(todo):
+        yield None
+        return
+    with cluster.joined():
+        cluster.require_gpus("pool.gpus_per_actor", plan.config.pool.gpus_per_actor)
+        yield memory.reserve(plan.config, plan.recipe)
+
+
+def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease, reserved: Reserved | None) -> dict[str, int]:
+    """Run the pipeline over `todo` to its end; what went on in its processes. Raises `JobFailed`."""
+    if reserved is None:
         return Attempts().report()
     streak, attempts = Streak(plan.config.max_rejected_in_a_row), SharedAttempts()
-    dataset = _dataset(plan, todo, held.number, attempts)
-    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    blocks = _blocks(_dataset(plan, todo, held.number, attempts, reserved))
     for block in blocks:
         _check_written(block)
         if reason := _device_failure(block):
@@ -185,6 +187,16 @@ def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease) -> dict[str,
         _forget(plan, todo, {*by_model}, held)
         raise JobFailed(f"every video was rejected by the model: {[*by_model.values()][-1]}")
     return _tell(plan.config.lvlm, attempts.report())
+
+
+def _blocks(dataset: Dataset) -> Iterator[pa.Table]:
+    """Run the pipeline. Raises `JobFailed` when no process can load the model."""
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    except RayActorError as error:
+        if "creation task" not in str(error):
+            raise
+        raise JobFailed(f"the model cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _tell(lvlm: LVLMConfig, report: dict[str, int]) -> dict[str, int]:
@@ -304,7 +316,7 @@ def _set_up_ray_data() -> None:
     bounds.bound(context)
 
 
-def _dataset(plan: Plan, todo: pa.Table, generation: int, attempts: SharedAttempts) -> Dataset:
+def _dataset(plan: Plan, todo: pa.Table, generation: int, attempts: SharedAttempts, reserved: Reserved) -> Dataset:
     """The pipeline, not yet running."""
     # Slow to import; a run that finds nothing to do goes without.
     from ray.data import ActorPoolStrategy, TaskPoolStrategy, from_arrow
@@ -319,7 +331,7 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int, attempts: SharedAttemp
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=pool.cpus_per_decode,
-        memory=WORKER_MEMORY,
+        memory=reserved.decode,
         compute=TaskPoolStrategy(size=pool.decode_tasks),
     )
     features = clips.map_batches(
@@ -333,10 +345,11 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int, attempts: SharedAttemp
         batch_size=config.lvlm.batch_size * stages.BATCHES_AT_ONCE,
         batch_format="pyarrow",
         **_actor_resources(config),
+        memory=reserved.actor,
         compute=ActorPoolStrategy(
             min_size=pool.min_actors,
             max_size=pool.max_actors,
-            max_concurrent_calls_per_actor=CALLS_AT_ONCE,
+            max_concurrent_calls_per_actor=memory.CALLS_AT_ONCE,
             enable_true_multi_threading=True,
         ),
     )
@@ -346,5 +359,5 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int, attempts: SharedAttemp
         batch_size=pool.videos_per_part,
         batch_format="pyarrow",
         num_cpus=WRITE_CPUS,
-        memory=WORKER_MEMORY,
+        memory=reserved.write,
     )

@@ -101,6 +101,8 @@ class Sick:
         return self.family.inspect(config)
 
     def load(self, config: Any, recipe: Any) -> Any:
+        if os.environ.get("LVLMREC_TEST_BROKEN") == "load":
+            raise torch.OutOfMemoryError(CUDA_MEMORY)
         model = self.family.load(config, recipe)
         extract, prepare, titles = model._extract_batch, model.prepare, {}
 

@@ -66,3 +66,17 @@ def test_a_sick_process_beside_a_healthy_one_stops_the_run(tmp_path: Path, model
     with pytest.raises(JobFailed, match=r"40 items one after .* model/RuntimeError on process \d+ on node [\d.]+, the"):
         run(plan)
     assert not store.pending_index(plan.feature_set).empty  # the healthy one's
+
+
+@pytest.mark.parametrize(
+    ("estimate", "told"),
+    [
+        ("estimate.only=true", r"^timing 8 videos before the run \(.*\): OutOfMemoryError: CUDA out of memory"),
+        ("estimate.videos=0", r"^the model cannot be loaded: torch.OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_one_line(tmp_path: Path, model: Path, estimate: str, told: str) -> None:
+    write_items(tmp_path / "items.csv", {f"item{k}": f"number {k}" for k in range(20)})
+    plan = plan_of(tmp_path, model, "lvlm.environment={env_vars: {LVLMREC_TEST_BROKEN: load}}", estimate)
+    with pytest.raises(JobFailed, match=told):
+        run(plan)
