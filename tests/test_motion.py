@@ -223,7 +223,7 @@ FAULTY = {
     "missing": (lambda folder: folder / "v.mp4", "open", "not_found"),
     "text": (lambda folder: text(folder / "v.mp4"), "open", "not_a_video"),
     "sound only": (lambda folder: sound(folder / "v.flac"), "probe", "no_video_stream"),
-    "truncated": (lambda folder: truncated(folder / "v.mp4"), "decode", "decode_failed"),
+    "truncated": (lambda folder: truncated(folder / "v.mp4"), "demux", "truncated"),
     "too large": (
         lambda folder: write_video(folder / "v.mkv", codec="ffv1", size=(8400, 16), num_frames=6),
         "encode",
