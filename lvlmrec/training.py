@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from lvlmrec import checkpoint, cluster, storage
 from lvlmrec.divergence import Diverged
-from lvlmrec.errors import JobFailed
+from lvlmrec.errors import JobFailed, writing
 from lvlmrec.experiment import Experiment, TrainingConfig, load_features
 from lvlmrec.features import pca
 from lvlmrec.features.compact import FeatureArray
@@ -46,8 +46,8 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
         print(f"train: {experiment.checkpoint} is finished; nothing to do", file=sys.stderr)
         tracking.log_chosen(done["validation"], done["best_epoch"])
         return done | {"checkpoint": experiment.checkpoint, "reused": True}
-    for folder in ("checkpoints", "runs"):
-        storage.check_writable(storage.join(storage.absolute(experiment.config.workspace), folder))
+    for folder in (experiment.checkpoint.rpartition("/")[0], _runs(experiment)):
+        storage.check_writable(folder)
     with cluster.joined():
         cluster.require_gpus("training.use_gpu", float(experiment.config.training.use_gpu))
         trained = _fit(experiment, tracking)
@@ -82,7 +82,7 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
         scaling_config=ScalingConfig(num_workers=_num_workers(settings), use_gpu=settings.use_gpu),
         run_config=RunConfig(  # type: ignore[call-arg]  # the checker sees the older class of this name
             name=experiment.key,  # the same run started again goes on from its last checkpoint
-            storage_path=storage.join(storage.absolute(experiment.config.workspace), "runs"),
+            storage_path=_runs(experiment),
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -95,6 +95,11 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
     if diverged := cast(TrainResult, result).return_value:
         raise JobFailed(f"training {experiment.key}: {diverged}")
     return cast(RayCheckpoint, result.checkpoint)
+
+
+def _runs(experiment: Experiment) -> str:
+    """Where Ray Train keeps the checkpoints of runs that are not finished."""
+    return storage.join(storage.absolute(experiment.config.workspace), "runs")
 
 
 def _reason(error: Exception) -> str:
@@ -139,7 +144,7 @@ def _worker(config: dict[str, Any]) -> str:
         finished = state.progress.finished(settings.epochs, settings.patience)
         # Every worker must report as often as the others, so the first one's clock decides for all.
         if broadcast_from_rank_zero(finished or time.monotonic() - last_saved >= CHECKPOINT_SECONDS):
-            with tempfile.TemporaryDirectory() as folder:
+            with writing(_runs(experiment)), tempfile.TemporaryDirectory() as folder:
                 if leads:
                     state.save(Path(folder))
                 ray.train.report(metrics, checkpoint=RayCheckpoint.from_directory(folder) if leads else None)
