@@ -15,8 +15,10 @@ import dataclasses
 import difflib
 import math
 import operator
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -37,6 +39,25 @@ BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {  # of `option`: 
 }
 UNSET = (None, "")  # given on the command line: key=null, key=
 MAX_SEED = 2**32 - 1  # the largest that NumPy's older generators take
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, but words that version 1.1 takes for dates, octal numbers, minutes or truth stay texts: 010, 12:30, yes."""
+
+
+_KINDS = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] not in (*_KINDS, "timestamp")]
+    for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern in _KINDS.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list("tTfF-+.0123456789")
+    )
 
 
 def option(
@@ -80,18 +101,35 @@ def load(schema: type[T], layers: Sequence[str | Path | Mapping[str, Any]], over
 
     Raises `ConfigError` naming the key, the value and the choices.
     """
-    raw = OmegaConf.create({})
-    for layer in layers:
-        raw = typing.cast(DictConfig, OmegaConf.merge(raw, _read_layer(layer)))
-    for override in overrides:
-        key, text = _split_override(override)
-        OmegaConf.update(raw, key, _parse_value(text), merge=False, force_add=True)
-    given = typing.cast(dict[str, Any], OmegaConf.to_container(raw))
+    given = _given(layers, overrides)
     shape = _shape(schema, given, "")
+    for override in overrides:
+        _keep_text(shape, given, *_split_override(override))
     _check_keys(shape, given, "", shape)
     resolved = _merge(shape, _emptied(shape, given))
     _check_values(resolved, "")
     return typing.cast(T, resolved)
+
+
+def _given(layers: Sequence[str | Path | Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
+    """All layers and overrides as one tree, the later over the earlier."""
+    raw = OmegaConf.create({})
+    for layer in layers:
+        with _named(f"layer {str(layer)!r}"):
+            raw = typing.cast(DictConfig, OmegaConf.merge(raw, _read_layer(layer)))
+    for override in overrides:
+        key, text = _split_override(override)
+        with _named(f"argument {override!r}"):
+            OmegaConf.update(raw, key, _parse_value(text), merge=False, force_add=True)
+    return typing.cast(dict[str, Any], OmegaConf.to_container(raw))
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{what}: {_one_line(error)}") from error
 
 
 def from_arguments(schema: type[T], arguments: Sequence[str], default_layer: str | Path) -> T:
@@ -151,8 +189,8 @@ def _read_layer(layer: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         choices = ", ".join(sorted(str(p.relative_to(CONF)) for p in CONF.rglob("*.yaml")))
         raise ConfigError(f"layer {str(layer)!r}: no such file; layers of the project: {choices}")
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"layer {str(layer)!r}: not readable as YAML: {_one_line(error)}") from error
     if content is None:
         return {}
@@ -169,14 +207,29 @@ def _split_override(override: str) -> tuple[str, str]:
 
 
 def _parse_value(text: str) -> Any:
-    """YAML, but a text that only looks like a mapping (`Describe: the video`) stays a text."""
+    """YAML, but a text that only looks like a mapping (`Describe: the video`) or a comment (`my #1`) stays a text."""
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = yaml.load(text, _Loader) if text else ""
     except yaml.YAMLError:
         return text
-    if isinstance(value, dict) and not text.lstrip().startswith("{"):
+    if isinstance(value, str) and text[:1] not in "'\"":
+        return text
+    is_field = isinstance(value, dict) and value and all(part is None for part in value.values())  # {title}
+    if is_field or (isinstance(value, dict) and not text.lstrip().startswith("{")):
         return text
     return value
+
+
+def _keep_text(part: Any, given: Any, key: str, text: str) -> None:
+    """Where `key` is one of texts, what looks like a number in it is the text that was written: `1.10`, `TRUE`."""
+    name, _, rest = key.partition(".")
+    kinds = {field.name: field.type for field in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else {}
+    if name not in kinds or not isinstance(given, dict):
+        return
+    if rest:
+        _keep_text(getattr(part, name), given.get(name), rest, text)
+    elif kinds[name] in (str, "str") and isinstance(given.get(name), int | float):
+        given[name] = text
 
 
 def _shape(schema: type, given: Any, prefix: str) -> Any:

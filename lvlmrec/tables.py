@@ -130,6 +130,8 @@ def texts(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
     column = plain(column)
     if is_text(column.type) or pa.types.is_integer(column.type):
         return strings(column, name, label).fill_null("")
+    if pa.types.is_nested(column.type):
+        raise InputError(f"{label}: column {name} holds {column.type}; expected texts or numbers")
     series = pd.Series(column.to_pandas())
     return pa.chunked_array([pa.array(series.astype("str").where(series.notna(), ""), pa.large_string())])
 

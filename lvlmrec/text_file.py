@@ -70,6 +70,7 @@ def csv_rows(text: str, delimiter: str = ",") -> Iterator[tuple[int, int, list[s
     A field that begins with a quote may hold delimiters, line ends and doubled quotes (RFC 4180). Its quote is broken
     if text follows where it closes, or it closes nowhere. A quote inside another field is a character.
     """
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # Python's own limit is 128 kB for a cell
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         before = reader.line_num

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,10 @@ def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]
         # a playlist or a name with a colon in it must not reach the network
         options = {"protocol_whitelist": "file"}
         container = av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="replace")
+        if container.format.name == "image2":  # a picture's name with % or ? was taken for the pattern of many names
+            container.close()
+            picture = io.BytesIO(Path(path).read_bytes())
+            container = av.open(picture, mode="r", metadata_errors="replace")
     with container:
         stream = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:

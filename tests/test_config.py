@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -5,6 +6,8 @@ import pytest
 
 from lvlmrec.config import changed, describe, flatten, from_arguments, load, option, to_dict, variant
 from lvlmrec.errors import ConfigError
+from lvlmrec.experiment import TrainConfig
+from lvlmrec.extraction.settings import ExtractConfig
 
 
 @dataclass(frozen=True)
@@ -134,3 +137,36 @@ def test_help_shows_every_key_with_default_and_choices() -> None:
         assert key.split(".")[0] in text
     assert "dtype='float16'  stored dtype (float16, float32)" in text
     assert "backbone.name" in text and "attention, recurrent" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["/data/my #1 folder", "0755", "12:30", "2026-12-01", "no", "yes", "a: b", "{title}", "1_a", "0123456"]
+)
+def test_a_text_on_the_command_line_is_taken_as_it_is(text: str) -> None:
+    config = load(ExtractConfig, [], [f"input={text}", f"recipe.prompts.p.text={text}"])
+    assert (config.input, config.recipe.prompts["p"].text) == (text, text)
+
+
+@pytest.mark.parametrize("text", ["1.10", "1_000", "TRUE", "7", ".5"])
+def test_a_text_that_looks_like_a_number_keeps_its_letters(text: str) -> None:
+    config = load(ExtractConfig, [], [f"input={text}", f"lvlm.revision={text}"])
+    assert (config.input, config.lvlm.revision) == (text, text)
+
+
+def test_numbers_and_words_of_a_layer_are_those_that_are_written(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("workspace: 2024-01-01\ntraining: {epochs: 010, lr: 1e-3, use_gpu: yes}\n")
+    config = load(TrainConfig, [tmp_path / "a.yaml"])
+    training = config.training
+    assert (config.workspace, training.epochs, training.lr, training.use_gpu) == ("2024-01-01", 10, 1e-3, True)
+
+
+@pytest.mark.parametrize("argument", ["workspace=${", "workspace=${nothing"])
+def test_a_broken_reference_is_one_line(argument: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(argument)):
+        load(TrainConfig, [], [argument])
+
+
+def test_a_layer_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").mkdir()
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load(Config, [tmp_path / "a.yaml"])

@@ -140,3 +140,12 @@ def test_a_kind_of_side_data_is_never_an_error(kind: int) -> None:
     assert Type(6) is Type.DISPLAYMATRIX
     with pytest.raises(ValueError, match="no kind"):
         Type("no kind")
+
+
+@pytest.mark.parametrize("name", ["what?.jpg", "x*.png", "{a,b}.webp", "a%d.jpg", "100%d off.jpg", "seq%03d.jpg"])
+def test_a_pictures_name_is_no_pattern_of_other_names(tmp_path: Path, name: str) -> None:
+    for other in ("seq001.jpg", "seq002.jpg", "xy.png", "a.webp"):
+        Image.new("RGB", (48, 32), (0, 0, 250)).save(tmp_path / other)
+    Image.new("RGB", (48, 32), (200, 10, 10)).save(tmp_path / name)
+    (frame,) = sample_clip(tmp_path / name, 1, 64).frames
+    assert abs(frame[16, 24].astype(int) - (200, 10, 10)).max() < 8

@@ -372,3 +372,16 @@ def test_a_text_file_of_ids(tmp_path: Path) -> None:
     assert imported.read_item_ids(str(path), 2) == ["a", "b\u2028c"]
     path.write_bytes("a\nb\n".encode("utf-16"))
     refuses(id_list, path, "UTF-16", 2)
+
+
+@pytest.mark.parametrize("value", [{"bytes": b"x", "path": "x.mp4"}, ["x.mp4"]], ids=["struct", "list"])
+def test_texts_of_several_parts_are_refused(tmp_path: Path, value: object) -> None:
+    pq.write_table(pa.table({"item_id": ["a"], "uri": pa.array([value])}), tmp_path / "m.parquet")
+    with pytest.raises(InputError, match=r"column uri holds (struct|list)"):
+        read_manifest(str(tmp_path / "m.parquet"))
+
+
+def test_a_long_cell_is_a_cell_beside_loose_quotes(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(f'item_id,uri,title\n1,a.mp4,"{"x" * 200_000}"\n2,b.mp4,y "z" w\n')
+    found, report = read_manifest(str(tmp_path / "m.csv"), ("uri", "title"))
+    assert [len(title) for title in found["title"].to_pylist()] == [200_000, 7] and not report

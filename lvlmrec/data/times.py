@@ -15,7 +15,7 @@ from lvlmrec.errors import InputError
 
 EARLIEST, LATEST = 631_152_000, 4_102_444_800  # 1990 and 2100, in seconds since 1970
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
-DATES_SHARE = 0.99  # of positive times, for a column to be one of dates
+DATES_SHARE = 0.9  # of positive times, for a column to be one of dates
 
 
 def read(column: pa.ChunkedArray, name: str, label: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
@@ -44,7 +44,7 @@ def read(column: pa.ChunkedArray, name: str, label: str) -> tuple[NDArray[Any], 
 def check_units(times: NDArray[Any], name: str, label: str) -> None:
     """Raises `InputError` when numbers are dates, some of them in one unit and some in another.
 
-    They are dates where 99 % of those above 0 are one from 1990 to 2100 in seconds, milli-, micro- or nanoseconds.
+    They are dates where 90 % of those above 0 are one from 1990 to 2100 in seconds, milli-, micro- or nanoseconds.
     These four ranges are far from each other, so ranks, counts and amounts fall between them too, and are no dates.
     """
     if not len(times) or times.max() < 1000 * EARLIEST:
@@ -89,6 +89,8 @@ def _of_texts(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.bool_]]
         return dates.astype("int64").to_numpy(), valid
     # parsed again without the unreadable ones, which would force nanoseconds into float64
     times = pd.to_numeric(series[valid]).to_numpy()
+    if times.dtype == object:  # numbers of more than 64 bits, or of both signs and 64
+        times = times.astype(np.float64)
     filled = np.zeros(len(series), dtype=times.dtype)
     filled[valid] = times
     return filled, valid & np.isfinite(filled.astype(np.float64))

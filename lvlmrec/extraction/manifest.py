@@ -24,11 +24,13 @@ SUFFIXES = {
     "images": "jpg jpeg png webp heic heif avif bmp tif tiff svg ico dng cr2 cr3 nef arw psd thm",
     "sound": "mp3 m4a m4b aac wav flac oga opus weba wma aif aiff amr mka mid midi",
     "texts": "txt md rst log json json5 yaml yml xml html htm url webloc description nfo pdf doc docx rtf "
-    "srt vtt ass ssa lrc ttml srv1 srv2 srv3 aae xmp",
+    "srt vtt ass ssa lrc ttml srv1 srv2 srv3 sub idx mks aae xmp "
+    "bim eaf prproj ppt pptx m3u m3u8 pls md5 sha1 sha256 sfv torrent",
     "tables": "csv tsv parquet jsonl ndjson xls xlsx ods feather arrow npy npz h5 hdf5 db sqlite pt pth pkl",
     "archives": "zip tar gz tgz bz2 xz 7z rar zst dmg",
-    "unfinished_downloads": "part partial ytdl crdownload download opdownload aria2 tmp temp !ut !qb",
-    "system_files": "ini lnk lock crc",
+    "unfinished_downloads": "part partial ytdl crdownload download opdownload aria2 tmp temp !ut !qb crswap",
+    "previews": "lrf lrv",  # that cameras write beside a video
+    "system_files": "ini lnk lock crc bak ifo bup",
 }
 KIND_OF = {f".{suffix}": kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes.split()}
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}

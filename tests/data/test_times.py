@@ -152,3 +152,13 @@ def test_nanoseconds_of_ninerec(tmp_path: Path) -> None:
     (tmp_path / "X_pair.csv").write_text(rows)
     found = load(DatasetConfig(name="ninerec", path=str(tmp_path))).interactions
     assert items(found) == ["v1", "v2", "v0"]
+
+
+def test_a_mixture_is_seen_beside_a_few_other_numbers(tmp_path: Path) -> None:
+    times = [(SECOND + n) * 1000 for n in range(10)] + [SECOND + n for n in range(88)] + [1, 1]
+    with pytest.raises(InputError, match="mixes dates in seconds"):
+        of_parquet(tmp_path, pa.array(times))
+
+
+def test_numbers_of_both_signs_and_of_64_bits_are_ordered(tmp_path: Path) -> None:
+    assert items(of_csv(tmp_path, [18446744073709551615, -1, 3])) == ["i1", "i2", "i0"]

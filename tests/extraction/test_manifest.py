@@ -120,6 +120,13 @@ def test_a_folder_as_people_have_it(tmp_path: Path, name: str) -> None:
     assert report == total | {f"not_videos_{kind}": count for kind, count in others.items()}
 
 
+@pytest.mark.parametrize("beside", ["LRF", "LRV", "md5", "torrent", "m3u8", "bak", "prproj", "idx", "mks", "ifo"])
+def test_what_stands_beside_a_video_is_no_second_one(tmp_path: Path, beside: str) -> None:
+    touch(tmp_path, "a.MP4", f"a.{beside}")
+    table, report = read_manifest(str(tmp_path))
+    assert table["uri"].to_pylist() == [f"{tmp_path}/a.MP4"] and report["not_videos"] == 1
+
+
 def test_a_prefix_as_people_have_it(bucket: str) -> None:
     for name in FOLDERS["of a Mac"][0] + FOLDERS["of downloads"][0]:
         storage.write_bytes(f"{bucket}/.all/v/{name}", b"x")  # what is hidden above the prefix does not count
