@@ -181,9 +181,14 @@ def create_bytes(uri: str, data: bytes) -> bool:
 
 def check_writable(folder: str) -> None:
     """Raises `StorageRefused` or `StorageError` when nothing can be written there, before anybody works for hours."""
-    probe = join(absolute(folder), f".probe-{uuid.uuid4().hex}")
+    folder = absolute(folder)
+    was_there = exists(folder)
+    probe = join(folder, f".probe-{uuid.uuid4().hex}")
     write_bytes(probe, b"")
     remove(probe)
+    if not was_there and not is_remote(folder):
+        with suppress(OSError):  # another process writes there by now
+            Path(folder).rmdir()
 
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:

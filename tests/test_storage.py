@@ -154,3 +154,10 @@ def test_absolute_keeps_remote_uris() -> None:
     assert storage.absolute("s3://bucket/key/") == "s3://bucket/key"
     assert storage.absolute("file:///a/b") == "/a/b"
     assert Path(storage.absolute("relative")).is_absolute()
+
+
+def test_a_folder_that_can_be_written_is_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("there", "missing"):
+        storage.check_writable(str(tmp_path / name))
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
