@@ -34,7 +34,12 @@ def run(job: str, *arguments: str) -> dict[str, Any]:
 
 def main() -> int:
     started = time.perf_counter()
-    workspace = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("workspace=")), "./workspace")
+    if unknown := [a for a in sys.argv[1:] if not a.startswith("workspace=")]:
+        is_help = {*unknown} <= {"-h", "--help"}
+        usage = "usage: python rayjobs/demo.py [workspace=./workspace]"
+        print(usage if is_help else f"demo: {unknown[0]!r}: it takes nothing else; {usage}", file=sys.stderr)
+        return 0 if is_help else 2
+    workspace = next((a.partition("=")[2] for a in sys.argv[1:]), "./workspace")
     place = f"workspace={workspace}"
     extracted = run("extract", place)
     trained, evaluated = {}, {}
@@ -61,15 +66,8 @@ def main() -> int:
     print(f"\nThe sample's LVLM is untrained: this shows the road, not its quality. {seconds:.0f} s.")
     print("All runs, in a browser:")
     print(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{workspace}/mlflow.db\n")
-    print(
-        json.dumps(
-            {
-                "job": "demo",
-                "feature_set": extracted["feature_set"],
-                "test": {k: v["test"] for k, v in evaluated.items()},
-            }
-        )
-    )
+    test = {encoder: result["test"] for encoder, result in evaluated.items()}
+    print(json.dumps({"job": "demo", "feature_set": extracted["feature_set"], "test": test}))
     return 0
 
 

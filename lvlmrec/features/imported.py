@@ -237,7 +237,13 @@ def _hash_of_file(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+_NPY = b"\x93NUMPY"
+
+
 def _open_npy(path: Path, tensor: str) -> Array:
+    with path.open("rb") as file:
+        if file.read(len(_NPY)) != _NPY:  # numpy would take it for a pickle, and advise to load that
+            raise InputError(f"file: {path.name}: not readable: its first bytes are not those of a .npy file")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if tensor:
         raise ConfigError(f"tensor: {tensor!r}: a .npy holds one array without a name")

@@ -250,3 +250,9 @@ def test_the_features_of_tiktok(real_data: Path, tmp_path: Path) -> None:
     assert torch.isfinite(scaled).all()
     np.testing.assert_allclose(scaled.double().mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(scaled.double().std(0, correction=0)[scaled.std(0) > 0], 1, atol=1e-3)
+
+
+def test_an_npy_that_is_none_says_so_and_advises_no_unpickling(tmp_path: Path) -> None:
+    (tmp_path / "bad.npy").write_bytes(b"not an array")
+    with pytest.raises(InputError, match=r"not readable: its first bytes are not those of a \.npy file$"):
+        imported.open_array(tmp_path / "bad.npy")

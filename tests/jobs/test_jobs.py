@@ -249,3 +249,11 @@ def test_bad_input_is_one_line_and_status_2(
     assert out == ""
     assert said in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith(f"{job}: ")
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("training.epochs=1", 2)])
+def test_the_demo_starts_nothing_when_asked_what_it_takes(tmp_path: Path, argument: str, status: int) -> None:
+    command = [sys.executable, str(ROOT / "rayjobs" / "demo.py"), argument]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert process.returncode == status and "usage: python rayjobs/demo.py" in process.stderr
+    assert not list(tmp_path.iterdir())
