@@ -27,9 +27,9 @@ def read(column: pa.ChunkedArray, name: str, label: str) -> tuple[NDArray[Any], 
     column = tables.plain(column)
     kind = column.type
     if tables.is_text(kind):
-        times, valid = _of_texts(pc.utf8_trim_whitespace(tables.strings(column, name, label)))
+        times, valid, are_dates = _of_texts(pc.utf8_trim_whitespace(tables.strings(column, name, label)))
     elif pa.types.is_null(kind):
-        times, valid = np.zeros(len(column)), np.zeros(len(column), dtype=bool)
+        times, valid, are_dates = np.zeros(len(column)), np.zeros(len(column), dtype=bool), False
     else:
         numbers = _numbers(column)
         if numbers is None:
@@ -37,7 +37,9 @@ def read(column: pa.ChunkedArray, name: str, label: str) -> tuple[NDArray[Any], 
         valid = numbers.is_valid().to_numpy(zero_copy_only=False)
         times = numbers.fill_null(0).to_numpy()
         valid &= np.isfinite(times)
-    check_units(times[valid], name, label)
+        are_dates = pa.types.is_temporal(kind)
+    if not are_dates:  # a date or a duration has a unit of its own
+        check_units(times[valid], name, label)
     return times, valid
 
 
@@ -80,17 +82,18 @@ def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     return column.cast(pa.int64()) if any(is_kind(kind) for is_kind in is_known) else None
 
 
-def _of_texts(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _of_texts(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.bool_], bool]:
+    """Sortable times [N], whether each could be read [N], and whether they are dates, not numbers."""
     series = pd.Series(column.to_pandas())
     numbers = pd.to_numeric(series, errors="coerce")
     dates = pd.to_datetime(series, errors="coerce", utc=True, format="ISO8601") if numbers.isna().all() else None
     valid = np.array(numbers.notna() if dates is None else dates.notna())
     if dates is not None:
-        return dates.astype("int64").to_numpy(), valid
+        return dates.astype("int64").to_numpy(), valid, True
     # parsed again without the unreadable ones, which would force nanoseconds into float64
     times = pd.to_numeric(series[valid]).to_numpy()
     if times.dtype == object:  # numbers of more than 64 bits, or of both signs and 64
         times = times.astype(np.float64)
     filled = np.zeros(len(series), dtype=times.dtype)
     filled[valid] = times
-    return filled, valid & np.isfinite(filled.astype(np.float64))
+    return filled, valid & np.isfinite(filled.astype(np.float64)), False

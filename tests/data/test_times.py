@@ -162,3 +162,17 @@ def test_a_mixture_is_seen_beside_a_few_other_numbers(tmp_path: Path) -> None:
 
 def test_numbers_of_both_signs_and_of_64_bits_are_ordered(tmp_path: Path) -> None:
     assert items(of_csv(tmp_path, [18446744073709551615, -1, 3])) == ["i1", "i2", "i0"]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pa.array([10**9, 1200 * 10**9, 3600 * 10**9], pa.duration("ns")),  # 1 s, 20 minutes, 1 hour
+        pa.array([10**9, 1200 * 10**9, 3600 * 10**9], pa.time64("ns")),
+        pa.array([3600 * 10**9, SECOND * 10**9, (SECOND + 1) * 10**9], pa.timestamp("ns")),  # 1970 beside 2020
+        pa.array(["1970-01-01 01:00:00", "2020-01-01 00:00:00", "2021-01-01 00:00:00"]),
+    ],
+    ids=["durations", "times of day", "dates", "texts"],
+)
+def test_times_with_a_unit_of_their_own_are_no_mixture(tmp_path: Path, times: pa.Array) -> None:
+    assert items(of_parquet(tmp_path, times)) == ["i0", "i1", "i2"]
