@@ -1,4 +1,4 @@
-"""Errors that a job ends with in one line: the user's to mend with exit status 2, of a run that failed with 1."""
+"""Errors that end a job with one line: exit status 2 for a wrong configuration or input, 1 for a run that failed."""
 
 from __future__ import annotations
 

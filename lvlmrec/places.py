@@ -5,27 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lvlmrec import storage
+from lvlmrec import storage, tracking_database
 from lvlmrec.errors import ConfigError
 
 WRITTEN = ("workspace", "store")
-SQLITE = "sqlite:///"
 
 
 def check(config: Any) -> None:
     """Raises `ConfigError` when what the job of this configuration writes could not be written, or would be lost."""
-    tracking_uri = config.tracking_uri
-    database = tracking_uri.removeprefix(SQLITE) if tracking_uri.startswith(SQLITE) else ""
-    if "://" in database:
+    database, _ = tracking_database.file_of(config.tracking_uri)
+    if "://" in config.tracking_uri.removeprefix(tracking_database.SQLITE) and database:
         raise ConfigError(
-            f"tracking_uri: {tracking_uri!r}: a database file lies on a disk, not in object storage; give "
-            f"tracking_uri=http://SERVER:5000 or {SQLITE}/FOLDER/mlflow.db"
+            f"tracking_uri: {config.tracking_uri!r}: a database file lies on a disk, not in object storage; give "
+            f"tracking_uri=http://SERVER:5000 or {tracking_database.SQLITE}/FOLDER/mlflow.db"
         )
     package = _package()
     if package is None:
         return
     given = {key: getattr(config, key) for key in WRITTEN if hasattr(config, key)}
-    places = given | ({"tracking_uri": database} if database else {})
+    places = given | ({"tracking_uri": str(database)} if database else {})
     lost = [key for key, place in places.items() if _is_inside(place, package)]
     if lost:
         named = ", ".join(f"{key}={getattr(config, key)!r}" for key in lost)

@@ -117,7 +117,7 @@ def read_csv(
     else:
         rows = _parse(data, head, label, choose, delimiter, quoted)
     if has_quotes:
-        rows = _without_line_ends(rows, ids)
+        rows = _without_quotes(_without_line_ends(rows, ids), ids)
     columns = {
         name: _ids(pc.utf8_trim_whitespace(rows.table[name]), name, label) if name in ids else rows.table[name]
         for name in rows.table.column_names
@@ -302,6 +302,18 @@ def _without_line_ends(rows: Rows, ids: Sequence[str]) -> Rows:
             row = pc.index(spoilt, True).as_py()
             example = example or f"row {row + 1} with {name} {table[name][row].as_py()[:80]!r}"
             table = table.filter(pc.invert(spoilt))
+    return Rows(table, malformed, example)
+
+
+def _without_quotes(rows: Rows, ids: Sequence[str]) -> Rows:
+    """Without rows whose id is still in quotes: a blank stands between the delimiter and them."""
+    table, malformed, example = rows.table, rows.malformed, rows.example
+    for name in ids:
+        spoilt = pc.match_substring_regex(table[name].fill_null(""), r'^\s*".*"\s*$')
+        if count := pc.sum(spoilt).as_py():
+            row = pc.index(spoilt, True).as_py()
+            example = example or f"row {row + 1} with {name} {table[name][row].as_py()[:80]!r}, blank before quote"
+            malformed, table = malformed + count, table.filter(pc.invert(spoilt))
     return Rows(table, malformed, example)
 
 

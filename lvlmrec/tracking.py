@@ -37,8 +37,6 @@ MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_NAME_LENGTH = 6000, 8000, 250
 # A server that does not answer must not hold up a run; MLflow itself asks it for minutes.
 LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 SECRETS = re.compile(r"(?<=://)([^/\s:@]*:)[^/\s@]+(?=@)|([?&](?:password|token|secret)=)[^&\s]+", re.IGNORECASE)
-SQLITE = "sqlite:///"
-OPTIONS = re.compile(r"\?\w+=[^/]*$")  # of a database's URI; any other question mark is the path's
 
 _ends_to_send: dict[Run, str] = {}  # runs that ended while the tracker did not answer, and how
 
@@ -155,7 +153,7 @@ def start(tracking_uri: str, workspace: str, name: str, tags: Mapping[str, str],
         run = Run(tracking_uri, f"unopened-{uuid.uuid4().hex}", workspace, in_tracker=False)
         run._keep("run", {"name": name, **labels}, error)
         return run
-    file = _database_file(tracking_uri)
+    file, _ = tracking_database.file_of(tracking_uri)
     try:
         with tracking_database.guarded(file) if file else nullcontext():
             open_()
@@ -248,7 +246,7 @@ def _experiment(client: mlflow.MlflowClient, tracking_uri: str, workspace: str) 
             if number > 1:
                 said = f"experiment {EXPERIMENT!r} in {masked(tracking_uri)} is deleted; runs are in {name!r}"
                 untracked.tell(tracking_uri, name, said)
-            file = _database_file(tracking_uri)
+            file, _ = tracking_database.file_of(tracking_uri)
             if file and file.is_relative_to(workspace):
                 tracking_database.move_artifacts(file, experiment.artifact_location, Path(workspace, "artifacts"))
             return str(experiment.experiment_id)
@@ -270,7 +268,7 @@ def artifacts(tracking_uri: str, workspace: str) -> str | None:
     """Where a database's artifacts lie: in the workspace, and beside a file where that is remote. A server knows."""
     if not _is_database(tracking_uri):
         return None
-    file = _database_file(tracking_uri)
+    file, _ = tracking_database.file_of(tracking_uri)
     if storage.is_remote(workspace):
         return (file.parent / "artifacts").absolute().as_uri() if file else storage.join(workspace, "artifacts")
     return Path(storage.absolute(workspace), "artifacts").as_uri()
@@ -292,13 +290,8 @@ def _remedy(file: Path | None) -> str:
 
 def _absolute(tracking_uri: str) -> str:
     """A database file by its absolute path: the workers of a run have other working directories."""
-    path, options = _database(tracking_uri)
-    return f"{SQLITE}{Path(path).absolute()}{options}" if path else tracking_uri
-
-
-def _database_file(tracking_uri: str) -> Path | None:
-    path, _ = _database(tracking_uri)
-    return Path(path) if path else None
+    file, options = tracking_database.file_of(tracking_uri)
+    return f"{tracking_database.SQLITE}{file.absolute()}{options}" if file else tracking_uri
 
 
 def _client(tracking_uri: str) -> mlflow.MlflowClient:
@@ -308,19 +301,8 @@ def _client(tracking_uri: str) -> mlflow.MlflowClient:
 
     for noisy in ("mlflow.store.db.utils", "mlflow.tracking"):  # they print the stack of what is said in one line here
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    file = _database_file(tracking_uri)
-    if file:
-        tracking_uri = tracking_database.uri_of(file) + _database(tracking_uri)[1]
-    return mlflow.MlflowClient(tracking_uri)
-
-
-def _database(tracking_uri: str) -> tuple[str, str]:
-    """The path and the options (`?timeout=60`) in the URI of an SQLite database; both empty for any other."""
-    if not tracking_uri.startswith(SQLITE):
-        return "", ""
-    rest = tracking_uri.removeprefix(SQLITE)
-    path = OPTIONS.sub("", rest)
-    return path, rest.removeprefix(path)
+    file, options = tracking_database.file_of(tracking_uri)
+    return mlflow.MlflowClient(tracking_database.uri_of(file) + options if file else tracking_uri)
 
 
 def _is_database(tracking_uri: str) -> bool:

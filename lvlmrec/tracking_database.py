@@ -7,6 +7,7 @@ that is killed on the way, leave a database that no process can open again.
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import sys
 import uuid
@@ -18,6 +19,8 @@ from urllib.parse import quote
 from lvlmrec import storage
 from lvlmrec.locks import locked
 
+SQLITE = "sqlite:///"
+OPTIONS = re.compile(r"\?\w+=[^/]*$")  # of a URI; any other question mark is the path's
 MLFLOW = {"alembic_version", "experiments"}  # one of these is there from the first migration on
 SEEDED = {"alembic_version", "experiments", "workspaces"}  # tables in which MLflow itself writes rows
 MOVING = "_alembic_tmp_"  # prefix of a table that a migration is rewriting
@@ -63,13 +66,20 @@ def _make(file: Path, replace: bool) -> None:
     making.unlink(missing_ok=True)
 
 
+def file_of(tracking_uri: str) -> tuple[Path | None, str]:
+    """The database file that a tracking URI names, None for any other tracker, and its options (`?timeout=60`)."""
+    rest = tracking_uri.removeprefix(SQLITE)
+    path = OPTIONS.sub("", rest)
+    return (Path(path), rest.removeprefix(path)) if rest != tracking_uri and path else (None, "")
+
+
 def uri_of(file: Path) -> str:
     """The URI of a database file: SQLAlchemy decodes percent signs, and takes what follows a question mark for options.
 
     Of `sqlite:///` MLflow itself would make the parent folder, as it is spelled there.
     """
     quoted = str(file).replace("%", "%25").replace("?", "%3F")
-    return f"sqlite:///{file}" if quoted == str(file) else f"sqlite+pysqlite:///{quoted}"
+    return f"{SQLITE}{file}" if quoted == str(file) else f"sqlite+pysqlite:///{quoted}"
 
 
 def move_artifacts(file: Path, location: str, artifacts: Path) -> None:

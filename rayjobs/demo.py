@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlmrec.report.comparison import comparison, verdict
+from lvlmrec.tracking_database import uri_of
 
 JOBS = Path(__file__).parent
 NAMES = {"id": "SASRec, ids alone", "dff": "SASRec, DFF"}
@@ -65,7 +66,7 @@ def main() -> int:
     seconds = time.perf_counter() - started
     print(f"\nThe sample's LVLM is untrained: this shows the road, not its quality. {seconds:.0f} s.")
     print("All runs, in a browser:")
-    print(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{workspace}/mlflow.db\n")
+    print(f"  .venv/bin/mlflow ui --backend-store-uri {uri_of(Path(workspace, 'mlflow.db'))}\n")
     test = {encoder: result["test"] for encoder, result in evaluated.items()}
     print(json.dumps({"job": "demo", "feature_set": extracted["feature_set"], "test": test}))
     return 0

@@ -12,12 +12,14 @@ os.environ.setdefault("RAY_num_workers_soft_limit", "8")  # as lvlmrec.cluster d
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -125,3 +127,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One MLflow database for all tests: making its tables takes seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Handlers of signals that a job sets in this process are taken back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def never(resolved: Any, run: Any) -> NoReturn:
+    """The body of a job that must not start."""
+    raise AssertionError("the job started")

@@ -211,13 +211,13 @@ def test_evaluation_finds_out_before_it_ranks(world: Path, tmp_path: Path, monke
 
 
 def full(*given: object, **named: object) -> Any:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/somewhere")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere")
 
 
 @pytest.mark.parametrize(
     ("fault", "status", "line"),
     [
-        (full, 1, "import_features: [Errno 28] No space left on device: '/tmp/somewhere'"),
+        (full, 1, "import_features: [Errno 28] No space left on device: '/somewhere'"),
         (
             lambda *given: storage.write_bytes(f"{__file__}/x", b""),
             2,

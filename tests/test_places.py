@@ -1,10 +1,8 @@
 """What a job writes is refused a place where it would be lost, before the job starts."""
 
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -12,15 +10,10 @@ from lvlmrec import config, job, places, tracking
 from lvlmrec.errors import ConfigError
 from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction.settings import ExtractConfig
+from tests.conftest import never
 from tests.test_conf import JOBS
 
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 @pytest.fixture
@@ -30,10 +23,6 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "rayjobs").mkdir(parents=True)
     monkeypatch.chdir(folder)
     return folder
-
-
-def never(resolved: Any, run: Any) -> NoReturn:
-    raise AssertionError("the job started")
 
 
 def refused(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:

@@ -30,7 +30,7 @@ def test_a_verdict_says_that_one_run_of_each_leaves_the_seeds_out() -> None:
     test = {"metric": "ndcg@10", "difference": -0.01234, "p_seeds": None, "p_users": 0.0421, "users": 9}
     line = verdict("cold", test | {"better": 1, "worse": 3, "equal": 5})
     assert line == (
-        "cold (9 users): NDCG@10 -0.0123, p over seeds - (one run of each), p_users = 0.042 (seeds left out), "
+        "cold (9 users): NDCG@10 -0.0123, no p over seeds (one run of each), p_users = 0.042 (seeds left out), "
         "better for 1, worse for 3, equal for 5"
     )
 

@@ -2,11 +2,10 @@
 
 import dataclasses
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -16,7 +15,10 @@ from lvlmrec.evaluating import EvaluateConfig
 from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.tuning import TuneConfig
+from tests.conftest import never
 from tests.test_conf import JOBS
+
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 NOT_FINITE = [
     ("train", "training.lr=nan"),
@@ -120,19 +122,6 @@ MISPLACED = [
     ("extract", "frames=4", "frames=4: unknown key; did you mean recipe.frames? choices: "),
     ("extract", "lvlm.recipe.frames=4", "lvlm.recipe.frames=4: unknown key; did you mean recipe.frames? choices: "),
 ]
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """A job has handlers of its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def never(resolved: Any, run: Any) -> NoReturn:
-    raise AssertionError("the job started")
 
 
 @pytest.mark.parametrize(

@@ -385,3 +385,9 @@ def test_a_long_cell_is_a_cell_beside_loose_quotes(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text(f'item_id,uri,title\n1,a.mp4,"{"x" * 200_000}"\n2,b.mp4,y "z" w\n')
     found, report = read_manifest(str(tmp_path / "m.csv"), ("uri", "title"))
     assert [len(title) for title in found["title"].to_pylist()] == [200_000, 7] and not report
+
+
+@every_reader
+def test_quotes_behind_a_blank_are_no_part_of_an_id(tmp_path: Path, read: Reader) -> None:
+    rows = [f'"u{n}", "i{n}", "{n}.mp4", t' for n in range(MANY)]
+    refuses(read, csv(tmp_path / "t.csv", rows, "user_id, item_id, uri, title"), "blank before quote", MANY)

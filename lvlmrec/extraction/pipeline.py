@@ -211,7 +211,7 @@ def _tell(lvlm: LVLMConfig, report: dict[str, int]) -> dict[str, int]:
 
 
 def _check_written(block: pa.Table) -> None:
-    """Raises `JobFailed` when storage did not take the rows, or a device failed for good."""
+    """Raises `JobFailed` when storage did not take the rows."""
     failed = block.filter(pc.equal(block[STAGE], stages.WRITE)).slice(0, 1).to_pylist()
     if failed:
         raise JobFailed(f"stopped: storage does not take features: {failed[0][ERROR]}: {failed[0][MESSAGE]}")

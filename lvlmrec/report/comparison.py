@@ -39,7 +39,7 @@ def verdict(name: str, test: Mapping[str, Any]) -> str:
         p_users += f" (Holm {test['p_users_holm']:.2g})"
     return (
         f"{name} ({test['users']} users): {test['metric'].upper()} {test['difference']:+.4f}, "
-        f"p over seeds - (one run of each), {p_users} ({LEFT_OUT}), "
+        f"no p over seeds (one run of each), {p_users} ({LEFT_OUT}), "
         f"better for {test['better']}, worse for {test['worse']}, equal for {test['equal']}"
     )
 
