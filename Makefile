@@ -1,5 +1,5 @@
 # make demo   sets up, makes the sample and runs the main job on it
-# make test   sets up and passes the tests
+# make test   sets up and passes the tests; make test-slow those that start Ray, kill and restart
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ WORKSPACE ?= ./workspace
 export RAY_AUTH_MODE ?= disabled
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO ?= 0
 
-.PHONY: setup demo test test-fast lint format clean
+.PHONY: setup demo test test-fast test-slow lint format clean
 
 setup: $(READY)
 
@@ -25,6 +25,8 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-slow: setup
 	$(BIN)/python -m pytest -m "slow or gpu" tests/extraction/test_chaos.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or gpu" --ignore tests/extraction/test_chaos.py
 

@@ -143,8 +143,8 @@ def make_config(folder: Path, num_items: int) -> ExtractConfig:
 
 def slow_down() -> None:
     """Runs first thing in each of Ray's workers."""
-    from lvlmrec.extraction.isolation import IsolatedDecoder
     from lvlmrec.features import store
+    from lvlmrec.media.isolation import IsolatedDecoder
 
     stand_in.register()
     decode, write = IsolatedDecoder.sample_clip, store.write_part

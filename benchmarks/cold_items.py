@@ -18,12 +18,13 @@ import torch
 from record import fenced, save
 
 from lvlmrec import config as configs
-from lvlmrec import experiment, fitting, sample
 from lvlmrec.evaluation.metrics import per_user
 from lvlmrec.evaluation.significance import LEFT_OUT, paired_t_test, permutation_test
 from lvlmrec.evaluation.slices import by_coldness, slice_metrics
-from lvlmrec.experiment import TrainConfig
+from lvlmrec.jobs import sample
 from lvlmrec.report.comparison import table
+from lvlmrec.runs import experiment, loop
+from lvlmrec.runs.experiment import TrainConfig
 
 KINDS = {
     "ids alone": ["model.item_encoder.name=id"],
@@ -37,14 +38,14 @@ def ranks_of(config: TrainConfig) -> tuple[np.ndarray, np.ndarray, dict[str, flo
     """Test ranks, coldness of each user's target, and validation metrics of one run, in this process."""
     prepared = experiment.prepare(config)
     cpu = torch.device("cpu")
-    state = fitting.new_state(config, prepared.data, prepared.features, cpu)
-    fitting.fit(config, prepared.data, prepared.features, state, lambda metrics, state: None, cpu)
+    state = loop.new_state(config, prepared.data, prepared.features, cpu)
+    loop.fit(config, prepared.data, prepared.features, state, lambda metrics, state: None, cpu)
     state.model.load_state_dict(state.best_weights)
     state.model.eval()
     split, _ = experiment.load_split(config.dataset)
     holdout = split.test()
-    catalogue = fitting.encode_catalogue(state.model, len(prepared.data.item_ids), prepared.features, cpu)
-    return fitting.rank_holdout(state.model, catalogue, holdout), split.is_cold(holdout.targets), state.progress.best
+    catalogue = loop.encode_catalogue(state.model, len(prepared.data.item_ids), prepared.features, cpu)
+    return loop.rank_holdout(state.model, catalogue, holdout), split.is_cold(holdout.targets), state.progress.best
 
 
 def run_seed(workspace: str, seed: int) -> tuple[dict[str, dict[str, dict[str, float]]], list[list[str]], list[str]]:

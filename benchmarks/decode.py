@@ -8,7 +8,7 @@ frames, HEVC and AV1. Per clip the methods take turns, in one process and one th
 that does not count; the figure is the median of user + system time. Every round's frames are compared with those of
 decoding everything; the exit status is 1 where lvlmrec's differ.
 
-lvlmrec       lvlmrec.video.sample_clip
+lvlmrec       lvlmrec.media.sampling.sample_clip
 pictures      the same without converting pictures to RGB: FFmpeg decoding what cannot be left out, and finding it
 decode all    PyAV, one thread: every frame decoded, 16 kept
 transformers  transformers.video_utils.load_video, backend pyav, as its video processors call it (threads are its own)
@@ -42,7 +42,7 @@ import numpy as np
 from av.video.stream import VideoStream
 from record import markdown_table, save
 
-from lvlmrec.video import sample_clip, sample_indices
+from lvlmrec.media.sampling import sample_clip, sample_indices
 
 WIDTH, HEIGHT, FPS, SECONDS = 1280, 720, 30, 60
 NUM_FRAMES = 16
@@ -123,7 +123,7 @@ def with_lvlmrec(path: str) -> np.ndarray:
 def with_no_conversion(path: str) -> np.ndarray:
     """As `with_lvlmrec`, of pictures of one black pixel."""
     blank = np.zeros((1, 1, 3), np.uint8)
-    with mock.patch("lvlmrec.video._render", lambda frame, geometry: blank):
+    with mock.patch("lvlmrec.media.sampling._render", lambda frame, geometry: blank):
         return with_lvlmrec(path)
 
 
@@ -137,7 +137,7 @@ def with_pyav(path: str) -> np.ndarray:
 
 
 def with_transformers(path: str) -> np.ndarray:
-    from lvlmrec.lvlms import torchvision_shim
+    from lvlmrec.lvlms.files import torchvision_shim
 
     torchvision_shim.ensure_importable()
     from transformers.video_utils import load_video

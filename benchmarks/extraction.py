@@ -39,11 +39,12 @@ from record import save
 
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, RecipeConfig
-from lvlmrec.lvlms import LVLMS, LVLMConfig, source, tiny, torchvision_shim
-from lvlmrec.lvlms.llava_onevision import sized
-from lvlmrec.lvlms.pooling import TokenMasks, pool_tokens
+from lvlmrec.lvlms import LVLMS, LVLMConfig, tiny
+from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_tokens
+from lvlmrec.lvlms.families.llava_onevision import sized
+from lvlmrec.lvlms.files import source, torchvision_shim
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.video import Clip
+from lvlmrec.media.sampling import Clip
 
 SIDE, FRAMES = 196, 16
 TEXT = {

@@ -39,10 +39,9 @@ import av
 import numpy as np
 from av.video.stream import VideoStream
 
-from lvlmrec import video
-from lvlmrec.extraction import isolation
-from lvlmrec.extraction.isolation import IsolatedDecoder
-from lvlmrec.video import Clip, VideoError, sample_clip
+from lvlmrec.media import isolation, sampling
+from lvlmrec.media.isolation import IsolatedDecoder
+from lvlmrec.media.sampling import Clip, VideoError, sample_clip
 
 NUM_FRAMES, MAX_SIDE = 4, 64
 MAX_BYTES = 60_000
@@ -66,9 +65,9 @@ Rng = np.random.Generator
 
 def clips(path: Path) -> tuple[Clip | None, Clip | VideoError]:
     """The clip by the sampler's short cut, None where it takes none; and by decoding everything."""
-    with mock.patch.object(video, "_sample_all", lambda *arguments: None):
+    with mock.patch.object(sampling, "_sample_all", lambda *arguments: None):
         short = sample_clip(path, NUM_FRAMES, MAX_SIDE)
-    with mock.patch.object(video, "_sample_by_gop", lambda *arguments: None):
+    with mock.patch.object(sampling, "_sample_by_gop", lambda *arguments: None):
         try:
             return short, sample_clip(path, NUM_FRAMES, MAX_SIDE)
         except VideoError as error:

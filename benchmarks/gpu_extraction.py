@@ -33,10 +33,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import LVLMInfo, Prompt, RecipeConfig
-from lvlmrec.lvlms import LVLMS, llava_onevision, qwen2_5_vl, torchvision_shim
-from lvlmrec.lvlms.native import NativeLVLM
+from lvlmrec.lvlms import LVLMS
+from lvlmrec.lvlms.engine.native import NativeLVLM
+from lvlmrec.lvlms.families import llava_onevision, qwen2_5_vl
+from lvlmrec.lvlms.files import torchvision_shim
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.video import Clip
+from lvlmrec.media.sampling import Clip
 
 FRAMES, SIDE = 16, 384
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16, per second

@@ -34,7 +34,7 @@ import torch
 from gpu_extraction import QWEN2_7B, llava, qwen
 from record import fenced, markdown_table, save
 
-from lvlmrec.lvlms import torchvision_shim
+from lvlmrec.lvlms.files import torchvision_shim
 
 torchvision_shim.ensure_importable()
 
@@ -42,9 +42,9 @@ import transformers  # noqa: E402
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize  # noqa: E402
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as smart_resize_3  # noqa: E402
 
-from lvlmrec.lvlms import minicpm_v_model, phi_3_5_vision_model  # noqa: E402
-from lvlmrec.lvlms.minicpm_v_processor import fitted_size  # noqa: E402
-from lvlmrec.lvlms.phi_3_5_vision_processor import num_tokens  # noqa: E402
+from lvlmrec.lvlms.ports import minicpm_v_model, phi_3_5_vision_model  # noqa: E402
+from lvlmrec.lvlms.ports.minicpm_v_processor import fitted_size  # noqa: E402
+from lvlmrec.lvlms.ports.phi_3_5_vision_processor import num_tokens  # noqa: E402
 
 FRAMES, WIDTH, HEIGHT, PROMPT_TOKENS = 16, 1280, 720, 40
 PEAK = 989e12  # operations per second

@@ -51,7 +51,7 @@ from lvlmrec.extraction.settings import ExtractConfig, PoolConfig
 from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMConfig
 from lvlmrec.lvlms.protocol import Item, ModelConfig
-from lvlmrec.video import sample_clip
+from lvlmrec.media.sampling import sample_clip
 
 WIDTH, BATCH = 1024, 4
 NUM_DISTINCT_CLIPS = 16

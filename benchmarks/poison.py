@@ -30,8 +30,8 @@ import numpy as np
 from av.video.stream import VideoStream
 from record import markdown_table, save
 
-from lvlmrec.extraction.isolation import START_SECONDS, IsolatedDecoder
-from lvlmrec.video import VideoError
+from lvlmrec.media.isolation import START_SECONDS, IsolatedDecoder
+from lvlmrec.media.sampling import VideoError
 
 NUM_FRAMES, MAX_SIDE = 16, 448
 CLAIMED = (2**31 - 1).to_bytes(4, "big")

@@ -32,11 +32,12 @@ from record import markdown_table, save
 
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, RecipeConfig
-from lvlmrec.lvlms import LVLMS, LVLMConfig, tiny, torchvision_shim
-from lvlmrec.lvlms.family import NativeFamily
-from lvlmrec.lvlms.llava_onevision import sized
+from lvlmrec.lvlms import LVLMS, LVLMConfig, tiny
+from lvlmrec.lvlms.families.family import NativeFamily
+from lvlmrec.lvlms.families.llava_onevision import sized
+from lvlmrec.lvlms.files import torchvision_shim
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.video import Clip, sample_clip
+from lvlmrec.media.sampling import Clip, sample_clip
 
 SIDE = 384
 INTEGER_KERNEL = "torchvision.transforms.v2.functional._geometry._do_native_uint8_resize_on_cpu"

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from record import markdown_table, save
 
-from lvlmrec import experiment, fitting
-from lvlmrec.checkpoint import load_checkpoint
 from lvlmrec.data.split import Holdout
 from lvlmrec.evaluation.metrics import per_user
+from lvlmrec.runs import experiment, loop
+from lvlmrec.runs.checkpoint import load_checkpoint
 
 METRIC = "hr@10"
 FIRST = (0, 1, 4, 11, 31)  # the smallest training count of each part
@@ -54,11 +54,11 @@ def measure(uri: str) -> dict[str, Any]:
     checkpoint = load_checkpoint(uri, {})
     split, _ = experiment.load_split(checkpoint.config.dataset)
     model = checkpoint.model.eval()
-    catalogue = fitting.encode_catalogue(model, len(checkpoint.item_ids), checkpoint.features, CPU)
+    catalogue = loop.encode_catalogue(model, len(checkpoint.item_ids), checkpoint.features, CPU)
     counts = split.train_counts()
 
     def of(holdout: Holdout) -> dict[str, Any]:
-        hits = per_user(fitting.rank_holdout(model, catalogue, holdout), METRIC)
+        hits = per_user(loop.rank_holdout(model, catalogue, holdout), METRIC)
         part = np.searchsorted(FIRST, counts[holdout.targets], side="right") - 1
         inside = [hits[part == number] for number in range(len(FIRST))]
         return {

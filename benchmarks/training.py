@@ -43,11 +43,12 @@ import torch
 from jobs import real_data
 from record import fenced, save
 
-from lvlmrec import batches, config, fitting
-from lvlmrec.batches import SHARE_FOR_FEATURES, Batch, batches_of_epoch
-from lvlmrec.experiment import Experiment, TrainConfig, prepare
+from lvlmrec import config
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.report.comparison import table
+from lvlmrec.runs import batches, loop
+from lvlmrec.runs.batches import SHARE_FOR_FEATURES, Batch, batches_of_epoch
+from lvlmrec.runs.experiment import Experiment, TrainConfig, prepare
 
 CASES: dict[str, list[str]] = {
     "inbatch_64": ["model.embedding_dim=64"],
@@ -93,8 +94,8 @@ class Case:
         if name in FEATURES:
             drawn = random_features(folder, len(data.item_ids), *FEATURES[name])
             self.features = drawn.standardized(np.flatnonzero(data.train_counts))
-        self.state = fitting.new_state(self.config, data, self.features, device)
-        self.loss = fitting.Loss(self.state.model, self.config.training, data.train_counts).to(device)
+        self.state = loop.new_state(self.config, data, self.features, device)
+        self.loss = loop.Loss(self.state.model, self.config.training, data.train_counts).to(device)
         self.steps = -(-len(data.sequences) // self.config.training.batch_size)
         self.seconds = self.products = 0.0
         self.counts: list[int] = []  # items that each step encodes
@@ -126,7 +127,7 @@ class Case:
         if self.device.type != "cpu":  # as in training: the next step's features are sent meanwhile
             steps = batches.made_ahead(steps)
         started = seconds(self.device)
-        fitting.train_epoch(self.config.training, steps, self.loss, self.state.optimizer, self.device)
+        loop.train_epoch(self.config.training, steps, self.loss, self.state.optimizer, self.device)
         return seconds(self.device) - started
 
     def load(self) -> None:
@@ -138,8 +139,8 @@ class Case:
     def evaluate(self) -> float:
         started = seconds(self.device)
         data = self.experiment.data
-        catalogue = fitting.encode_catalogue(self.state.model.eval(), len(data.item_ids), self.features, self.device)
-        fitting.rank_holdout(self.state.model, catalogue, data.validation)
+        catalogue = loop.encode_catalogue(self.state.model.eval(), len(data.item_ids), self.features, self.device)
+        loop.rank_holdout(self.state.model, catalogue, data.validation)
         return seconds(self.device) - started
 
 

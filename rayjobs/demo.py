@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlmrec.report.comparison import comparison, verdict
-from lvlmrec.tracking_database import uri_of
+from lvlmrec.tracking.database import uri_of
 
 JOBS = Path(__file__).parent
 NAMES = {"id": "SASRec, ids alone", "dff": "SASRec, DFF"}

@@ -9,10 +9,11 @@ with the test metrics, the same by slice, what the lists show beyond accuracy, a
 import sys
 from typing import Any
 
-from lvlmrec import evaluating, job
 from lvlmrec.config import flatten
-from lvlmrec.evaluating import EvaluateConfig
+from lvlmrec.jobs import job
 from lvlmrec.report.evaluation import evaluation
+from lvlmrec.runs import evaluating
+from lvlmrec.runs.evaluating import EvaluateConfig
 from lvlmrec.tracking import Run
 
 

@@ -8,9 +8,9 @@ The last line of stdout is a JSON object with the feature set's URI and what was
 import sys
 from typing import Any
 
-from lvlmrec import job, sample
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.settings import ExtractConfig
+from lvlmrec.jobs import job, sample
 from lvlmrec.tracking import Run
 
 

@@ -8,9 +8,9 @@ The last line of stdout is a JSON object with the feature set's URI and what was
 import sys
 from typing import Any
 
-from lvlmrec import job
 from lvlmrec.features import imported
 from lvlmrec.features.imported import ImportConfig
+from lvlmrec.jobs import job
 from lvlmrec.tracking import Run
 
 

@@ -8,8 +8,9 @@ The last line of stdout is a JSON object with the methods' test metrics and the 
 import sys
 from typing import Any
 
-from lvlmrec import grid, job, sample, study
-from lvlmrec.grid import StudyConfig
+from lvlmrec.jobs import job, sample, study
+from lvlmrec.runs import grid
+from lvlmrec.runs.grid import StudyConfig
 from lvlmrec.tracking import Run
 
 

@@ -8,8 +8,9 @@ The last line of stdout is a JSON object with the checkpoint's URI and its valid
 import sys
 from typing import Any
 
-from lvlmrec import experiment, job, sample, training
-from lvlmrec.experiment import TrainConfig
+from lvlmrec.jobs import job, sample, training
+from lvlmrec.runs import experiment
+from lvlmrec.runs.experiment import TrainConfig
 from lvlmrec.tracking import Run
 
 

@@ -8,9 +8,10 @@ The last line of stdout is a JSON object with the best configuration and its val
 import sys
 from typing import Any
 
-from lvlmrec import experiment, job, sample, tuning
+from lvlmrec.jobs import job, sample, tuning
+from lvlmrec.jobs.tuning import TuneConfig
+from lvlmrec.runs import experiment
 from lvlmrec.tracking import Run
-from lvlmrec.tuning import TuneConfig
 
 
 def tune(config: TuneConfig, run: Run) -> dict[str, Any]:

@@ -8,9 +8,9 @@ Nothing that a reader sees changes. The last line of stdout is a JSON object wit
 import sys
 from typing import Any
 
-from lvlmrec import job
 from lvlmrec.features import vacuum
 from lvlmrec.features.vacuum import VacuumConfig
+from lvlmrec.jobs import job
 from lvlmrec.tracking import Run
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from lvlmrec import cluster, evaluating, study, tuning
-from lvlmrec.experiment import Experiment, TrainConfig
+from lvlmrec import cluster
 from lvlmrec.extraction import stages
 from lvlmrec.extraction.extractor import Extractor
+from lvlmrec.jobs import study, tuning
 from lvlmrec.lvlms import LVLMS, LVLMConfig
+from lvlmrec.runs import evaluating
+from lvlmrec.runs.experiment import Experiment, TrainConfig
 from tests.extraction import stand_ins
 
 

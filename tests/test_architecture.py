@@ -9,70 +9,48 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lvlmrec"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# library -> rooms and files that may import it
+# library -> rooms that may import it
 LIBRARIES = {
-    "ray": ("rayjobs", "extraction", "cluster.py", "training.py", "tuning.py", "study.py", "serving"),
-    "mlflow": ("tracking.py", "tracking_database.py"),
+    "ray": ("cluster", "extraction", "jobs", "serving"),
+    "mlflow": ("tracking",),
     "transformers": ("lvlms",),
-    "fsspec": ("storage.py",),
-    "s3fs": ("storage.py",),
-    "pyarrow.fs": ("storage.py",),
+    "fsspec": ("storage",),
+    "s3fs": ("storage",),
+    "pyarrow.fs": ("storage",),
     "boto3": (),
 }
-LOOKING = {"lvlms", "extraction"}
+# From the ground up: a room imports rooms of lower floors alone. What is not named here is no room.
+FLOORS = (
+    ("errors", "columns", "processes", "baselines"),
+    ("config", "taps", "locks", "storage", "cluster", "evaluation", "media"),
+    ("tables", "tracking", "models"),
+    ("models/sequential", "features", "data"),
+    ("lvlms/protocol", "runs"),
+    ("lvlms/files", "report"),
+    ("lvlms/engine", "lvlms/tiny"),
+    ("lvlms/families", "lvlms/encoders"),
+    ("lvlms/ports",),
+    ("lvlms",),
+    ("extraction",),
+    ("jobs",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LOOKING = {room for room in FLOOR if room.split("/")[0] in ("lvlms", "extraction", "media")}
 RECOMMENDING = {
-    "data",
-    "models",
-    "baselines",
-    "evaluation",
-    "training",
-    "tuning",
-    "grid",
-    "study",
-    "fitting",
-    "experiment",
-    "checkpoint",
+    room
+    for room in FLOOR
+    if room.split("/")[0] in ("data", "models", "baselines", "evaluation", "runs", "report", "serving")
 }
-GROUND = {
-    "config",
-    "columns",
-    "errors",
-    "storage",
-    "text_file",
-    "tables",
-    "s3",
-    "tracking",
-    "tracking_database",
-    "tracking_names",
-    "run_owner",
-    "untracked",
-    "locks",
-    "processes",
-    "video",
-    "video_file",
-    "motion",
-    "orientation",
-    "truncation",
-    "taps",
-    "bitstream",
-    "av1",
-    "av1_headers",
-    "job",
-}
-# room -> what of the project it may import
+# room -> all that it may import of the project; its own floor decides for the others
 ALLOWED = {
-    "models": {"models", "config", "taps", "errors"},
-    "evaluation": {"evaluation", "columns", "config", "errors"},
-    "columns": set(),
-    "errors": set(),
-    "config": {"errors"},
-    "taps": {"errors"},
-    "text_file": {"errors", "storage"},
-    "tables": {"errors", "storage", "text_file"},
-    "features": {"features", "config", "columns", "errors", "processes", "storage", "tables", "taps", "text_file"},
-    "baselines": {"baselines", "config", "errors", "columns"},
-    "lvlms": {"lvlms", "features", "config", "columns", "errors", "storage", "taps", "video", "video_file", "motion"},
-    "data": {"data", "config", "columns", "errors", "storage", "tables", "text_file", "video"},
+    "models": {"config", "errors", "taps"},
+    "models/sequential": {"models", "config", "errors", "taps"},
+    "evaluation": {"columns", "config", "errors"},
+    "baselines": {"columns", "config", "errors"},
+    "media": {"errors"},
+    "features": {"config", "columns", "errors", "processes", "storage", "tables", "taps"},
+    "data": {"config", "columns", "errors", "storage", "tables"},
+    "report": {"columns", "config", "errors", "evaluation", "runs", "taps"},
 }
 
 
@@ -88,38 +66,50 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def room(path: Path) -> str:
-    """The room of a file: its folder in the package, or its own name at the top."""
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else path.stem
+def room(name: str) -> str:
+    """The room of a module or of what is in it: the deepest of those in FLOORS, as `lvlms/engine`."""
+    parts = name.split(".")[1:]
+    deepest = "/".join(parts[:2])
+    return deepest if deepest in FLOOR else parts[0]
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def rooms_imported(path: Path) -> set[str]:
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("lvlmrec.") and name.count(".") >= 1}
-    return {name for name in names if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()}
+    """Rooms of what a file imports; `from lvlmrec.lvlms import protocol` is of `lvlms/protocol` alone."""
+    names = {name for name in imports(path) if name.startswith("lvlmrec.")}
+    packages = {name for name in names if any(other.startswith(f"{name}.") for other in names)}
+    return {room(name) for name in names - packages} - {room(module(path))}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_library_stays_in_its_rooms(path: Path) -> None:
-    place = path.relative_to(PACKAGE).parts[0]
+    place = room(module(path)).split("/")[0] if path.parent != PACKAGE else path.stem
     for library, rooms in LIBRARIES.items():
         uses = any(name == library or name.startswith(f"{library}.") for name in imports(path))
         assert not uses or place in rooms, f"{path.name} imports {library}; only {rooms} may"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [path for path in MODULES if path != PACKAGE / "__init__.py"], ids=module)
 def test_a_room_imports_only_what_it_may(path: Path) -> None:
-    here = room(path)
-    if here in ALLOWED:
-        assert rooms_imported(path) <= ALLOWED[here] | {here}
-    if here in LOOKING:
-        assert not rooms_imported(path) & RECOMMENDING
-    if here in RECOMMENDING:
-        assert not rooms_imported(path) & LOOKING
+    here, found = room(module(path)), rooms_imported(path)
+    assert here in FLOOR, f"{here} is no room of FLOORS"
+    upwards = {other for other in found if FLOOR[other] >= FLOOR[here]}
+    assert not upwards, f"{module(path)} imports {upwards}, of its own floor or above"
+    assert found <= ALLOWED.get(here, found)
+    assert here not in LOOKING or not found & RECOMMENDING
+    assert here not in RECOMMENDING or not found & LOOKING
+
+
+def test_every_folder_of_tests_has_a_room() -> None:
+    for folder in (path for path in (ROOT / "tests").rglob("*") if path.is_dir() and path.name != "__pycache__"):
+        assert (PACKAGE / folder.relative_to(ROOT / "tests")).is_dir(), f"{folder} mirrors no room"
 
 
 def test_no_circle_of_imports() -> None:
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}
+    names = {module(path): path for path in MODULES}
     graph = {}
     for name, path in names.items():
         nodes = ast.walk(ast.parse(path.read_text()))

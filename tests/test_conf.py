@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from lvlmrec.config import CONF, load, to_dict
-from lvlmrec.evaluating import EvaluateConfig
-from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.imported import ImportConfig
 from lvlmrec.features.recipe import LVLMInfo
 from lvlmrec.features.vacuum import VacuumConfig
-from lvlmrec.grid import StudyConfig
-from lvlmrec.models.backbones import BACKBONES
-from lvlmrec.tuning import TuneConfig
+from lvlmrec.jobs.tuning import TuneConfig
+from lvlmrec.models.sequential.backbones import BACKBONES
+from lvlmrec.runs.evaluating import EvaluateConfig
+from lvlmrec.runs.experiment import TrainConfig
+from lvlmrec.runs.grid import StudyConfig
 
 JOBS = {
     "extract": ExtractConfig,

@@ -6,8 +6,8 @@ import pytest
 
 from lvlmrec.config import changed, describe, flatten, from_arguments, load, option, to_dict, variant
 from lvlmrec.errors import ConfigError
-from lvlmrec.experiment import TrainConfig
 from lvlmrec.extraction.settings import ExtractConfig
+from lvlmrec.runs.experiment import TrainConfig
 
 
 @dataclass(frozen=True)

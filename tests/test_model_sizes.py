@@ -16,7 +16,7 @@ from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.video import Clip
+from lvlmrec.media.sampling import Clip
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 

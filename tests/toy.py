@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvlmrec import config, experiment, fitting
-from lvlmrec.experiment import Experiment, TrainConfig
-from lvlmrec.fitting import State, fit, new_state
+from lvlmrec import config
+from lvlmrec.runs import experiment, loop
+from lvlmrec.runs.experiment import Experiment, TrainConfig
+from lvlmrec.runs.loop import State, fit, new_state
 from tests.feature_sets import recipe_of, write_frames, write_set
 
 NUM_ITEMS = 60
@@ -104,5 +105,5 @@ def fitted(config: TrainConfig) -> tuple[Experiment, State]:
 
 def publish(prepared: Experiment, state: State) -> str:
     """Publish the best weights as the train job does. Returns the checkpoint's URI."""
-    fitting.publish(prepared, state.best_weights, state.progress)
+    loop.publish(prepared, state.best_weights, state.progress)
     return prepared.checkpoint

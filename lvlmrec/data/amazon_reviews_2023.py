@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from lvlmrec import storage, text_file
+from lvlmrec import storage
 from lvlmrec.data import files, times
 from lvlmrec.data.interactions import Dataset, from_columns
 from lvlmrec.errors import InputError
+from lvlmrec.tables import text_file
 
 ENDINGS = (".jsonl.gz", ".jsonl")
 META = "meta_"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lvlmrec import storage, text_file
+from lvlmrec import storage
 from lvlmrec.errors import InputError
+from lvlmrec.tables import text_file
 
 TITLE_ENDINGS = ("_titles.csv", "_title_en.csv")
 HEADER = ["item", "title"]  # of a file of titles in quotes

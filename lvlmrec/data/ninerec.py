@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lvlmrec import storage, text_file
+from lvlmrec import storage
 from lvlmrec.data import files, sequences, times
 from lvlmrec.data.interactions import Dataset, Interactions, from_columns
+from lvlmrec.tables import text_file
 
 BEHAVIOUR, PAIR, ITEM = "_behaviour.tsv", "_pair.csv", "_item.csv"
 

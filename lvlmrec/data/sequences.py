@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lvlmrec import text_file
 from lvlmrec.data.interactions import Interactions, from_columns
+from lvlmrec.tables import text_file
 
 
 def read(path: str, separator: str) -> Interactions:

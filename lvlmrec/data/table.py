@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lvlmrec import tables, text_file
+from lvlmrec import tables
 from lvlmrec.columns import ITEM_ID, TIMESTAMP, USER_ID
 from lvlmrec.data import files, times
 from lvlmrec.data.interactions import Dataset, Interactions, from_columns
 from lvlmrec.errors import InputError
-from lvlmrec.tables import Rows
+from lvlmrec.tables import Rows, text_file
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
 ENDINGS = (".csv", ".tsv", tables.PARQUET)

@@ -29,7 +29,8 @@ from lvlmrec.extraction.failures import (
 from lvlmrec.extraction.stages import DECODE_SECONDS, FORWARD_SECONDS, PREPARE_SECONDS
 from lvlmrec.features import store
 from lvlmrec.features.recipe import Recipe
-from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code
+from lvlmrec.lvlms import LVLMS, LVLMConfig
+from lvlmrec.lvlms.files import authors_code
 from lvlmrec.lvlms.protocol import Item
 
 LESS_MEMORY = "fewer recipe.frames, a smaller recipe.frame_max_side or video_options, or lvlm.dtype=bfloat16 take less"

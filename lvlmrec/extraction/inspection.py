@@ -24,9 +24,10 @@ import lvlmrec
 from lvlmrec import cluster, storage
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
-from lvlmrec.lvlms import LVLMS, LVLMConfig, authors_code, remote_code, source
-from lvlmrec.lvlms.family import NativeFamily
-from lvlmrec.lvlms.port import PortedFamily
+from lvlmrec.lvlms import LVLMS, LVLMConfig
+from lvlmrec.lvlms.families.family import NativeFamily
+from lvlmrec.lvlms.files import authors_code, remote_code, source
+from lvlmrec.lvlms.ports.port import PortedFamily
 
 
 def inspect(lvlm: LVLMConfig, code: Mapping[str, bytes], workspace: str, resources: Mapping[str, Any]) -> LVLMInfo:
@@ -86,7 +87,8 @@ def check_length(lvlm: LVLMConfig, recipe: Recipe, limit: int) -> None:
         return
     if not isinstance(family, NativeFamily | PortedFamily | None):
         return
-    from lvlmrec.lvlms import context, loading  # import torch
+    from lvlmrec.lvlms.engine import context
+    from lvlmrec.lvlms.files import loading  # import torch
 
     processor = family.processor(lvlm) if family else loading.load_processor(lvlm)
     context.check(lvlm, recipe, processor, family.minimum_frames if family else 1, limit)

@@ -10,11 +10,12 @@ from pathlib import PurePosixPath
 import pandas as pd
 import pyarrow as pa
 
-from lvlmrec import storage, tables, text_file
+from lvlmrec import storage, tables
 from lvlmrec.columns import COVER_URI, ITEM_ID, URI
 from lvlmrec.errors import InputError
 from lvlmrec.features import store
 from lvlmrec.features.recipe import Recipe
+from lvlmrec.tables import text_file
 
 MEDIA_COLUMNS = {"video": URI, "cover": COVER_URI}
 NOT_VIDEOS, KIND = "not_videos", "not_videos_"  # in reports: how many, and how many of a kind

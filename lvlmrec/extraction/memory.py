@@ -10,7 +10,7 @@ from lvlmrec.errors import ConfigError
 from lvlmrec.extraction import stages
 from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features.recipe import MOTION, Recipe
-from lvlmrec.motion import CLIP_FRAMES, KEYFRAME_SIZE, MAP_SIZE
+from lvlmrec.media.motion import CLIP_FRAMES, KEYFRAME_SIZE, MAP_SIZE
 
 # Bytes of a worker that decodes or writes. Without a figure Ray Data asks for what outputs needed on average so far,
 # another number for each task, and for each number Ray keeps a class of scheduling for ever.

@@ -32,7 +32,8 @@ from lvlmrec.features import lease, store
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.lease import Lease
 from lvlmrec.features.recipe import Recipe
-from lvlmrec.lvlms import LVLMConfig, authors_code, remote_code, source
+from lvlmrec.lvlms import LVLMConfig
+from lvlmrec.lvlms.files import authors_code, remote_code, source
 
 if TYPE_CHECKING:
     from ray.data import Dataset

@@ -19,14 +19,14 @@ from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.config import option
 from lvlmrec.extraction.failures import DECODED_ON, EXTRACTED_ON
-from lvlmrec.extraction.isolation import IsolatedDecoder, NoDecoderError
 from lvlmrec.extraction.manifest import MEDIA_COLUMNS, source_of
 from lvlmrec.features import store
 from lvlmrec.features.recipe import MEDIA, MOTION, Recipe
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.motion import CLIP_FRAMES, ENCODER, KEYFRAME_SIZE, MAP_SIZE, MotionClips
-from lvlmrec.video import Clip
-from lvlmrec.video_file import VideoError
+from lvlmrec.media.file import VideoError
+from lvlmrec.media.isolation import IsolatedDecoder, NoDecoderError
+from lvlmrec.media.motion import CLIP_FRAMES, ENCODER, KEYFRAME_SIZE, MAP_SIZE, MotionClips
+from lvlmrec.media.sampling import Clip
 
 # A row's share of the time that its batch spent in a stage; see `extractor.Extractor`.
 SECONDS = ("decode_seconds", "prepare_seconds", "forward_seconds", "write_seconds")

@@ -19,13 +19,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lvlmrec import storage, tables, taps, text_file
+from lvlmrec import storage, tables, taps
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE, URI
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import lease, rounding, store
 from lvlmrec.features.lease import Lease
 from lvlmrec.features.recipe import DTYPES, MEDIA, Prompt, Recipe
+from lvlmrec.tables import text_file
 from lvlmrec.taps import Tap
 
 IMPORTED = "imported"

@@ -14,26 +14,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lvlmrec.config import option
-from lvlmrec.lvlms import (
+from lvlmrec.lvlms.encoders import frames, text_encoder, vision_encoder
+from lvlmrec.lvlms.families import (
     auto,
-    frames,
     gemma3,
     gemma4,
     internvl,
     llava_next_video,
     llava_onevision,
-    minicpm_v,
     minicpmv4_6,
-    phi_3_5_vision,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
     smolvlm,
-    text_encoder,
-    video_lavit,
     video_llama_3,
-    vision_encoder,
 )
+from lvlmrec.lvlms.ports import minicpm_v, phi_3_5_vision, video_lavit
 from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
 
 __all__ = ["LVLM", "LVLMS", "LVLMConfig", "LVLMFamily"]

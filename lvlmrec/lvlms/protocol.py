@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
-from lvlmrec.motion import MotionClips
-from lvlmrec.video import Clip
+from lvlmrec.media.motion import MotionClips
+from lvlmrec.media.sampling import Clip
 
 if TYPE_CHECKING:
     import torch

@@ -18,12 +18,12 @@ import numpy as np
 
 from lvlmrec.columns import ITEM_ID, ITEM_RANK, USER_ID
 from lvlmrec.errors import InputError
-from lvlmrec.evaluating import read_ranks
 from lvlmrec.evaluation.metrics import per_user
 from lvlmrec.evaluation.significance import LEFT_OUT, holm, paired_t_test, permutation_test
-from lvlmrec.experiment import TrainConfig
-from lvlmrec.grid import Outcomes, Plan, Step, Trial, choose
 from lvlmrec.report.comparison import table
+from lvlmrec.runs.evaluating import read_ranks
+from lvlmrec.runs.experiment import TrainConfig
+from lvlmrec.runs.grid import Outcomes, Plan, Step, Trial, choose
 
 
 class Shown(NamedTuple):

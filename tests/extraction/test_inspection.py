@@ -98,7 +98,7 @@ def test_planning_with_a_model_that_is_known_imports_no_torch(models: Path, tmp_
     (tmp_path / "items.csv").write_text("item_id,title\na,A cat plays the piano\n")
     program = (
         "import sys\n"
-        "from lvlmrec import config, job, sample\n"
+        "from lvlmrec import config\nfrom lvlmrec.jobs import job, sample\n"
         "from lvlmrec.extraction import pipeline, settings\n"
         "pipeline.plan(config.load(settings.ExtractConfig, [], sys.argv[1:]))\n"
         "print([name for name in ('torch', 'transformers', 'torchvision', 'ray.data') if name in sys.modules])\n"

@@ -20,7 +20,7 @@ from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import store
 from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.video import sample_clip
+from lvlmrec.media.sampling import sample_clip
 from tests.conftest import credentials
 from tests.videos import write_video
 

@@ -18,14 +18,14 @@ from lvlmrec.errors import JobFailed
 from lvlmrec.extraction import estimate, pipeline, stages
 from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import Streak
-from lvlmrec.extraction.isolation import IsolatedDecoder, NoDecoderError
 from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.stages import DecodeConfig
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import MOTION, LVLMInfo, Prompt, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.motion import ENCODER, motion_clips
+from lvlmrec.media.isolation import IsolatedDecoder, NoDecoderError
+from lvlmrec.media.motion import ENCODER, motion_clips
 from tests.videos import write_video
 
 INFO = LVLMInfo("stand_in", "x", "float32", {"llm": 2, "vision": 1}, {"llm": 3, "vision": 3})

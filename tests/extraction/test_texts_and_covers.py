@@ -19,7 +19,7 @@ from lvlmrec.features import store
 from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.video import sample_clip
+from lvlmrec.media.sampling import sample_clip
 
 PROMPTS = {
     "text_encoder": {"title": Prompt("{title}", input="text")},

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvlmrec import config, experiment, storage
+from lvlmrec import config, storage
 from lvlmrec.errors import InputError
 from lvlmrec.features import compact, imported, store
 from lvlmrec.features.imported import ImportConfig
+from lvlmrec.runs import experiment
 from tests.toy import train_config
 
 ROWS = 60

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lvlmrec import experiment
-from lvlmrec.checkpoint import load_checkpoint
 from lvlmrec.errors import InputError
 from lvlmrec.features import compact as compact_module
 from lvlmrec.features import moments
 from lvlmrec.features.compact import FeatureArray
+from lvlmrec.runs import experiment
+from lvlmrec.runs.checkpoint import load_checkpoint
 from tests.feature_sets import recipe_of, write_set
 from tests.toy import ITEM_IDS, fitted, publish, train_config
 

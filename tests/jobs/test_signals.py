@@ -23,7 +23,7 @@ LONG = {"training__epochs": 100_000, "training__patience": 100_000}
 # A job whose work, once its run is open, takes as long as one likes.
 SLOW = """
 import runpy, sys, time
-from lvlmrec import evaluating
+from lvlmrec.runs import evaluating
 from lvlmrec.features import imported
 def run(config):
     print("at work", file=sys.stderr, flush=True)
@@ -169,8 +169,9 @@ def test_an_extraction_goes_on(tmp_path: Path, tracking_uri: str) -> None:
 BODY = """
 import sys, time
 from dataclasses import dataclass
-from lvlmrec import job, tracking
+from lvlmrec import tracking
 from lvlmrec.config import option
+from lvlmrec.jobs import job
 @dataclass(frozen=True)
 class Config:
     workspace: str = option("", "where all lies")

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from lvlmrec.lvlms import LVLMS, authors_code
+from lvlmrec.lvlms import LVLMS
+from lvlmrec.lvlms.encoders.text_encoder import TextFamily
+from lvlmrec.lvlms.encoders.vision_encoder import VisionFamily
+from lvlmrec.lvlms.files import authors_code
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.lvlms.text_encoder import TextFamily
-from lvlmrec.lvlms.vision_encoder import VisionFamily
-from lvlmrec.video import Clip
+from lvlmrec.media.sampling import Clip
 
 torch.set_num_threads(1)
 ENCODERS = sorted(name for name, entry in LVLMS.items() if isinstance(entry, TextFamily | VisionFamily))

@@ -21,10 +21,11 @@ import torch
 from lvlmrec.errors import ConfigError
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
-from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig, media, prefix
-from lvlmrec.lvlms.pooling import TokenMasks, pool_tokens
+from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
+from lvlmrec.lvlms.engine import inputs, prefix
+from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_tokens
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.video import Clip
+from lvlmrec.media.sampling import Clip
 from tests.lvlms.conftest import LVLM_FAMILIES
 
 POOLINGS = ("visual_mean", "all_mean", "last_token")
@@ -133,10 +134,10 @@ def messages(processor: Any, prompt: Prompt, num_frames: int) -> list[dict[str, 
 def read(processor: Any, conversation: list[dict[str, Any]], shown: dict[str, Any]) -> Any:
     """What a user of transformers gives the model, one row for each video or list of images in `shown`."""
     (message,) = conversation
-    media = {part["type"] for part in message["content"]} - {"text"}
+    inputs = {part["type"] for part in message["content"]} - {"text"}
     options = {"padding": True, **shown}
     is_port = not type(processor).__module__.startswith("transformers.")
-    if is_port or (shown and not media):  # the latter has its place-holder in the text
+    if is_port or (shown and not inputs):  # the latter has its place-holder in the text
         text = processor.apply_chat_template(conversation, add_generation_prompt=True)
         num_rows = len(shown.get("videos", shown.get("images", [0])))
         return processor(text=[text] * num_rows, return_tensors="pt", **options)
@@ -387,7 +388,7 @@ def test_another_family_or_content_is_refused(tiny_models, clips, family) -> Non
 
 
 def test_a_prompt_may_not_hold_a_place_holder(tiny_models, family) -> None:
-    token = media.placeholder(hugging_face(tiny_models[family])[1], "video")
+    token = inputs.placeholder(hugging_face(tiny_models[family])[1], "video")
     entry, config = LVLMS[family], make_config(tiny_models[family])
     prompts = {"sly": Prompt(f"Compare with {token}")}
     recipe = recipes.resolve(RecipeConfig(taps=["llm.0"], prompts=prompts), entry.inspect(config))

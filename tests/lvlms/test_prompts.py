@@ -15,7 +15,7 @@ from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
-from lvlmrec.lvlms.media import placeholder
+from lvlmrec.lvlms.engine.inputs import placeholder
 from lvlmrec.lvlms.protocol import Item
 from tests.lvlms.conftest import LVLM_FAMILIES
 from tests.lvlms.test_contract import LINEAR, READS_PROMPTS_ALONE, hugging_face, messages, read, videos
@@ -203,7 +203,7 @@ def test_the_models_own_tokens_in_a_title_are_words(tiny_models, items, family) 
 
 
 def test_prefixes_are_shared_across_titles(tiny_models, items, family, monkeypatch) -> None:
-    from lvlmrec.lvlms import prefix
+    from lvlmrec.lvlms.engine import prefix
 
     lengths = []
     run_prefix = prefix.run_prefix

@@ -14,9 +14,9 @@ import torch
 from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
-from lvlmrec.lvlms.family import NativeFamily
+from lvlmrec.lvlms.families.family import NativeFamily
 from lvlmrec.lvlms.protocol import Item
-from lvlmrec.video import Clip
+from lvlmrec.media.sampling import Clip
 from tests.lvlms.conftest import WITHOUT_TINY
 from tests.lvlms.test_contract import messages, read, videos
 

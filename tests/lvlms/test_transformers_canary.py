@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from lvlmrec.lvlms import LVLMS, torchvision_shim
-from lvlmrec.lvlms.family import NativeFamily
+from lvlmrec.lvlms import LVLMS
+from lvlmrec.lvlms.families.family import NativeFamily
+from lvlmrec.lvlms.files import torchvision_shim
 
 torchvision_shim.ensure_importable()
 

@@ -5,7 +5,7 @@ import torch
 
 from lvlmrec.models import item_features
 from lvlmrec.models.item_features import ItemFeatures, sum_of_layers
-from tests.models.packing import as_stored
+from tests.models.sequential.packing import as_stored
 
 N, T, COLUMNS, D = 7, 9, (3, 0, 2), 5
 

@@ -10,12 +10,12 @@ from torch.nn import functional
 
 from lvlmrec import config
 from lvlmrec.errors import ConfigError
-from lvlmrec.models.backbones import BACKBONES
-from lvlmrec.models.fusions import FUSIONS
-from lvlmrec.models.fusions.base import FeatureShape
-from lvlmrec.models.histories import pack
-from lvlmrec.models.recommender import ModelConfig
-from tests.models.packing import as_stored, encode_grid
+from lvlmrec.models.sequential.backbones import BACKBONES
+from lvlmrec.models.sequential.fusions import FUSIONS
+from lvlmrec.models.sequential.fusions.base import FeatureShape
+from lvlmrec.models.sequential.histories import pack
+from lvlmrec.models.sequential.recommender import ModelConfig
+from tests.models.sequential.packing import as_stored, encode_grid
 
 NUM_ITEMS, E, LENGTH = 12, 8, 6
 DIMS = (5, 3)  # of two feature sets

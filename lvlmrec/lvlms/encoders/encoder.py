@@ -1,0 +1,81 @@
+"""What the encoders of text, images and videos share: a model that ends at the highest tap, and hooks on its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvlmrec.errors import ConfigError
+from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.lvlms.engine.hooks import Pool
+from lvlmrec.lvlms.files import loading, torchvision_shim
+from lvlmrec.lvlms.protocol import ModelConfig
+from lvlmrec.taps import Tap
+
+LAYER_LISTS = {"layer", "layers", "stages"}
+UNREAD = ("pooler", "head")  # behind the last layer; a checkpoint of another task lacks them
+
+
+def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any) -> Any:
+    """The model that `model_config` describes, on its device, without the layers above the highest tap.
+
+    The default attention, sdpa, means the model's own where it has no sdpa. Raises `ConfigError`.
+    """
+    torchvision_shim.ensure_importable()
+    from transformers import AutoModel
+
+    loading.check_identity(config, recipe, info)
+    device, depth = loading.choose_device(config), max(tap.layer for tap in recipe.taps)
+    if hasattr(model_config, "num_hidden_layers"):
+        loading.cut(model_config, depth)
+    attention = None if config.attention == "sdpa" else config.attention
+    model = loading.load_weights(AutoModel, config, model_config, attention, UNREAD)
+    del find_layers(model, config)[max(depth, 1) :]
+    if config.compile:
+        for layer in find_layers(model, config):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+    return model.to(device)
+
+
+def find_layers(model: Any, config: ModelConfig) -> nn.ModuleList:
+    """The stack of layers, outermost and first in the model. Raises `ConfigError`."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in LAYER_LISTS:
+            return module
+    raise ConfigError(f"lvlm.model: {config.model!r}: {type(model).__name__} has no stack of layers to tap")
+
+
+def attach(layers: nn.ModuleList, taps: Iterable[Tap], pool: Pool) -> None:
+    """Call `pool(tap, hidden)` inside every forward: 0 is what enters the first layer, k what leaves layer k."""
+    for tap in taps:
+        if tap.layer:
+            layers[tap.layer - 1].register_forward_hook(_output_hook(tap, pool))
+        else:
+            layers[0].register_forward_pre_hook(_input_hook(tap, pool), with_kwargs=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor that `to_host` prepared; its copy needs no waiting."""
+    return tensor.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """In pinned memory for a GPU."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _output_hook(tap: Tap, pool: Pool) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        pool(tap, output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+def _input_hook(tap: Tap, pool: Pool) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        pool(tap, arguments[0] if arguments else named["hidden_states"])
+
+    return hook

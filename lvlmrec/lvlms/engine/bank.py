@@ -1,0 +1,132 @@
+"""A bank of prompts through the decoder: one forward each, or together where they follow the same video.
+
+Legend: B items, S sequence positions, C of what prompts share, Q of a prompt's own end, D hidden width; rows of a batch
+of ends are R = P * B, prompt by prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvlmrec.features.recipe import Recipe, poolings_of
+from lvlmrec.lvlms.engine import prefix
+from lvlmrec.lvlms.engine.hooks import Hooks
+from lvlmrec.lvlms.engine.pooling import Start, TokenMasks, pool_columns, pool_ends, pool_start, reads_text
+from lvlmrec.taps import FeatureName, Tap
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt as the base model takes it.
+
+    tokens  input_ids, attention_mask [B, S], and what else the processor says of them
+    layout  how the pixels lie, `Media.layout`
+    media   modality -> encoded media; empty for text alone
+    """
+
+    tokens: Mapping[str, Tensor]
+    masks: TokenMasks
+    layout: Mapping[str, Any]
+    media: Mapping[str, Any]
+
+
+class Bank:
+    """Reads prompts with one base model. `shares_prefix` is that of a family, see `family.NativeFamily`."""
+
+    def __init__(self, base: Any, hooks: Hooks, recipe: Recipe, shares_prefix: Callable[[Any, Tensor], bool]) -> None:
+        self._base, self._hooks, self._shares_prefix = base, hooks, shares_prefix
+        self._poolings = {name: poolings_of(prompt, recipe.poolings) for name, prompt in recipe.prompts.items()}
+        self._groups = [
+            [name for name, p in recipe.prompts.items() if p.input == kind and p.place == "after"]
+            for kind in recipe.media
+        ]
+
+    def read(self, bank: Mapping[str, Reading], batch_size: int) -> dict[str, Tensor]:
+        """The pooled features of all prompts, those after the same video together.
+
+        `batch_size` bounds the rows of a forward over ends.
+        """
+        pooled: dict[str, Tensor] = {}
+        alone = list(bank)
+        for group in self._groups:
+            shared = [bank[name] for name in group]
+            length = prefix.shared_length(shared) if len(shared) > 1 and self._may_share(shared) else 0
+            if length:
+                pooled |= self._read_together({name: bank[name] for name in group}, length, batch_size)
+                alone = [name for name in alone if name not in group]
+        for name in alone:
+            pooled |= self._read_alone(name, bank[name])
+        return pooled
+
+    def _may_share(self, prompts: Sequence[Reading]) -> bool:
+        lengths_PB = torch.stack([prompt.tokens["attention_mask"].sum(dim=1) for prompt in prompts])
+        return self._shares_prefix(self._base, lengths_PB)
+
+    def _read_alone(self, prompt: str, reading: Reading) -> dict[str, Tensor]:
+        """One forward of the decoder: the pooled features of one prompt."""
+        pooled: dict[str, Tensor] = {}
+
+        def pool(tap: Tap, hidden_BSD: Tensor) -> None:
+            for column, feature in pool_columns(self._poolings[prompt], hidden_BSD, reading.masks).items():
+                pooled[str(FeatureName(prompt, tap, column))] = feature
+
+        self._hooks.pool = pool
+        self._forward(reading)
+        return pooled
+
+    def _read_together(self, bank: Mapping[str, Reading], length: int, batch_size: int) -> dict[str, Tensor]:
+        """Prompts whose first `length` positions are the same: those once, then at most `batch_size` ends at once."""
+        decoder, names = self._base.get_decoder(), list(bank)
+        first = bank[names[0]].masks.cut(0, length)
+        starts: dict[Tap, Start] = {}
+        pooled: dict[str, Tensor] = {}
+
+        def call_of(name: str) -> prefix.Call:
+            # Not kept for all prompts at once: each holds the embedded video.
+            return prefix.capture(decoder, functools.partial(self._forward, bank[name]))
+
+        def pool_starts(tap: Tap, hidden_BCD: Tensor) -> None:
+            starts[tap] = pool_start(hidden_BCD, first.attended)
+            visual = [p for p in self._poolings[names[0]] if not reads_text(p)]  # all of a group have the same
+            for column, feature in pool_columns(visual, hidden_BCD, first).items():
+                pooled.update({str(FeatureName(name, tap, column)): feature for name in names})
+
+        self._hooks.pool = pool_starts
+        cache = prefix.run_prefix(decoder, call_of(names[0]), length)
+        names = [name for name in names if any(reads_text(pooling) for pooling in self._poolings[name])]
+        at_once = max(1, batch_size // len(first.attended))
+        for begin in range(0, len(names), at_once):
+            group = names[begin : begin + at_once]
+            masks = prefix.suffix_masks([bank[name].masks for name in group], length)
+            self._hooks.pool = functools.partial(self._pool_ends, pooled, group, starts, masks)
+            attended = [bank[name].tokens["attention_mask"] for name in group]
+            prefix.run_suffixes(decoder, [call_of(name) for name in group], attended, length, cache)
+        return pooled
+
+    def _pool_ends(
+        self,
+        pooled: dict[str, Tensor],
+        prompts: Sequence[str],
+        starts: Mapping[Tap, Start],
+        masks: TokenMasks,
+        tap: Tap,
+        hidden_RQD: Tensor,
+    ) -> None:
+        """Join the ends of `prompts` to what was pooled over their common start."""
+        num_items = len(hidden_RQD) // len(prompts)
+        for row, prompt in zip(range(0, len(hidden_RQD), num_items), prompts, strict=True):
+            behind = row + num_items
+            ends = pool_ends(self._poolings[prompt], starts[tap], hidden_RQD[row:behind], masks.rows(row, behind))
+            pooled.update({str(FeatureName(prompt, tap, column)): feature for column, feature in ends.items()})
+
+    def _forward(self, reading: Reading) -> None:
+        """The base model from tokens and projected media on; hooks pool the taps on the way."""
+        if hasattr(self._base, "rope_deltas"):
+            self._base.rope_deltas = None  # Qwen-VL keeps those of the forward before
+        self._base(**reading.tokens, **reading.layout, mm_encoder_outputs=dict(reading.media), use_cache=False)

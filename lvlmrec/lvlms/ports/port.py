@@ -1,0 +1,81 @@
+"""A family that transformers does not hold: a port of ours in the shape of a transformers model, served as the others.
+
+A port is three functions beside the fields of `family.NativeFamily`; its modules bear the published names, so that
+`checkpoint_files.py` reads the published weights into them. No code of the model's own repository is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lvlmrec.errors import ConfigError
+from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.lvlms.families.family import Patches, SharesPrefix, always, describe
+from lvlmrec.lvlms.files import source
+from lvlmrec.lvlms.protocol import LVLM, ModelConfig
+
+
+@dataclass(frozen=True)
+class PortedFamily:
+    """An entry of `LVLMS`. Fields that are not told of here are those of `family.NativeFamily`.
+
+    read_config  the model's configuration, from its published config.json alone
+    processor    what turns a conversation and its media into the model's inputs, without the model
+    build        model and processor of a configuration that was cut to what a recipe needs; the model has its head,
+                 and generates, if that configuration `has_head`
+    tiny         writes a tiny random model into a directory, from a seed, as the published repository lays it out
+    """
+
+    name: str
+    vision_layers: str
+    patches: Patches
+    read_config: Callable[[ModelConfig], Any]
+    processor: Callable[[ModelConfig], Any]
+    build: Callable[[ModelConfig, Any], tuple[Any, Any]]
+    tiny: Callable[[Path, int], None]
+    modality: str = "video"
+    minimum_frames: int = 1
+    video_options: Mapping[str, Any] = field(default_factory=dict)
+    shares_prefix: SharesPrefix = always
+
+    def inspect(self, config: ModelConfig) -> LVLMInfo:
+        """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
+        return describe(self.name, config, self._read(config), self.video_options)
+
+    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+        """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
+        from lvlmrec.lvlms.engine import native
+        from lvlmrec.lvlms.files import loading
+
+        device, info = loading.choose_device(config), self.inspect(config)
+        loading.check_identity(config, recipe, info)
+        model_config = self._read(config)
+        model_config.has_head = bool(recipe.text_names)
+        loading.cut(model_config.get_text_config(), loading.num_layers_needed(recipe, info))
+        model, processor = self.build(config, model_config)
+        return native.serve(self, config, recipe, info, model.to(device), processor)
+
+    def write_tiny(self, directory: Path, seed: int) -> None:
+        """A tiny random model with the published names and files, the same bytes for the same seed."""
+        from lvlmrec.lvlms.files import torchvision_shim
+
+        torchvision_shim.ensure_importable()
+        directory.mkdir(parents=True, exist_ok=True)
+        self.tiny(directory, seed)
+
+    def _read(self, config: ModelConfig) -> Any:
+        """The configuration. What it lacks or holds of the wrong kind is the file's fault."""
+        from lvlmrec.lvlms.files import torchvision_shim
+
+        torchvision_shim.ensure_importable()
+        try:
+            with source.quiet():
+                return self.read_config(config)
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {source.one_line(error)}"
+            raise ConfigError(f"lvlm.model: {config.model!r}: config.json: {reason}") from error

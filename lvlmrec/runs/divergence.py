@@ -1,0 +1,56 @@
+"""When training leaves the finite numbers: it is noticed, at which step, and said with what would help."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lvlmrec.errors import JobFailed
+from lvlmrec.features.compact import FeatureArray
+from lvlmrec.runs.experiment import TrainConfig
+
+STEPS_BETWEEN_CHECKS = 100  # of losses and gradients; a GPU is waited for at each check
+
+
+class Diverged(JobFailed):
+    """A loss, a gradient, a weight or a score is not finite; the message names epoch, step and what would help."""
+
+
+def check_steps(before: int, steps: list[tuple[Tensor, Tensor]], world: int) -> None:
+    """Raises `Diverged` at the first of the steps, which come after step `before`, that is not finite.
+
+    Of each step the loss of this worker, and the length of the gradient of all `world` workers. They decide alike.
+    """
+    if not steps:
+        return
+    losses, norms = (torch.stack(values) for values in zip(*steps, strict=True))
+    if world > 1:
+        dist.all_reduce(losses)
+    finite = torch.isfinite(losses) & torch.isfinite(norms)
+    if not finite.all():
+        first = int(finite.int().argmin())
+        name, values = ("gradient", norms) if torch.isfinite(losses[first]) else ("loss", losses)
+        raise Diverged(f"step {before + first + 1}: the {name} is {float(values[first])}")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises `Diverged` when a weight is not finite."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise Diverged(f"last step: the weights of {name} are not finite")
+
+
+def longest(vectors: Tensor) -> Tensor:
+    """The largest length of vectors [N, E]; 0 of none, not finite where an entry is not."""
+    return vectors.norm(dim=-1).max() if len(vectors) else vectors.new_zeros(())
+
+
+def remedy(config: TrainConfig, features: FeatureArray | None) -> str:
+    """What may keep a run from it."""
+    advice = [f"lower training.lr ({config.training.lr:g})"]
+    if config.training.precision != "float32":
+        advice.append("set training.precision=float32")
+    if features is not None:
+        advice.append("look for features that are not finite or very large")
+    return ", or ".join(advice)

@@ -1,0 +1,231 @@
+"""Evaluation on the test interactions: the only code that opens them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+
+from lvlmrec import storage
+from lvlmrec.baselines import BASELINES
+from lvlmrec.baselines.base import Baseline
+from lvlmrec.baselines.item_knn import NEIGHBOURS_HELP, NUM_NEIGHBOURS
+from lvlmrec.columns import COLD, ITEM_ID, ITEM_RANK, USER_ID
+from lvlmrec.config import MAX_SEED, option
+from lvlmrec.data import load_split
+from lvlmrec.data.split import Holdout, Split
+from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
+from lvlmrec.evaluation.lists import top_from_scores, top_items
+from lvlmrec.evaluation.metrics import metrics, per_user
+from lvlmrec.evaluation.ranking import rank_from_scores, rank_targets
+from lvlmrec.evaluation.significance import holm, permutation_test
+from lvlmrec.evaluation.slices import by_coldness, by_history_length, by_popularity, slice_metrics
+from lvlmrec.runs.checkpoint import Checkpoint, load_checkpoint
+from lvlmrec.runs.loop import encode_catalogue, encode_users
+
+USERS_AT_ONCE = 512
+COMPARED = "ndcg@10"
+FORMAT = 2  # of evaluation.json: 1 had metrics of single targets where users have several
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The evaluate job."""
+
+    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here", required=True)
+    tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
+    seed: int = option(0, "seed of the permutation tests", minimum=0, maximum=MAX_SEED)
+    checkpoint: str = option("${workspace}/checkpoints", "a checkpoint, or a folder: its newest one", required=True)
+    dataset_path: str = option("", "where the dataset is now, if not where the checkpoint was trained")
+    features: Any = option("", "where the feature set is now, or the list of them, if not where it was trained")
+    ks: list[int] = option([10, 20], "cut-offs K of the metrics", minimum=1)
+    baselines: list[str] = option(
+        ["popularity", "item_knn", "markov"], "fitted and ranked on the same split", choices=BASELINES, distinct=True
+    )
+    item_knn_neighbours: int = option(NUM_NEIGHBOURS, NEIGHBOURS_HELP, minimum=1)
+    against: Any = option("", "ranks of another evaluation, or a list of them: compared user by user")
+
+    def check(self) -> None:
+        if not self.ks:
+            raise ConfigError("ks: no cut-off given; as in ks=[10,20]")
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Rank every user's test item over the full catalogue, write the ranks, and give the metrics by slice.
+
+    Raises `ConfigError` for a setting that says nothing, `InputError` when the dataset is not the one that the
+    checkpoint was trained on.
+    """
+    ks, others = sorted(set(config.ks)), _others(config.against)
+    for other in others:
+        read_ranks(other)  # before the work, not after it
+    checkpoint, split = _load(config)
+    holdout = split.test()
+    folder = storage.join(storage.absolute(config.workspace), "evaluations", checkpoint.uri.rsplit("/", 1)[-1])
+    storage.check_writable(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = checkpoint.model.to(device)
+    catalogue = encode_catalogue(model, len(checkpoint.item_ids), checkpoint.features, device)
+    queries = encode_users(model, catalogue, holdout.inputs)
+    ranks = rank_targets(queries, catalogue, holdout.targets, holdout.histories)
+    lists = top_items(queries, catalogue, holdout.histories, ks[-1])
+    uri = storage.join(folder, "ranks.parquet")
+    write_ranks(uri, split, holdout, ranks)
+    result: dict[str, Any] = {
+        "checkpoint": checkpoint.uri,
+        "format": FORMAT,
+        "users": len(holdout.first_rows),
+        "targets": len(ranks),
+        "ranks": uri,
+        **measure(split, holdout, ranks, lists, ks),
+        "validation": checkpoint.result["validation"],
+        "parameters": sum(tensor.numel() for tensor in checkpoint.model.state_dict().values()),
+        "trials": checkpoint.result.get("trials"),  # configurations tried before this one; None: nobody wrote it down
+        "baselines": _baselines(config, split, folder, ks),
+        "item_knn_neighbours": config.item_knn_neighbours,
+        "layer_weights": layer_weights(checkpoint),
+    }
+    if others:
+        result["against"] = compare(uri, others, config.seed)
+    storage.write_bytes(storage.join(folder, "evaluation.json"), json.dumps(result, indent=2).encode())
+    return result
+
+
+def _others(against: Any) -> list[str]:
+    """The URIs of `against`, a text or a list of them. Raises `ConfigError`."""
+    others = against if isinstance(against, list) else [against] if against else []
+    if not all(isinstance(uri, str) and uri for uri in others):
+        raise ConfigError(f"against: {against!r} is neither the URI of ranks nor a list of URIs")
+    return list(dict.fromkeys(storage.absolute(uri) for uri in others))
+
+
+def _load(config: EvaluateConfig) -> tuple[Checkpoint, Split]:
+    """The checkpoint, and the split that it was trained on. Raises `InputError`."""
+    overrides = {"dataset.path": config.dataset_path, "features": config.features, "workspace": config.workspace}
+    if not storage.is_remote(config.workspace):
+        overrides["cache"] = storage.join(config.workspace, "cache")  # that of the training may be on another machine
+    checkpoint = load_checkpoint(config.checkpoint, overrides)
+    split, _ = load_split(checkpoint.config.dataset)
+    if split.fingerprint() != checkpoint.result["dataset"]:
+        raise InputError(
+            f"dataset {checkpoint.config.dataset.path!r} ({len(split.user_ids)} users, {len(split.item_ids)} items): "
+            f"not the one that {checkpoint.uri!r} was trained on ({checkpoint.result['users']} users, "
+            f"{len(checkpoint.item_ids)} items); set dataset_path to its own"
+        )
+    return checkpoint, split
+
+
+def measure(split: Split, holdout: Holdout, ranks: np.ndarray, lists: np.ndarray, ks: Sequence[int]) -> dict[str, Any]:
+    """Everything that is said of a run or a baseline: metrics, the same by slice, and beyond accuracy.
+
+    ranks [T] and lists [T, K] of the holdout's rows.
+    """
+    counts = split.train_counts()
+    slices = {
+        **by_coldness(split.is_cold(holdout.targets)),
+        **by_popularity(holdout.targets, counts),
+        **by_history_length(holdout.histories),
+    }
+    return {
+        "test": metrics(ranks, ks, holdout.users),
+        "slices": slice_metrics(ranks, slices, ks, holdout.users),
+        "beyond_accuracy": beyond_accuracy(lists[holdout.first_rows], holdout.targets, counts, ks),
+    }
+
+
+def layer_weights(checkpoint: Checkpoint) -> dict[str, float]:
+    """The learned weight of each feature column; empty when the item encoder learns none."""
+    weigh = getattr(checkpoint.model.item_encoder, "layer_weights", None)
+    if weigh is None or checkpoint.features is None:
+        return {}
+    return dict(zip(checkpoint.features.names, weigh().tolist(), strict=True))
+
+
+def write_ranks(uri: str, split: Split, holdout: Holdout, ranks: np.ndarray) -> None:
+    """user_id, item_id (the target), item_rank, cold: what any two runs can be compared by."""
+    targets = np.asarray(split.item_ids)[holdout.targets - 1]
+    cold = split.is_cold(holdout.targets)
+    table = {USER_ID: split.user_ids, ITEM_ID: targets, ITEM_RANK: ranks, COLD: cold}
+    storage.write_table(uri, pa.table({name: pa.array(values) for name, values in table.items()}), compression="zstd")
+
+
+def read_ranks(uri: str) -> pd.DataFrame:
+    """Ranks that an evaluation wrote. Raises `InputError`."""
+    try:
+        return storage.read_table(uri, [USER_ID, ITEM_ID, ITEM_RANK, COLD]).to_pandas()
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise InputError(f"ranks {uri!r}: not readable: {' '.join(str(error).split())}") from error
+
+
+def compare(ours: str, others: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+    """Permutation tests over users with other evaluations of the same targets: all, warm and cold, of each other's URI.
+
+    `p_users_holm` is Holm's correction over all others, of each slice by itself. `p_seeds` is None: these are single
+    runs, and only a study has several seeds of each method. Raises `InputError`.
+    """
+    own = read_ranks(ours)
+    tests = {other: _compare(own, ours, other, seed) for other in others}
+    for name in next(iter(tests.values())):
+        corrected = holm({other: slices[name]["p_users"] for other, slices in tests.items()})
+        for other, slices in tests.items():
+            slices[name]["p_users_holm"] = corrected[other]
+    return tests
+
+
+def _compare(own: pd.DataFrame, ours: str, other: str, seed: int) -> dict[str, dict[str, Any]]:
+    theirs = read_ranks(other)
+    both = own.merge(theirs, on=[USER_ID, ITEM_ID], suffixes=("", "_other"))
+    if not len(both) == len(own) == len(theirs):
+        raise InputError(f"against {other!r}: its users and targets are not those of {ours!r}")
+    slices = {"all": both, "warm": both[~both[COLD]], "cold": both[both[COLD]]}
+    columns = ITEM_RANK, f"{ITEM_RANK}_other"
+    tests: dict[str, dict[str, Any]] = {}
+    for name, rows in slices.items():
+        if len(rows):
+            users = rows[USER_ID].to_numpy()
+            values, other_values = (per_user(rows[column].to_numpy(), COMPARED, users) for column in columns)
+            tests[name] = {"metric": COMPARED, "p_seeds": None, **permutation_test(values, other_values, seed=seed)}
+    return tests
+
+
+def _baselines(config: EvaluateConfig, split: Split, folder: str, ks: Sequence[int]) -> dict[str, Any]:
+    """The same of the baselines, and their metrics on validation; their ranks stand beside the run's.
+
+    They are fitted on each user's whole training history and read all that is masked, however few items a model reads.
+    """
+    results = {}
+    settings = {"item_knn": {"num_neighbours": config.item_knn_neighbours}}
+    histories, validation, test = split.training_histories(), split.validation(), split.test()
+    for name in config.baselines:
+        baseline = BASELINES[name](**settings.get(name, {}))
+        baseline.fit(histories, len(split.item_ids))
+        validated = [rank_from_scores(scores, *masks) for scores, *masks in _scored(baseline, validation)]
+        ranks, lists = [], []
+        for scores, targets, masked in _scored(baseline, test):
+            ranks.append(rank_from_scores(scores, targets, masked))
+            lists.append(top_from_scores(scores, masked, ks[-1]))
+        write_ranks(storage.join(folder, f"ranks-{name}.parquet"), split, test, np.concatenate(ranks))
+        results[name] = {
+            "validation": metrics(np.concatenate(validated), users=validation.users),
+            **measure(split, test, np.concatenate(ranks), np.concatenate(lists), ks),
+        }
+    return results
+
+
+def _scored(baseline: Baseline, holdout: Holdout) -> Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
+    """Scores [B, I + 1], targets [B] and histories [B, H] of a block of users after the other."""
+    for users in _blocks(holdout):
+        scores = torch.from_numpy(baseline.score(holdout.histories[users]))
+        yield scores, holdout.targets[users], holdout.histories[users]
+
+
+def _blocks(holdout: Holdout) -> Iterator[slice]:
+    for start in range(0, len(holdout.targets), USERS_AT_ONCE):
+        yield slice(start, start + USERS_AT_ONCE)

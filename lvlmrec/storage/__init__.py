@@ -1,0 +1,396 @@
+"""Object storage and local files behind one set of functions; nothing else knows fsspec.
+
+A URI is a local path, `file:///path` with its percent signs decoded, or `s3://bucket/key` (any protocol fsspec knows).
+Of paths and keys every character stands for itself: none is a pattern, joins two URIs or begins a query.
+Endpoint, region, profile and credentials come from the environment alone (AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE,
+...). Writes are atomic: a reader sees the whole file or none.
+
+Requests to S3 are repeated in two loops. botocore's `standard` mode waits up to 1, 2, 4, 8 s, at random, after
+throttling, 5xx and broken or silent connections. s3fs, up to five times, repeats what `s3.is_passing` names, throttling
+among it, and reads a body that broke anew. A store that goes on so is given up: `StorageError`, or `StorageRefused`.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import unquote
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError, HTTPClientError
+from botocore.parsers import ResponseParserError
+
+from lvlmrec.errors import InputError, StorageError, StorageRefused, writing
+from lvlmrec.storage import s3
+
+T = TypeVar("T")
+ATTEMPTS = 5
+WRITER = "lvlmrec-writer"  # key of an object's metadata
+MAX_NAME_BYTES = 255  # of a file's name on Linux; an object's may have 1024
+REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+FILE = re.compile(r"file:(//(localhost(?=/))?|(?=/))")  # also the `file:/path` of Spark and Java
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a listing: its URI, its size in bytes, its modification time in seconds since 1970, its ETag on S3."""
+
+    uri: str
+    size: int
+    modified: float
+    etag: str = ""
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` names something other than a local path."""
+    return REMOTE.match(uri) is not None
+
+
+def is_absolute(uri: str) -> bool:
+    """Whether `uri` says by itself where it is: a path from the root, or a URI."""
+    return uri.startswith("/") or is_remote(uri) or FILE.match(uri) is not None
+
+
+def absolute(uri: str) -> str:
+    """`uri` as every process understands it: local paths made absolute, remote ones without a trailing slash."""
+    if is_remote(uri):
+        return uri.rstrip("/")
+    if found := FILE.match(uri):
+        uri = unquote(uri[found.end() :], errors="surrogateescape")
+    return str(Path(os.path.expanduser(uri)).absolute())  # noqa: PTH111 (Path's own raises for `~name` of no user)
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with path parts appended."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    with _filesystem(uri) as (fs, path):
+        return bool(fs.exists(path))
+
+
+def is_dir(uri: str) -> bool:
+    """Whether `uri` is a folder or a prefix that holds something."""
+    with _filesystem(uri) as (fs, path):
+        if not _is_s3(fs):
+            return bool(fs.isdir(path))
+        try:
+            return any(True for page in _pages(fs, path, recursive=True, MaxKeys=1) for _ in page)
+        except FileNotFoundError:  # no such bucket
+            return False
+
+
+def iter_files(uri: str, *, recursive: bool = False) -> Iterator[StoredFile]:
+    """The files under a folder or prefix, as they are listed; hidden ones (a leading dot) are left out.
+
+    Of S3 and of local folders only a page or a folder is held at a time, and they come in the order of their URIs.
+    """
+    with _filesystem(uri) as (fs, path):
+        if not is_remote(uri):
+            files = _local_files(path, recursive)
+        elif _is_s3(fs):
+            files = (file for page in _pages(fs, path, recursive) for file in page)
+        else:
+            files = _found_files(fs, path, uri, recursive)
+        yield from (file for file in files if not file.uri.rsplit("/", 1)[-1].startswith("."))
+
+
+def list_files(uri: str, *, recursive: bool = False) -> list[StoredFile]:
+    """What `iter_files` gives, sorted by URI."""
+    return sorted(iter_files(uri, recursive=recursive), key=lambda file: file.uri)
+
+
+def version(uri: str) -> str:
+    """What changes when a file does: its ETag where the store has such, else size and modification time.
+
+    Raises `FileNotFoundError`.
+    """
+    with _filesystem(uri) as (fs, path):
+        info = fs.info(path)
+    return str(info.get("ETag") or f"{info['size']}-{_modified(info)}").strip('"')
+
+
+def open_read(uri: str) -> BinaryIO:
+    """A seekable binary file, all of whose reads are whole. Raises `FileNotFoundError`."""
+    with _filesystem(uri) as (fs, path):
+        file = fs.open(path, "rb")
+    if cache := getattr(file, "cache", None):
+        cache.fetcher = functools.partial(_fetch, uri, cache.fetcher)
+    return cast(BinaryIO, file)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The content of a file. Raises `FileNotFoundError`."""
+    return _read(uri, lambda file: file.read())
+
+
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
+    """Write a file atomically: locally by renaming, remotely by a put or, above 100 MB, a multipart upload."""
+    with _filesystem(uri) as (fs, path):
+        if not is_remote(uri):
+            with _whole_temporary(Path(path), data) as temporary:
+                temporary.replace(path)
+            return
+        try:
+            fs.pipe_file(path, bytes(data))
+        except FileNotFoundError:  # the end of an upload whose first answer was lost: the store knows it no more
+            fs.pipe_file(path, bytes(data))
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a file where there is none, atomically; whether this call made it. Of many at once exactly one is told so.
+
+    On S3 a conditional put (`If-None-Match: *`); its writer's mark in the object's metadata tells a put whose answer
+    was lost from one that came second. A store that ignores the condition lets two win that come within one round
+    trip; one that refuses it raises `OSError`.
+    """
+    if exists(uri):  # all that protects on a store that ignores the condition
+        return False
+    with _filesystem(uri) as (fs, path):
+        if not is_remote(uri):
+            with _whole_temporary(Path(path), data) as temporary:
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+            return True
+        writer = uuid.uuid4().hex
+        try:
+            fs.pipe_file(path, data, mode="create", **({"Metadata": {WRITER: writer}} if _is_s3(fs) else {}))
+        except OSError as error:
+            if not isinstance(error, FileExistsError) and s3.http_status(error) != 412:
+                raise
+            return bool(_is_s3(fs) and fs.metadata(path).get(WRITER) == writer)
+        return True
+
+
+def check_writable(folder: str) -> None:
+    """Raises `StorageRefused` or `StorageError` when nothing can be written there, before anybody works for hours."""
+    folder = absolute(folder)
+    was_there = exists(folder)
+    probe = join(folder, f".probe-{uuid.uuid4().hex}")
+    write_bytes(probe, b"")
+    remove(probe)
+    if not was_there and not is_remote(folder):
+        with suppress(OSError):  # another process writes there by now
+            Path(folder).rmdir()
+
+
+def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file, or some of its columns. Raises `FileNotFoundError`, `pyarrow.ArrowInvalid`."""
+    names = list(columns) if columns is not None else None
+    return _read(uri, lambda file: pq.read_table(file, columns=names, use_threads=False))
+
+
+def write_table(uri: str, table: pa.Table, **options: Any) -> None:
+    """Write a Parquet file atomically; `options` go to `pyarrow.parquet.write_table`."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, **options)
+    write_bytes(uri, buffer.getbuffer())
+
+
+def remove(uri: str) -> None:
+    """Remove a file or a folder with all it holds; nothing happens when it is not there."""
+    with _filesystem(uri) as (fs, path):
+        for attempt in range(ATTEMPTS):
+            if not fs.exists(path):
+                return
+            time.sleep(attempt)  # S3 answers a bulk deletion key by key, and we leave unread which ones failed
+            _remove_all(fs, path)
+        if fs.exists(path):
+            raise OSError(f"still there after {ATTEMPTS} deletions")
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A local path with the content of `uri`: the file itself, or a temporary copy of a remote one."""
+    if not is_remote(uri):
+        yield Path(absolute(uri))
+        return
+    folder = Path(tempfile.mkdtemp(prefix="lvlmrec-"))
+    try:
+        name = os.fsencode(uri.rsplit("/", 1)[-1])[-MAX_NAME_BYTES:]  # its end tells FFmpeg what it may be
+        target = folder / name.decode(errors="ignore")
+        with writing(str(folder)):
+            _read(uri, functools.partial(_copy, target))
+        yield target
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _filesystem(uri: str) -> Iterator[tuple[Any, str]]:
+    """The filesystem of `uri`, one per process for all its threads, and the path there; faults as `_faults_named`."""
+    options = _s3_options() if uri.startswith(("s3://", "s3a://")) else {}
+    try:
+        # Listings are not cached: other processes write while we read.
+        fs, path = _opened(absolute(uri), use_listings_cache=False, **options)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{uri!r}: no such storage: {error}") from error
+    with _faults_named(uri):
+        yield fs, path
+
+
+def _opened(uri: str, **options: Any) -> tuple[Any, str]:
+    """The filesystem and the path of an absolute URI; fsspec's own function splits one that has `::` in it."""
+    protocol = uri.split("://", 1)[0].lower() if is_remote(uri) else "file"
+    kind = fsspec.get_filesystem_class(protocol)
+    return fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(uri), **options), kind._strip_protocol(uri)
+
+
+@contextmanager
+def _faults_named(uri: str) -> Iterator[None]:
+    """Turns what s3fs and botocore raise into `FileNotFoundError`, `StorageRefused` or `StorageError` of one line."""
+    try:
+        yield
+    except (StorageError, StorageRefused):
+        raise
+    except (OSError, BotoCoreError, ResponseParserError) as error:
+        if not is_remote(uri):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        cause = f"{uri}: {text}"
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{uri}: no such file" if text in uri else cause) from error
+        is_broken = isinstance(error, (OSError, HTTPClientError, *s3.GARBLED)) and not isinstance(
+            error, PermissionError
+        )
+        raise (StorageError if is_broken else StorageRefused)(cause) from error
+
+
+def _read(uri: str, read: Callable[[BinaryIO], T]) -> T:
+    """`read(file)` of the open file, begun again when another process replaces it meanwhile."""
+    for attempt in range(ATTEMPTS):
+        try:
+            with open_read(uri) as file:
+                return read(file)
+        except StorageError as error:
+            if attempt == ATTEMPTS - 1 or s3.http_status(error) != 412:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _fetch(uri: str, fetch: Callable[[int, int], bytes], start: int, end: int) -> bytes:
+    """Bytes `start` to `end` by `fetch`, which may be cheated by whatever stands between us and the store."""
+    with _faults_named(uri):
+        for _ in range(ATTEMPTS):
+            data = fetch(start, end)
+            if len(data) == end - start:
+                return data
+        raise OSError(f"gave {len(data)} of {end - start} bytes, {ATTEMPTS} times")
+
+
+def _copy(target: Path, source: BinaryIO) -> None:
+    with target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, length=1 << 20)
+
+
+@contextmanager
+def _whole_temporary(target: Path, data: bytes | memoryview) -> Iterator[Path]:
+    """A hidden file beside `target` with all of `data` on the disk; removed at the end unless renamed."""
+    temporary = target.with_name(f".{uuid.uuid4().hex}")  # whatever it is to be called, its name may be at the limit
+    with writing(str(target)):
+        with suppress(FileExistsError):  # a file, which the next line says
+            target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _s3_options() -> dict[str, Any]:
+    """Arguments of `s3fs.S3FileSystem`."""
+    from s3fs import core  # takes a second
+
+    # What botocore has repeated: s3fs would do so 5 times, and 25 times around the reading of a body.
+    core.S3_RETRYABLE_ERRORS = tuple(kind for kind in core.S3_RETRYABLE_ERRORS if kind is not HTTPClientError)
+    core.set_custom_error_handler(s3.is_passing)
+    region = os.environ.get("AWS_REGION")  # botocore reads AWS_DEFAULT_REGION alone
+    return {
+        "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}},
+        "client_kwargs": {"region_name": region} if region else {},
+    }
+
+
+def _is_s3(fs: Any) -> bool:
+    return "s3" in fs.protocol
+
+
+def _pages(fs: Any, path: str, recursive: bool, **options: Any) -> Iterator[list[StoredFile]]:
+    """The objects under a prefix, up to 1000 at a time, in the order of their keys. Raises `FileNotFoundError`."""
+    bucket, _, _ = fs.split_path(path)
+    for page in s3.list_pages(fs, path, recursive, **options):
+        yield [
+            StoredFile(
+                f"s3://{bucket}/{item['Key']}",
+                item["Size"],
+                item["LastModified"].timestamp(),
+                item.get("ETag", "").strip('"'),
+            )
+            for item in page
+            if not item["Key"].endswith("/")  # consoles mark folders so
+        ]
+
+
+def _remove_all(fs: Any, path: str) -> None:
+    """A file, or a folder with all it holds. A remote `fs.rm` reads the name as a pattern and removes what fits."""
+    if "file" in fs.protocol:
+        fs.rm(path, recursive=True)
+    elif _is_s3(fs):
+        s3.delete_all(fs, path)
+    else:
+        found = fs.find(path, withdirs=True, detail=True)
+        for name in sorted(found, reverse=True):  # what a folder holds, then the folder, which may be gone with it
+            with suppress(FileNotFoundError):
+                (fs.rmdir if found[name]["type"] == "directory" else fs.rm_file)(name)
+
+
+def _local_files(folder: str, recursive: bool) -> Iterator[StoredFile]:
+    """In the order of their paths. Folders behind links are left out: they may lead back."""
+    if not Path(folder).is_dir():
+        return
+    with os.scandir(folder) as scan:
+        entries = [(entry.name + "/" * entry.is_dir(), entry) for entry in scan]
+    for name, entry in sorted(entries, key=lambda named: named[0]):
+        if not name.endswith("/"):
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # a broken link is listed, a file that was renamed meanwhile is not
+                if not entry.is_symlink():
+                    continue
+                status = entry.stat(follow_symlinks=False)
+            yield StoredFile(entry.path, status.st_size, status.st_mtime)
+        elif recursive and not entry.is_symlink():
+            yield from _local_files(entry.path, recursive)
+
+
+def _found_files(fs: Any, path: str, uri: str, recursive: bool) -> Iterator[StoredFile]:
+    scheme = uri.split("://", 1)[0] + "://"
+    found = fs.find(path, maxdepth=None if recursive else 1, detail=True) if fs.isdir(path) else {}
+    for name, info in found.items():
+        yield StoredFile(scheme + name.removeprefix(scheme), int(info["size"]), _modified(info))
+
+
+def _modified(info: dict[str, Any]) -> float:
+    stamp = info.get("mtime") or info.get("LastModified") or 0.0
+    return float(stamp.timestamp() if hasattr(stamp, "timestamp") else stamp)

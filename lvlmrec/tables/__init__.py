@@ -1,0 +1,345 @@
+"""Tables that users bring: CSV, TSV or Parquet, read as Arrow columns whose ids are exact strings.
+
+Nothing is lost in silence: a line that is in no row is malformed and counted, and so is each line that a quote takes in
+which is not closed. Messages begin with the `label` that the caller gives.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from lvlmrec import storage
+from lvlmrec.errors import InputError
+from lvlmrec.tables import text_file
+
+PARQUET = ".parquet"
+BLOCK_BYTES = 16 << 20  # that Arrow parses at once; no row is longer
+# part-00000-<uuid>.snappy.parquet, 000000_0, data_12.parquet, train-00000-of-00002.parquet; not ml_100k.parquet
+PART = re.compile(r"(\D*)\d+(?:[-_.].*)?")
+HIDDEN = re.compile(r"(^|/)[_.]")  # from those who read tables
+OTHER_TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi"}  # whose folders also hold files that no longer count
+Choose = Callable[[list[str]], list[str]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a table that could be read.
+
+    table      the chosen columns; ids are strings, null where one is missing or empty
+    malformed  how many lines are in no row
+    example    the first of them, with its number
+    """
+
+    table: pa.Table
+    malformed: int = 0
+    example: str = ""
+
+
+def parquet_files(uri: str) -> list[str]:
+    """The files of the Parquet table at `uri`: itself, or the parts of the folder; none if the folder holds others."""
+    if not storage.is_dir(uri):
+        return [uri]
+    return parts(uri, [file.uri for file in storage.list_files(uri, recursive=True)])
+
+
+def parts(folder: str, uris: Sequence[str]) -> list[str]:
+    """Those of the files `uris` in `folder` that are one Parquet table; none if the folder holds something else.
+
+    A table is a folder of Parquet files alone that is called *.parquet, was marked with _SUCCESS, or whose files are
+    numbered. Names that begin with `_` or `.` do not count. Raises `InputError` on partitions and other formats.
+    """
+    kept = {}
+    for uri in uris:
+        name = below(uri, folder)
+        if HIDDEN.search(name):
+            continue
+        if not name.lower().endswith(PARQUET) and "." in name.rpartition("/")[2]:
+            return []  # soon, where there are many videos
+        kept[uri] = name
+    if not kept:
+        return []
+    names = [below(uri, folder) for uri in uris]
+    is_marked = folder.rstrip("/").endswith(PARQUET) or "_SUCCESS" in names
+    if not (is_marked or _are_numbered(kept.values())):
+        return []
+    bare = [uri for uri, name in kept.items() if not name.lower().endswith(PARQUET)]  # as Hive names them
+    if bare and not _is_parquet(bare[0]):
+        return []
+    for name in names:
+        if other := OTHER_TABLES.get(name.split("/")[0]):
+            raise InputError(f"{folder}: a {other} table, which is not read; write its rows as Parquet")
+    for name in kept.values():
+        if "=" in name.rpartition("/")[0]:
+            raise InputError(f"{folder}: partitioned ({name}), which is not read; write it without partitions")
+    return list(kept)
+
+
+def below(uri: str, folder: str) -> str:
+    """The path of a listed file below the folder that was listed, whatever the scheme is called."""
+    path, root = (text.rpartition("://")[2] for text in (uri, folder))
+    return path.removeprefix(root.rstrip("/") + "/")
+
+
+def read_parquet(uris: Sequence[str], label: str, choose: Choose, ids: Sequence[str]) -> Rows:
+    """The columns that `choose` picks from the names found, of one or several Parquet files; `ids` among them as ids.
+
+    The index of a pandas frame is a column. Raises `InputError` on files that are unreadable or do not fit each other,
+    and on ids that are neither strings nor whole numbers.
+    """
+    found = [_read_part(uri, f"{label}: {uri}" if len(uris) > 1 else label, choose, ids) for uri in uris]
+    try:
+        return Rows(pa.concat_tables(found, promote_options="permissive"))
+    except pa.ArrowException as error:
+        raise InputError(f"{label}: its files do not fit each other: {_one_line(error)}") from error
+
+
+def read_csv(
+    uri: str, label: str, choose: Choose, ids: Sequence[str], *, delimiter: str = ",", quoted: bool = True
+) -> Rows:
+    """The columns that `choose` picks from the header's names, as strings or null; `ids` among them as ids, trimmed.
+
+    Without `quoted` a quote is a character as any other, else as in `text_file.csv_rows`. Raises `InputError`.
+    """
+    data = text_file.read_bytes(uri, label)
+    head = re.split(text_file.LINE_END.encode(), data.lstrip(b"\r\n"), maxsplit=1)[0]
+    has_quotes = quoted and b'"' in data
+    if has_quotes and (head.count(b'"') % 2 or not text_file.is_strictly_quoted(data, delimiter)):
+        rows = _parse_loosely(data, label, choose, delimiter)
+    else:
+        rows = _parse(data, head, label, choose, delimiter, quoted)
+    if has_quotes:
+        rows = _without_quotes(_without_line_ends(rows, ids), ids)
+    columns = {
+        name: _ids(pc.utf8_trim_whitespace(rows.table[name]), name, label) if name in ids else rows.table[name]
+        for name in rows.table.column_names
+    }
+    return _without_headers(Rows(pa.table(columns), rows.malformed, rows.example), ids)
+
+
+def texts(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
+    """A column as strings, whole numbers with all their digits; a missing one is empty. Raises `InputError`."""
+    column = plain(column)
+    if is_text(column.type) or pa.types.is_integer(column.type):
+        return strings(column, name, label).fill_null("")
+    if pa.types.is_nested(column.type):
+        raise InputError(f"{label}: column {name} holds {column.type}; expected texts or numbers")
+    series = pd.Series(column.to_pandas())
+    return pa.chunked_array([pa.array(series.astype("str").where(series.notna(), ""), pa.large_string())])
+
+
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column with the values of a dictionary in place of its codes."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings or bytes."""
+    binary = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
+    text = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    return any(is_kind(kind) for is_kind in (*text, *binary))
+
+
+def strings(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
+    """A column of strings, bytes or whole numbers as strings. Raises `InputError` on what is not UTF-8."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column
+    try:
+        return column.cast(pa.large_string())
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{label}: column {name} holds {column.type} that is not UTF-8") from error
+
+
+def _are_numbered(names: Iterable[str]) -> bool:
+    """Whether names differ after the first number in them alone."""
+    found = [PART.fullmatch(name.rpartition("/")[2]) for name in names]
+    begins = {each[1] if each else None for each in found}
+    return len(begins) == 1 and None not in begins
+
+
+def _read_part(uri: str, label: str, choose: Choose, ids: Sequence[str]) -> pa.Table:
+    try:
+        with storage.open_read(uri) as opened:
+            file = pa.parquet.ParquetFile(opened)
+            ranges = _range_indices(file.schema_arrow)
+            wanted = _choose(choose, [*file.schema_arrow.names, *ranges], label)
+            table = file.read(columns=[name for name in wanted if name not in ranges])
+            table.validate(full=True)  # nobody who writes Parquet has to write UTF-8
+            rows = file.metadata.num_rows
+    except (storage.StorageError, storage.StorageRefused):
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{label}: no such file") from error
+    except (OSError, pa.ArrowException) as error:
+        cause = getattr(error, "strerror", None) or _one_line(error)
+        raise InputError(f"{label}: not readable as Parquet: {cause}") from error
+    columns = {}
+    for name in wanted:
+        column = pa.chunked_array([np.array(ranges[name], np.int64)]) if name in ranges else table[name]
+        if len(column) != rows:
+            raise InputError(f"{label}: {rows} rows, but its pandas index {name} has {len(column)}; reset the index")
+        columns[name] = _ids(column, name, label) if name in ids else column
+    return pa.table(columns)
+
+
+def _range_indices(schema: pa.Schema) -> dict[str, range]:
+    """The indices of a pandas frame that its file describes and does not hold, by name."""
+    described = (schema.pandas_metadata or {}).get("index_columns", [])
+    ranges = [each for each in described if isinstance(each, dict) and each.get("kind") == "range"]
+    return {
+        each["name"]: range(each["start"], each["stop"], each["step"])
+        for each in ranges
+        if isinstance(each["name"], str) and each["name"] not in schema.names
+    }
+
+
+def _choose(choose: Choose, found: list[str], label: str) -> list[str]:
+    wanted = choose(found)
+    for name in wanted:
+        if found.count(name) > 1:
+            raise InputError(f"{label}: column {name} occurs twice; columns found: {', '.join(found)}")
+    return wanted
+
+
+def _parse(data: bytes, head: bytes, label: str, choose: Choose, delimiter: str, quoted: bool) -> Rows:
+    """Of text whose quotes, if it has such, Arrow understands as they are meant."""
+    text = text_file.decode(label, head)
+    header = _header(next(text_file.csv_rows(text, delimiter))[2] if quoted else text.split(delimiter), label)
+    wanted = _choose(choose, header, label)
+    malformed, example = 0, ""
+
+    def skip(row: Any) -> str:
+        nonlocal malformed, example
+        if row.text.strip():
+            malformed += 1 + row.text.count("\n")
+            example = example or f"row {row.number - 1}: {row.text[:80]!r}"
+        return "skip"
+
+    try:
+        table = pa.csv.read_csv(
+            pa.BufferReader(data.lstrip(b"\r\n")),
+            # one thread, because only then pyarrow knows the number of an invalid row
+            read_options=pa.csv.ReadOptions(
+                column_names=header, skip_rows=1, use_threads=False, block_size=BLOCK_BYTES
+            ),
+            parse_options=pa.csv.ParseOptions(
+                delimiter=delimiter,
+                quote_char='"' if quoted else False,
+                newlines_in_values=quoted and b'"' in data,
+                invalid_row_handler=skip,
+            ),
+            convert_options=pa.csv.ConvertOptions(
+                include_columns=wanted,
+                column_types=dict.fromkeys(wanted, pa.string()),
+                null_values=[""],
+                strings_can_be_null=True,
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        cause = text_file.not_utf8(data) or _one_line(error)
+        raise InputError(f"{label}: not readable as a table: {cause}") from error
+    return Rows(table, malformed, example)
+
+
+def _parse_loosely(data: bytes, label: str, choose: Choose, delimiter: str) -> Rows:
+    """Of text with quotes that are characters, or broken: row by row, which takes longer."""
+    text = data.decode("utf-8", "surrogateescape")  # what is not UTF-8 matters where it is wanted
+    records = text_file.csv_rows(text, delimiter)
+    header = _header(next(row for _, _, row in records if row != []), label)
+    wanted = _choose(choose, header, label)
+    places = [header.index(name) for name in wanted]
+    columns: list[list[str | None]] = [[] for _ in wanted]
+    malformed, example = 0, ""
+    for line, lines, row in records:
+        if row is not None and len(row) == len(header):
+            for column, place in zip(columns, places, strict=True):
+                column.append(row[place] or None)
+        elif row is None or len(row) > 1 or (row and row[0].strip()):
+            malformed, example = malformed + lines, example or text_file.show_line(text, line, lines)
+    try:
+        arrays = [pa.chunked_array([pa.array(column, pa.string())]) for column in columns]
+    except UnicodeEncodeError as error:
+        raise InputError(f"{label}: not readable as a table: {text_file.not_utf8(data)}") from error
+    return Rows(pa.table(arrays, wanted), malformed, example)
+
+
+def _header(row: list[str] | None, label: str) -> list[str]:
+    if row is None:
+        raise InputError(f"{label}: a quote in the first line is not closed")
+    return [name.strip() for name in row]
+
+
+def _without_headers(rows: Rows, ids: Sequence[str]) -> Rows:
+    """Without rows that are the header once more, as in files that were put one behind the other."""
+    table = rows.table
+    repeats = pc.equal(table[ids[-1]], ids[-1]).fill_null(False)
+    if not pc.any(repeats).as_py():
+        return rows
+    for name in table.column_names:
+        cells = pc.utf8_trim_whitespace(pc.utf8_ltrim(table[name], "\ufeff"))
+        repeats = pc.and_(repeats, pc.equal(cells, name).fill_null(False))
+    count = pc.sum(repeats).as_py() or 0
+    example = rows.example or (f"row {pc.index(repeats, True).as_py() + 1}: the header once more" if count else "")
+    return Rows(table.filter(pc.invert(repeats)), rows.malformed + count, example)
+
+
+def _without_line_ends(rows: Rows, ids: Sequence[str]) -> Rows:
+    """Without rows whose id holds line ends: its quote took in other lines."""
+    table, malformed, example = rows.table, rows.malformed, rows.example
+    for name in ids:
+        ends = pc.count_substring_regex(pc.utf8_rtrim_whitespace(table[name].fill_null("")), text_file.LINE_END)
+        if taken := pc.sum(ends).as_py():
+            spoilt = pc.greater(ends, 0)
+            malformed += taken + pc.sum(spoilt).as_py()
+            row = pc.index(spoilt, True).as_py()
+            example = example or f"row {row + 1} with {name} {table[name][row].as_py()[:80]!r}"
+            table = table.filter(pc.invert(spoilt))
+    return Rows(table, malformed, example)
+
+
+def _without_quotes(rows: Rows, ids: Sequence[str]) -> Rows:
+    """Without rows whose id is still in quotes: a blank stands between the delimiter and them."""
+    table, malformed, example = rows.table, rows.malformed, rows.example
+    for name in ids:
+        spoilt = pc.match_substring_regex(table[name].fill_null(""), r'^\s*".*"\s*$')
+        if count := pc.sum(spoilt).as_py():
+            row = pc.index(spoilt, True).as_py()
+            example = example or f"row {row + 1} with {name} {table[name][row].as_py()[:80]!r}, blank before quote"
+            malformed, table = malformed + count, table.filter(pc.invert(spoilt))
+    return Rows(table, malformed, example)
+
+
+def _ids(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
+    """Ids as strings, null where one is missing or empty. Raises `InputError` on what is neither text nor whole."""
+    expected = "ids are strings or integers"
+    column = plain(column)
+    if pa.types.is_decimal(column.type):
+        try:
+            column = column.cast(pa.decimal256(76, 0)).cast(pa.large_string())
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{label}: column {name} holds {column.type} with fractions; {expected}") from error
+    elif not (is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type)):
+        raise InputError(f"{label}: column {name} holds {column.type}; {expected}")
+    found = strings(column, name, label)
+    return pc.if_else(pc.equal(found, ""), None, found)
+
+
+def _is_parquet(uri: str) -> bool:
+    try:
+        with storage.open_read(uri) as file:
+            return file.read(4) == b"PAR1"
+    except (FileNotFoundError, PermissionError):  # a broken link among videos, say
+        return False
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,28 @@
+"""Padded grids and plain features for the tests, as the models read them."""
+
+import torch
+from torch import Tensor, nn
+
+from lvlmrec.models.item_features import ItemFeatures
+from lvlmrec.models.sequential.histories import pack
+
+
+def grid_mask(lengths: list[int], width: int) -> Tensor:
+    """bool [B, width]: real positions on the right."""
+    return torch.stack([torch.arange(width) >= width - length for length in lengths])
+
+
+def encode_grid(backbone: nn.Module, embeddings: Tensor, mask: Tensor) -> Tensor:
+    """embeddings [B, S, E] -> [B, S, E]: packed, encoded, and put back where they stood; NaN at padding."""
+    histories = pack(mask)
+    encoded = backbone(embeddings.flatten(0, 1)[histories.place], histories)
+    grid = encoded.new_full((mask.numel(), encoded.shape[1]), torch.nan)
+    return grid.index_copy(0, histories.place, encoded).unflatten(0, mask.shape)
+
+
+def as_stored(features: Tensor) -> ItemFeatures:
+    """Features [N, L, D] of N items with nothing to scale and nothing missing."""
+    num_items, num_layers, _ = features.shape
+    row = torch.arange(num_items, device=features.device)
+    missing = row.new_zeros(num_items, num_layers, dtype=torch.bool)
+    return ItemFeatures(features, row, range(num_layers), None, None, missing)
