@@ -13,13 +13,12 @@ import mlflow
 import pytest
 
 from lvlmrec import tracking
-from lvlmrec.tracking import database
 from lvlmrec.errors import InputError
+from lvlmrec.tracking import database
 
 START = """
 import sys
 from lvlmrec import tracking
-from lvlmrec.tracking import database
 run = tracking.start(f"sqlite:///{sys.argv[1]}/mlflow.db", sys.argv[1], "test", {})
 run.log_metrics({"hr@10": 0.5})
 print(run.id)
