@@ -91,6 +91,9 @@ class StandInFamily:
         seconds, calls = float(os.environ[SECONDS_PER_BATCH]), Path(os.environ[CALLS])
         return StandIn(self.inspect(config), recipe, seconds, calls)
 
+    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+        """Nothing: no prompt is read."""
+
     def write_tiny(self, directory: Path, seed: int) -> None:
         raise NotImplementedError("a stand-in has no files")
 

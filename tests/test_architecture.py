@@ -41,6 +41,7 @@ RECOMMENDING = {
     for room in FLOOR
     if room.split("/")[0] in ("data", "models", "baselines", "evaluation", "runs", "report", "serving")
 }
+GROUND = {"cluster", "columns", "config", "errors", "processes", "storage", "tables", "taps"}
 # room -> all that it may import of the project; its own floor decides for the others
 ALLOWED = {
     "models": {"config", "errors", "taps"},
@@ -49,6 +50,8 @@ ALLOWED = {
     "baselines": {"columns", "config", "errors"},
     "media": {"errors"},
     "features": {"config", "columns", "errors", "processes", "storage", "tables", "taps"},
+    # of the models their table, what they promise, and their files
+    "extraction": {"lvlms", "lvlms/protocol", "lvlms/files", "features", "media", *GROUND},
     "data": {"config", "columns", "errors", "storage", "tables"},
     "report": {"columns", "config", "errors", "evaluation", "runs", "taps"},
 }

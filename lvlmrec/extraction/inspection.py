@@ -25,9 +25,7 @@ from lvlmrec import cluster, storage
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms import LVLMS, LVLMConfig
-from lvlmrec.lvlms.families.family import NativeFamily
 from lvlmrec.lvlms.files import authors_code, remote_code, source
-from lvlmrec.lvlms.ports.port import PortedFamily
 
 
 def inspect(lvlm: LVLMConfig, code: Mapping[str, bytes], workspace: str, resources: Mapping[str, Any]) -> LVLMInfo:
@@ -82,13 +80,5 @@ def check_length(lvlm: LVLMConfig, recipe: Recipe, limit: int) -> None:
 
     Says nothing of models that a process of their own must read: there each item is rejected.
     """
-    family = LVLMS.get(recipe.family)
-    if not limit or lvlm.trust_remote_code or lvlm.environment:
-        return
-    if not isinstance(family, NativeFamily | PortedFamily | None):
-        return
-    from lvlmrec.lvlms.engine import context
-    from lvlmrec.lvlms.files import loading  # import torch
-
-    processor = family.processor(lvlm) if family else loading.load_processor(lvlm)
-    context.check(lvlm, recipe, processor, family.minimum_frames if family else 1, limit)
+    if limit and not lvlm.trust_remote_code and not lvlm.environment:
+        LVLMS[lvlm.name].check_length(lvlm, recipe, limit)

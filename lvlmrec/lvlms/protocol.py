@@ -104,5 +104,11 @@ class LVLMFamily(Protocol):
     def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
 
+    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+        """Raises `ConfigError` when the recipe's prompts cannot fit in the `limit` tokens that the model reads at most.
+
+        Reads the model's processor. Does nothing for models that cut what is too long.
+        """
+
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny random model of this family as an ordinary Hugging Face directory, the same bytes for a seed."""

@@ -163,7 +163,7 @@ def hugging_face(directory: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if directory.name in PORTS:
-        port = importlib.import_module(f"tests.lvlms.{PORTS[directory.name]}")
+        port = importlib.import_module(f"tests.lvlms.ports.{PORTS[directory.name]}")
         return port.Model(directory), port.Processor(directory)
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     model.config.vision_config.tie_last_hidden_states = False  # Gemma 4 would put its pooled tokens last
@@ -224,7 +224,7 @@ def test_a_bank_of_prompts_gives_what_separate_forwards_give(
 ) -> None:
     shared = []
     run_prefix = prefix.run_prefix
-    monkeypatch.setattr(prefix, "run_prefix", lambda *a: (shared.append(a[2]), run_prefix(*a))[1])
+    monkeypatch.setattr(prefix, "run_prefix", lambda *a: (shared.append(a[3]), run_prefix(*a))[1])
     clips = [*clips, make_clip(90, 160, num_frames=1, seed=5)]
     model, recipe = load(tiny_models[family], prompts=AFTER_AND_BEFORE, batch_size=batch_size)
     features = extract(model, clips)

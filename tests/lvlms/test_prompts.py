@@ -207,7 +207,7 @@ def test_prefixes_are_shared_across_titles(tiny_models, items, family, monkeypat
 
     lengths = []
     run_prefix = prefix.run_prefix
-    monkeypatch.setattr(prefix, "run_prefix", lambda *a: (lengths.append(a[2]), run_prefix(*a))[1])
+    monkeypatch.setattr(prefix, "run_prefix", lambda *a: (lengths.append(a[3]), run_prefix(*a))[1])
     names = ("plain", "titled", "ask", "ask_more", "titled_before", "cover_only", "cover_titled")
     extract(load(tiny_models[family], 4, 0, ("last_token", "eos"), *names)[0], items)
     num_runs = 0 if family in READS_PROMPTS_ALONE else 2  # one for the videos, one for the covers

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms.engine.hooks import Pool
-from lvlmrec.lvlms.files import loading, torchvision_shim
+from lvlmrec.lvlms.files import loading, source, torchvision_shim
 from lvlmrec.lvlms.protocol import ModelConfig
 from lvlmrec.taps import Tap
 
@@ -30,7 +30,7 @@ def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any)
     loading.check_identity(config, recipe, info)
     device, depth = loading.choose_device(config), max(tap.layer for tap in recipe.taps)
     if hasattr(model_config, "num_hidden_layers"):
-        loading.cut(model_config, depth)
+        loading.cut(model_config, depth, source.DEPTH_MATTERS)
     attention = None if config.attention == "sdpa" else config.attention
     model = loading.load_weights(AutoModel, config, model_config, attention, UNREAD)
     del find_layers(model, config)[max(depth, 1) :]

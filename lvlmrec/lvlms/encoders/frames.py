@@ -47,6 +47,9 @@ class FramesFamily:
         """Raises `ConfigError` as `inspect`."""
         return Frames(self.inspect(config), recipe, config.batch_size)
 
+    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+        """Nothing: no prompt is read."""
+
     def write_tiny(self, directory: Path, seed: int) -> None:
         """Raises `ConfigError`: there is no model to write."""
         raise ConfigError(f"lvlm.model: {self.name} reads no model; leave it empty, as conf/lvlm/frames.yaml does")

@@ -62,6 +62,9 @@ class TextFamily:
             print(f"{self.name}: {published}", file=sys.stderr)
         return model
 
+    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+        """Nothing: a text that is too long is cut."""
+
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny random BERT, 3 layers x 48, as an ordinary Hugging Face directory, the same bytes for a seed."""
         from tokenizers.processors import TemplateProcessing

@@ -84,6 +84,9 @@ class VisionFamily:
         model_config = source.read_model_config(config, self.name, self.model_types)
         return getattr(model_config, "vision_config", model_config)
 
+    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+        """Nothing: no prompt is read."""
+
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny random model as an ordinary Hugging Face directory, the same bytes for a seed."""
         from lvlmrec.lvlms import tiny

@@ -7,7 +7,7 @@ of ends are R = P * B, prompt by prompt.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from lvlmrec.features.recipe import Recipe, poolings_of
 from lvlmrec.lvlms.engine import prefix
 from lvlmrec.lvlms.engine.hooks import Hooks
+from lvlmrec.lvlms.engine.layout import Layout
 from lvlmrec.lvlms.engine.pooling import Start, TokenMasks, pool_columns, pool_ends, pool_start, reads_text
 from lvlmrec.taps import FeatureName, Tap
 
@@ -37,10 +38,10 @@ class Reading:
 
 
 class Bank:
-    """Reads prompts with one base model. `shares_prefix` is that of a family, see `family.NativeFamily`."""
+    """Reads prompts with the base model of a family."""
 
-    def __init__(self, base: Any, hooks: Hooks, recipe: Recipe, shares_prefix: Callable[[Any, Tensor], bool]) -> None:
-        self._base, self._hooks, self._shares_prefix = base, hooks, shares_prefix
+    def __init__(self, base: Any, hooks: Hooks, recipe: Recipe, family: Layout) -> None:
+        self._base, self._hooks, self._family = base, hooks, family
         self._poolings = {name: poolings_of(prompt, recipe.poolings) for name, prompt in recipe.prompts.items()}
         self._groups = [
             [name for name, p in recipe.prompts.items() if p.input == kind and p.place == "after"]
@@ -66,7 +67,7 @@ class Bank:
 
     def _may_share(self, prompts: Sequence[Reading]) -> bool:
         lengths_PB = torch.stack([prompt.tokens["attention_mask"].sum(dim=1) for prompt in prompts])
-        return self._shares_prefix(self._base, lengths_PB)
+        return self._family.shares_prefix(self._base, lengths_PB)
 
     def _read_alone(self, prompt: str, reading: Reading) -> dict[str, Tensor]:
         """One forward of the decoder: the pooled features of one prompt."""
@@ -98,7 +99,7 @@ class Bank:
                 pooled.update({str(FeatureName(name, tap, column)): feature for name in names})
 
         self._hooks.pool = pool_starts
-        cache = prefix.run_prefix(decoder, call_of(names[0]), length)
+        cache = prefix.run_prefix(self._family, decoder, call_of(names[0]), length)
         names = [name for name in names if any(reads_text(pooling) for pooling in self._poolings[name])]
         at_once = max(1, batch_size // len(first.attended))
         for begin in range(0, len(names), at_once):
@@ -106,7 +107,7 @@ class Bank:
             masks = prefix.suffix_masks([bank[name].masks for name in group], length)
             self._hooks.pool = functools.partial(self._pool_ends, pooled, group, starts, masks)
             attended = [bank[name].tokens["attention_mask"] for name in group]
-            prefix.run_suffixes(decoder, [call_of(name) for name in group], attended, length, cache)
+            prefix.run_suffixes(self._family, decoder, [call_of(name) for name in group], attended, length, cache)
         return pooled
 
     def _pool_ends(
@@ -127,6 +128,6 @@ class Bank:
 
     def _forward(self, reading: Reading) -> None:
         """The base model from tokens and projected media on; hooks pool the taps on the way."""
-        if hasattr(self._base, "rope_deltas"):
-            self._base.rope_deltas = None  # Qwen-VL keeps those of the forward before
+        for name in self._family.left_behind:
+            setattr(self._base, name, None)
         self._base(**reading.tokens, **reading.layout, mm_encoder_outputs=dict(reading.media), use_cache=False)

@@ -13,6 +13,7 @@ import numpy as np
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import Recipe, poolings_of
 from lvlmrec.lvlms.engine import conversation, inputs
+from lvlmrec.lvlms.engine.layout import Layout
 from lvlmrec.lvlms.protocol import ModelConfig
 from lvlmrec.media.sampling import Clip
 from lvlmrec.taps import READS_TEXT
@@ -20,21 +21,21 @@ from lvlmrec.taps import READS_TEXT
 SMALL_SIDE = 64  # pixels; all black and still: no model shows fewer tokens of so many frames
 
 
-def check(config: ModelConfig, recipe: Recipe, processor: Any, minimum_frames: int, limit: int) -> None:
+def check(family: Layout, config: ModelConfig, recipe: Recipe, processor: Any, limit: int) -> None:
     """Raises `ConfigError` when even the smallest video gives a prompt more than `limit` tokens."""
     if not recipe.text_names and not any(tap.tower in READS_TEXT for tap in recipe.taps):
         return
-    for name, num_tokens in least_tokens(processor, recipe, minimum_frames).items():
+    for name, num_tokens in least_tokens(family, processor, recipe).items():
         if too_long := excess(recipe, name, num_tokens, limit):
             raise ConfigError(f"recipe.frames: {recipe.frames}: {too_long}; lvlm.model: {config.model!r}")
 
 
-def least_tokens(processor: Any, recipe: Recipe, minimum_frames: int) -> dict[str, int]:
+def least_tokens(family: Layout, processor: Any, recipe: Recipe) -> dict[str, int]:
     """Prompt -> its tokens with the smallest video or cover and with empty columns of the manifest."""
     shown = {}
     for kind in recipe.media:
         clip = _black(recipe.frames if kind == "video" else 1)
-        shown[kind] = inputs.process(processor, kind, [clip], recipe.video_options, minimum_frames).texts
+        shown[kind] = inputs.process(family, processor, kind, [clip], recipe.video_options).texts
     least = {}
     for name, prompt in recipe.prompts.items():
         text = conversation.render(processor, name, prompt)

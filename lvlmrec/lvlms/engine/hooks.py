@@ -60,7 +60,7 @@ class Hooks:
         elif tap == Tap("llm", num_layers):
             self._norm.register_forward_hook(self._output_hook(tap))
         elif tap.layer > 0:
-            # Hugging Face counts what a layer returns, before Qwen3-VL's deepstack adds to it
+            # Hugging Face counts what a layer returns, before some decoders add the tower's features to it
             layers[tap.layer - 1].register_forward_hook(self._output_hook(tap))
         else:
             first = layers[0] if tap.tower == "vision" or self._top else self._end

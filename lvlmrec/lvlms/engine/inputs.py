@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lvlmrec.errors import InputError
+from lvlmrec.lvlms.engine.layout import Layout
 from lvlmrec.media.sampling import Clip
 
 UNKNOWN_FPS = 24.0  # transformers' own assumption about a video without a duration
@@ -44,12 +45,13 @@ def placeholder(processor: Any, kind: str) -> str:
 
 
 def process(
-    processor: Any, kind: str, clips: Sequence[Clip], video_options: Mapping[str, Any], minimum_frames: int
+    family: Layout, processor: Any, kind: str, clips: Sequence[Clip], video_options: Mapping[str, Any]
 ) -> Media:
-    """The videos, or the covers, of a batch of items. A video is shown `minimum_frames` frames at least."""
+    """The videos, or the covers (`kind`), of a batch of items as the processor of `family` shows them."""
     token = placeholder(processor, kind)
     if content_type(processor, kind) == "video":
-        arguments, text = _videos(clips, minimum_frames) | _options(processor, video_options), [token] * len(clips)
+        options = family.processor_options(processor, video_options)
+        arguments, text = _videos(clips, family.minimum_frames) | options, [token] * len(clips)
     else:
         images = [[*_at_least(clip.frames, 1)[: None if kind == "video" else 1]] for clip in clips]
         arguments, text = {"images": images}, [token * len(frames) for frames in images]
@@ -85,14 +87,6 @@ def _videos(clips: Sequence[Clip], minimum_frames: int) -> dict[str, Any]:
         "video_metadata": [_metadata(clip, len(frames[row])) for row, clip in enumerate(clips)],
         "do_sample_frames": False,
     }
-
-
-def _options(processor: Any, video_options: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's options as the processor takes them: `max_pixels`, of a frame, is one entry of its `size`."""
-    options = dict(video_options)
-    if max_pixels := options.pop("max_pixels", 0):
-        options["size"] = dict(processor.video_processor.size) | {"longest_edge": max_pixels}
-    return options
 
 
 def _at_least(frames_FHWC: np.ndarray, num_frames: int) -> np.ndarray:

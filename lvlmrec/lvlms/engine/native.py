@@ -13,9 +13,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from lvlmrec.lvlms.engine import context, conversation, generation, inputs
 from lvlmrec.lvlms.engine.bank import Bank, Reading
 from lvlmrec.lvlms.engine.hooks import Hooks, ignore
 from lvlmrec.lvlms.engine.inputs import Media
+from lvlmrec.lvlms.engine.layout import Layout
 from lvlmrec.lvlms.engine.pooling import pool_patches
 from lvlmrec.lvlms.files import loading
 from lvlmrec.lvlms.protocol import Item, ModelConfig
@@ -34,24 +35,6 @@ from lvlmrec.taps import PROJECTOR, FeatureName, Tap
 _PROJECTOR = Tap(PROJECTOR, 0)
 _NO_TOKEN = -1
 Column = Tensor | list[str]
-
-
-class Layout(Protocol):
-    """What the adapter asks of a family; the fields are explained in `family.NativeFamily`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def vision_layers(self) -> str: ...
-    @property
-    def patches(self) -> Callable[[Tensor, Mapping[str, Any], int], Sequence[Tensor]]: ...
-    @property
-    def modality(self) -> str: ...
-    @property
-    def minimum_frames(self) -> int: ...
-    @property
-    def shares_prefix(self) -> Callable[[Any, Tensor], bool]: ...
-    def inspect(self, config: ModelConfig) -> LVLMInfo: ...
 
 
 @dataclass(frozen=True)
@@ -68,10 +51,9 @@ class Batch:
     prompts: dict[str, list[list[int]]]
 
 
-def load(family: Layout, config: ModelConfig, recipe: Recipe) -> NativeLVLM:
+def load(family: Layout, config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> NativeLVLM:
     """The model of `config`, ready for `recipe`. Raises `ConfigError`, also when the files are not the recipe's."""
-    info = family.inspect(config)
-    model = loading.load_model(config, recipe, info)
+    model = loading.load_model(config, recipe, info, family.depth_matters)
     return serve(family, config, recipe, info, model, loading.load_processor(config))
 
 
@@ -100,14 +82,12 @@ class NativeLVLM:
         # One thread may prepare while another answers, and a tokenizer is not for two.
         self._tokenizer = copy.deepcopy(processor.tokenizer)
         self._specials = conversation.special_tokens(processor)
-        wanted = inspect.signature(self._base.forward).parameters
-        self._types_name = "token_type_ids" if "token_type_ids" in wanted else "mm_token_type_ids"
         self._has_llm_taps = any(tap.tower == "llm" for tap in recipe.taps)
         prompts = recipe.prompts if self._has_llm_taps or recipe.text_names else {}
         self._texts = {name: conversation.render(processor, name, prompt) for name, prompt in prompts.items()}
         self._adds = {name: conversation.adds_special_tokens(processor, text) for name, text in self._texts.items()}
         self.hooks = Hooks(self._base, family.vision_layers, recipe, info.num_layers["llm"])
-        self._bank = Bank(self._base, self.hooks, recipe, family.shares_prefix)
+        self._bank = Bank(self._base, self.hooks, recipe, family)
 
     def prepare(self, items: Sequence[Item]) -> list[Batch]:
         """See `protocol.LVLM.prepare`. Videos with different numbers of frames never share a batch."""
@@ -155,9 +135,7 @@ class NativeLVLM:
         shown = {}
         for kind in self._recipe.media:
             clips = [inputs.required(getattr(items[row], kind), items[row].item_id, kind) for row in rows]
-            processed = inputs.process(
-                self._processor, kind, clips, self._recipe.video_options, self._family.minimum_frames
-            )
+            processed = inputs.process(self._family, self._processor, kind, clips, self._recipe.video_options)
             shown[kind] = Media(
                 {key: self._on_host(key, value) for key, value in processed.inputs.items()}, processed.texts
             )
@@ -203,7 +181,7 @@ class NativeLVLM:
             encoded[kind] = encode(**{k: value for k, value in one.inputs.items() if k in wanted}, return_dict=True)
         if _PROJECTOR in self._recipe.taps:
             name = str(FeatureName("video", _PROJECTOR, "visual_mean"))
-            kept = shown["video"].inputs.get("video_compression_mask")  # VideoLLaMA 3 leaves out what stands still
+            kept = shown["video"].inputs.get(self._family.kept_tokens)
             pooled[name] = _pool_projected(encoded["video"], num_items, kept)
         return pooled, encoded
 
@@ -244,7 +222,7 @@ class NativeLVLM:
         """Tokens on the device, with their kinds where the model reads those."""
         if self._processor.return_mm_token_type_ids:
             types = self._processor.create_mm_token_type_ids(tokens["input_ids"].tolist())
-            tokens = tokens | {self._types_name: torch.tensor(types)}
+            tokens = tokens | {self._family.token_types: torch.tensor(types)}
         return {key: value.to(self._base.device) for key, value in tokens.items()}
 
     def _modality(self, kind: str) -> str:

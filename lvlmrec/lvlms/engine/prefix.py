@@ -1,7 +1,7 @@
 """Prompts after a video share the decoder's work on it: one run over what they share, then one over each one's own end.
 
-Positions, masks and deepstack states are not worked out again here: the model's own forward is stopped where it calls
-its decoder, and the call is cut in two.
+Positions, masks and states of visual tokens are not worked out again here: the model's own forward is stopped where
+it calls its decoder, and the call is cut in two.
 
 Legend: B clips, P prompts, S positions of a whole sequence, C of what all prompts share, Q of a prompt's own end,
 D hidden width, H heads of W numbers; rows of a batch of ends are P * B, prompt by prompt.
@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lvlmrec.lvlms.engine.layout import Layout
 from lvlmrec.lvlms.engine.pooling import TokenMasks
 
 Call = dict[str, Any]  # the keyword arguments of one call of a decoder
-_BY_POSITION = ("visual_pos_masks", "per_layer_inputs")  # of Qwen3-VL and Gemma 4
-_VISUAL_ARGUMENTS = ("visual_pos_masks", "deepstack_visual_embeds")  # of Qwen3-VL; no end holds a visual token
 
 
 class _Stopped(Exception):
@@ -70,7 +69,7 @@ def capture(decoder: nn.Module, forward: Callable[[], Any]) -> Call:
     raise AssertionError("the forward never called its decoder")
 
 
-def run_prefix(decoder: nn.Module, call: Call, length: int) -> Any:
+def run_prefix(family: Layout, decoder: nn.Module, call: Call, length: int) -> Any:
     """Run `decoder` over the first `length` positions of `call`. Returns the filled cache.
 
     Raises `RuntimeError` when the decoder left it empty: what follows would be read as if nothing had come before.
@@ -85,7 +84,7 @@ def run_prefix(decoder: nn.Module, call: Call, length: int) -> Any:
         else _cut_mask(masks, length),
         "position_ids": None if call.get("position_ids") is None else call["position_ids"][..., :length],
     }
-    cut |= {key: call[key][:, :length] for key in _BY_POSITION if call.get(key) is not None}
+    cut |= {key: call[key][:, :length] for key in family.per_position if call.get(key) is not None}
     cache = DynamicCache()
     decoder(**call | cut | {_cache_name(call): cache, "use_cache": True})
     if any(decoder.get_submodule("layers").children()) and cache.get_seq_length() != length:
@@ -94,7 +93,7 @@ def run_prefix(decoder: nn.Module, call: Call, length: int) -> Any:
 
 
 def run_suffixes(
-    decoder: nn.Module, calls: Sequence[Call], attended: Sequence[Tensor], length: int, cache: Any
+    family: Layout, decoder: nn.Module, calls: Sequence[Call], attended: Sequence[Tensor], length: int, cache: Any
 ) -> None:
     """Run `decoder` over what follows the first `length` positions of each of `calls`, all in one batch [P * B, Q].
 
@@ -113,10 +112,9 @@ def run_suffixes(
         parts = [_pad(call["position_ids"][..., length:], longest - length, dim=-1) for call in calls]
         batch_size = len(calls[0]["inputs_embeds"])
         positions = torch.cat([part.expand(*part.shape[:-2], batch_size, -1) for part in parts], dim=-2)
-    call = {key: value for key, value in calls[0].items() if key not in _VISUAL_ARGUMENTS}
+    call = {key: value for key, value in calls[0].items() if key not in family.visual_only}
     suffixes = {"inputs_embeds": ends("inputs_embeds"), "attention_mask": mask_RS, "position_ids": positions}
-    if call.get("per_layer_inputs") is not None:
-        suffixes["per_layer_inputs"] = ends("per_layer_inputs")
+    suffixes |= {key: ends(key) for key in family.per_position if call.get(key) is not None}
     decoder(**call | suffixes | {_cache_name(call): _read_only(cache, len(calls)), "use_cache": True})
 
 

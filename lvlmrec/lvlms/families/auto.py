@@ -17,7 +17,9 @@ from typing import Any
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
-from lvlmrec.lvlms.families.family import NativeFamily, always, context_of, never, patches_of_frames
+from lvlmrec.lvlms.engine.layout import always, never
+from lvlmrec.lvlms.families import gemma4, qwen2_vl, qwen3_vl, video_llama_3
+from lvlmrec.lvlms.families.family import NativeFamily, context_of
 from lvlmrec.lvlms.files import remote_code, source
 from lvlmrec.lvlms.protocol import LVLM, LVLMFamily, ModelConfig
 
@@ -64,6 +66,11 @@ class AutoFamily:
         trusts = config.trust_remote_code and family.name not in self.named
         return family.load(replace(config, name=family.name, trust_remote_code=trusts), recipe)
 
+    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+        """See `LVLMFamily.check_length`."""
+        family = self.named.get(recipe.family) or self._find(config)[0]
+        family.check_length(replace(config, name=family.name), recipe, limit)
+
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny LLaVA-OneVision."""
         self.named["llava_onevision"].write_tiny(directory, seed)
@@ -101,10 +108,15 @@ def look_at(config: ModelConfig, model_config: Any) -> Found:
     return Found(
         name=model_config.model_type,
         vision_layers="",
-        patches=patches_of_frames,
         tiny=_no_tiny,
         modality=modality,
+        token_types="token_type_ids" if "token_type_ids" in takes else "mm_token_type_ids",
+        kept_tokens=video_llama_3.FAMILY.kept_tokens,
+        left_behind=[name for name in qwen2_vl.LEFT_BEHIND if hasattr(base, name)],
+        per_position=(*qwen3_vl.FAMILY.per_position, *gemma4.FAMILY.per_position),
+        visual_only=qwen3_vl.FAMILY.visual_only,
         shares_prefix=always if attends else never,
+        depth_matters=source.DEPTH_MATTERS,
     )
 
 

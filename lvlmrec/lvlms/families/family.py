@@ -1,60 +1,34 @@
-"""A family of models native to transformers, described by what differs from the others.
+"""A family of models native to transformers: its file declares what differs from the others, the engine does the rest.
 
-Legend: B clips, F frames, P patch tokens, D width of the vision tower.
+Legend: B clips, F frames, N patch tokens, D width of the vision tower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.lvlms.engine.layout import Layout, patches_of_frames
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Patches = Callable[["Tensor", Mapping[str, Any], int], Sequence["Tensor"]]
-SharesPrefix = Callable[[Any, "Tensor"], bool]
 
+@dataclass(frozen=True, kw_only=True)
+class NativeFamily(Layout):
+    """An entry of `LVLMS` that the one engine serves; `name` is the family's `model_type` in transformers.
 
-def always(base: Any, lengths_PB: Tensor) -> bool:
-    """Each prompt's own end continues the states of what all of them begin with."""
-    return True
-
-
-def never(base: Any, lengths_PB: Tensor) -> bool:
-    """Every prompt is read from its beginning."""
-    return False
-
-
-@dataclass(frozen=True)
-class NativeFamily:
-    """An entry of `LVLMS` that the one adapter in `native.py` serves.
-
-    name            the family's `model_type` in transformers
-    vision_layers   path of the vision tower's layer list inside the base model
-    patches         splits a vision hidden state into each clip's patch tokens [P, D]
     vision_width    the vision configuration's key for the width of its layers
-    modality        whether the model takes the frames as a `video` or as one `image` each
-    minimum_frames  a shorter clip repeats its last frame up to this many
-    video_options   options of the video processor that a recipe records and may set, with their defaults
-    shares_prefix   whether prompts with so many tokens [P, B] may share one run of the base model over their video
     tiny            configuration and processor of a tiny model; see `tiny.py`
     """
 
-    name: str
-    vision_layers: str
-    patches: Patches
     tiny: Callable[[], tuple[Any, Any]]
     vision_width: str = "hidden_size"
-    modality: str = "video"
-    minimum_frames: int = 1
-    video_options: Mapping[str, Any] = field(default_factory=dict)
-    shares_prefix: SharesPrefix = always
 
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
@@ -66,13 +40,19 @@ class NativeFamily:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
         from lvlmrec.lvlms.engine import native
 
-        return native.load(self, config, recipe)
+        return native.load(self, config, recipe, self.inspect(config))
 
     def processor(self, config: ModelConfig) -> Any:
         """What turns a conversation and its media into the model's inputs. Raises `ConfigError`."""
         from lvlmrec.lvlms.files import loading
 
         return loading.load_processor(config)
+
+    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+        """See `LVLMFamily.check_length`."""
+        from lvlmrec.lvlms.engine import context
+
+        context.check(self, config, recipe, self.processor(config), limit)
 
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny random model as an ordinary Hugging Face directory, the same bytes for the same seed."""
@@ -118,9 +98,12 @@ def context_of(text: Any) -> int:
     return max(length, int(before * float(rope.get("factor") or 1)))
 
 
-def patches_of_frames(hidden: Tensor, inputs: Mapping[str, Any], num_clips: int) -> Sequence[Tensor]:
-    """Patch tokens of each clip, [F * P, D], from frames that lie one after another, [B * F, P, D]."""
-    return list(hidden.reshape(num_clips, -1, hidden.shape[-1]))
+def max_pixels_in_size(processor: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`max_pixels` is one entry of the video processor's `size`; 0 leaves that to the processor's files."""
+    options = dict(options)
+    if max_pixels := options.pop("max_pixels", 0):
+        options["size"] = dict(processor.video_processor.size) | {"longest_edge": max_pixels}
+    return options
 
 
 def patches_behind_class_token(hidden: Tensor, inputs: Mapping[str, Any], num_clips: int) -> Sequence[Tensor]:
@@ -129,5 +112,5 @@ def patches_behind_class_token(hidden: Tensor, inputs: Mapping[str, Any], num_cl
 
 
 def patches_of_packed_clips(hidden: Tensor, inputs: Mapping[str, Any], num_clips: int) -> Sequence[Tensor]:
-    """Patch tokens of each clip, [P, D], from clips of any size packed into one sequence, [sum of P, D]."""
+    """Patch tokens of each clip, [N, D], from clips of any size packed into one sequence, [sum of N, D]."""
     return hidden.split(inputs["video_grid_thw"].prod(dim=-1).tolist())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lvlmrec.lvlms.families.family import NativeFamily, patches_of_frames
+from lvlmrec.lvlms.families.family import NativeFamily
 
 
 def tiny() -> tuple[Any, Any]:
@@ -59,7 +59,7 @@ def tiny() -> tuple[Any, Any]:
 FAMILY = NativeFamily(
     name="gemma3",
     vision_layers="vision_tower.encoder.layers",
-    patches=patches_of_frames,
     tiny=tiny,
     modality="image",
+    token_types="token_type_ids",
 )

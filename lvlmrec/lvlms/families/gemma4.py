@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lvlmrec.lvlms.families.family import NativeFamily
+from lvlmrec.lvlms.files import source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,4 +68,11 @@ def patches(hidden: Tensor, inputs: Mapping[str, Any], num_clips: int) -> Sequen
     return [clip_FND[mask_FN] for clip_FND, mask_FN in split]
 
 
-FAMILY = NativeFamily(name="gemma4", vision_layers="vision_tower.encoder.layers", patches=patches, tiny=tiny)
+FAMILY = NativeFamily(
+    name="gemma4",
+    vision_layers="vision_tower.encoder.layers",
+    patches=patches,
+    tiny=tiny,
+    per_position=("per_layer_inputs",),
+    depth_matters=source.DEPTH_MATTERS,
+)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lvlmrec.lvlms.families.family import NativeFamily, patches_of_frames
+from lvlmrec.lvlms.families.family import NativeFamily
 
 # The published template: every image and video comes before every text, whatever their order in the message.
 CHAT_TEMPLATE = (
@@ -69,6 +69,4 @@ def sized(text: dict[str, Any], vision: dict[str, Any], side: int) -> tuple[Any,
     return model_config, processor
 
 
-FAMILY = NativeFamily(
-    name="llava_onevision", vision_layers="vision_tower.encoder.layers", patches=patches_of_frames, tiny=tiny
-)
+FAMILY = NativeFamily(name="llava_onevision", vision_layers="vision_tower.encoder.layers", tiny=tiny)

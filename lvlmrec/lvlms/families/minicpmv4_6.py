@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lvlmrec.lvlms.families.family import NativeFamily, never
+from lvlmrec.lvlms.engine.layout import never
+from lvlmrec.lvlms.families.family import NativeFamily
 
 if TYPE_CHECKING:
     from torch import Tensor

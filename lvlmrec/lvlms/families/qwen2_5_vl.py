@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lvlmrec.lvlms.families import qwen2_vl
-from lvlmrec.lvlms.families.family import NativeFamily, patches_of_packed_clips
+from lvlmrec.lvlms.families.family import NativeFamily, max_pixels_in_size, patches_of_packed_clips
 
 
 def tiny() -> tuple[Any, Any]:
@@ -60,4 +60,6 @@ FAMILY = NativeFamily(
     patches=patches_of_packed_clips,
     tiny=tiny,
     video_options=qwen2_vl.VIDEO_OPTIONS,
+    processor_options=max_pixels_in_size,
+    left_behind=qwen2_vl.LEFT_BEHIND,
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lvlmrec.lvlms.families.family import NativeFamily, patches_of_packed_clips
+from lvlmrec.lvlms.families.family import NativeFamily, max_pixels_in_size, patches_of_packed_clips
 
 # The cap is the reference implementation's (qwen-vl-utils); transformers 5.23 warns that it will become the default.
 # So are 602,112 pixels a frame, but published processors name the 12,845,056 of images; 0 leaves it to the files.
 VIDEO_OPTIONS = {"cap_pixels_per_frame": True, "max_pixels": 0}
+LEFT_BEHIND = ("rope_deltas",)  # how far the positions of a video's tokens fall behind their number
 
 TINY_TEXT = {
     "num_hidden_layers": 4,
@@ -94,4 +95,6 @@ FAMILY = NativeFamily(
     tiny=tiny,
     vision_width="embed_dim",
     video_options=VIDEO_OPTIONS,
+    processor_options=max_pixels_in_size,
+    left_behind=LEFT_BEHIND,
 )

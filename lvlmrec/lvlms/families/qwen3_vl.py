@@ -50,4 +50,7 @@ FAMILY = NativeFamily(
     tiny=tiny,
     video_options={"cap_pixels_per_frame": True},  # 768 tokens a frame, as qwen-vl-utils
     minimum_frames=2,  # the video processor refuses fewer than one temporal patch
+    left_behind=qwen2_vl.LEFT_BEHIND,
+    per_position=("visual_pos_masks",),
+    visual_only=("visual_pos_masks", "deepstack_visual_embeds"),
 )

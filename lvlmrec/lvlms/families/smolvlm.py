@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lvlmrec.lvlms.families.family import NativeFamily, patches_of_frames
+from lvlmrec.lvlms.families.family import NativeFamily
 
 
 def tiny() -> tuple[Any, Any]:
@@ -57,7 +57,6 @@ def tiny() -> tuple[Any, Any]:
 FAMILY = NativeFamily(
     name="smolvlm",
     vision_layers="vision_model.encoder.layers",
-    patches=patches_of_frames,
     tiny=tiny,
     modality="image",
 )

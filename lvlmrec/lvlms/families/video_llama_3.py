@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lvlmrec.lvlms.families.family import NativeFamily, patches_of_packed_clips
+from lvlmrec.lvlms.families.family import NativeFamily, max_pixels_in_size, patches_of_packed_clips
 
 # max_pixels, of the whole video: 0 leaves it to the files.
 VIDEO_OPTIONS = {"use_token_compression": True, "max_pixels": 0}
@@ -52,4 +52,6 @@ FAMILY = NativeFamily(
     patches=patches_of_packed_clips,
     tiny=tiny,
     video_options=VIDEO_OPTIONS,
+    processor_options=max_pixels_in_size,
+    kept_tokens="video_compression_mask",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,18 +14,18 @@ from lvlmrec.lvlms.files import source, torchvision_shim
 from lvlmrec.lvlms.protocol import ModelConfig
 
 
-def load_model(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> Any:
+def load_model(config: ModelConfig, recipe: Recipe, info: LVLMInfo, depth_matters: Iterable[str]) -> Any:
     """The model of `config`, which `info` describes, in eval mode, on its device.
 
     A model that only reads ends at the recipe's highest tap: the layers above it and the head are never loaded. One
-    that answers is whole. Raises `ConfigError`, also when the files are not the recipe's.
+    that answers is whole; `depth_matters` as in `cut`. Raises `ConfigError`, also when the files are not the recipe's.
     """
     torchvision_shim.ensure_importable()
     from transformers import AutoModelForImageTextToText
 
     check_identity(config, recipe, info)
     model_config = source.read_model_config(config, info.family)
-    cut(model_config.get_text_config(), num_layers_needed(recipe, info))
+    cut(model_config.get_text_config(), num_layers_needed(recipe, info), depth_matters)
     device = choose_device(config)
     model = load_weights(AutoModelForImageTextToText, config, model_config, config.attention)
     return (model if recipe.text_names else model.base_model).to(device)
@@ -63,13 +63,12 @@ def check_identity(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> None:
         raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
 
 
-def cut(model_config: Any, depth: int) -> None:
+def cut(model_config: Any, depth: int, depth_matters: Iterable[str] = ()) -> None:
     """Take the layers above `depth` out of a configuration; one stays, its input may be tapped.
 
-    All stay where the weights of one depend on how many there are: in small Gemma 4 the last layers have no keys of
-    their own, and one table embeds tokens for all layers.
+    All stay where a key in `depth_matters` is not 0: the weights of a layer then depend on how many layers there are.
     """
-    if getattr(model_config, "num_kv_shared_layers", 0) or getattr(model_config, "hidden_size_per_layer_input", 0):
+    if any(getattr(model_config, key, 0) for key in depth_matters):
         return
     model_config.num_hidden_layers = max(depth, 1)
     if getattr(model_config, "layer_types", None):

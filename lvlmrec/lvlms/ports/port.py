@@ -1,26 +1,27 @@
 """A family that transformers does not hold: a port of ours in the shape of a transformers model, served as the others.
 
-A port is three functions beside the fields of `family.NativeFamily`; its modules bear the published names, so that
+A port is three functions beside the fields of `layout.Layout`; its modules bear the published names, so that
 `checkpoint_files.py` reads the published weights into them. No code of the model's own repository is ever run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
-from lvlmrec.lvlms.families.family import Patches, SharesPrefix, always, describe
+from lvlmrec.lvlms.engine.layout import Layout
+from lvlmrec.lvlms.families.family import describe
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
 
 
-@dataclass(frozen=True)
-class PortedFamily:
-    """An entry of `LVLMS`. Fields that are not told of here are those of `family.NativeFamily`.
+@dataclass(frozen=True, kw_only=True)
+class PortedFamily(Layout):
+    """An entry of `LVLMS`.
 
     read_config  the model's configuration, from its published config.json alone
     processor    what turns a conversation and its media into the model's inputs, without the model
@@ -29,17 +30,10 @@ class PortedFamily:
     tiny         writes a tiny random model into a directory, from a seed, as the published repository lays it out
     """
 
-    name: str
-    vision_layers: str
-    patches: Patches
     read_config: Callable[[ModelConfig], Any]
     processor: Callable[[ModelConfig], Any]
     build: Callable[[ModelConfig, Any], tuple[Any, Any]]
     tiny: Callable[[Path, int], None]
-    modality: str = "video"
-    minimum_frames: int = 1
-    video_options: Mapping[str, Any] = field(default_factory=dict)
-    shares_prefix: SharesPrefix = always
 
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
@@ -54,9 +48,15 @@ class PortedFamily:
         loading.check_identity(config, recipe, info)
         model_config = self._read(config)
         model_config.has_head = bool(recipe.text_names)
-        loading.cut(model_config.get_text_config(), loading.num_layers_needed(recipe, info))
+        loading.cut(model_config.get_text_config(), loading.num_layers_needed(recipe, info), self.depth_matters)
         model, processor = self.build(config, model_config)
         return native.serve(self, config, recipe, info, model.to(device), processor)
+
+    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+        """See `LVLMFamily.check_length`."""
+        from lvlmrec.lvlms.engine import context
+
+        context.check(self, config, recipe, self.processor(config), limit)
 
     def write_tiny(self, directory: Path, seed: int) -> None:
         """A tiny random model with the published names and files, the same bytes for the same seed."""

@@ -65,6 +65,9 @@ class VideoLaVITFamily:
 
         return video_lavit_model.load(config, recipe, self.inspect(config))
 
+    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+        """Nothing: its files name no limit."""
+
     def write_tiny(self, directory: Path, seed: int) -> NoReturn:
         """Raises `ConfigError`: only the authors' code could make one."""
         raise ConfigError(f"lvlm.model: of {NAME} there is no tiny model; {EXPECTED}")

@@ -43,7 +43,7 @@ def processor_of(directory: Path) -> Any:
 
 
 def texts(processor: Any, clip: Clip, family: str) -> str:
-    return inputs.process(processor, "video", [clip], {}, LVLMS[family].minimum_frames).texts[0]  # type: ignore[attr-defined]
+    return inputs.process(LVLMS[family], processor, "video", [clip], {}).texts[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", SECONDS)
@@ -74,7 +74,7 @@ def test_ticks_and_intervals(tiny_models, make_clip) -> None:
     clip = dataclasses.replace(make_clip(112, 112), timestamps=seconds, duration=100.0)
     assert minicpm_v_processor.frame_ticks(inputs._metadata(clip, 4)) == [0, 4, 8, 960]
     for family, expected in (("qwen2_5_vl", 2 * 100 / 4), ("qwen2_vl", None)):
-        seen = inputs.process(processor_of(tiny_models[family]), "video", [clip], {}, 2).inputs
+        seen = inputs.process(LVLMS[family], processor_of(tiny_models[family]), "video", [clip], {}).inputs  # type: ignore[arg-type]
         assert (seen["second_per_grid_ts"] if expected else None) == (pytest.approx([expected]) if expected else None)
 
 

@@ -229,8 +229,8 @@ def test_the_start_of_a_long_sequence_is_long_though_it_is_short_itself(director
     call = prefix.capture(model.get_decoder(), lambda: model(**tokens))
     seen: list[torch.Tensor] = []
     handle = model.get_decoder().norm.register_forward_hook(lambda _, __, out: seen.append(out))
-    cache = prefix.run_prefix(model.get_decoder(), call, 9)
-    prefix.run_suffixes(model.get_decoder(), [call], [call["attention_mask"]], 9, cache)
+    cache = prefix.run_prefix(LVLMS[FAMILY], model.get_decoder(), call, 9)
+    prefix.run_suffixes(LVLMS[FAMILY], model.get_decoder(), [call], [call["attention_mask"]], 9, cache)
     handle.remove()
     torch.testing.assert_close(torch.cat(seen, dim=1), model(**tokens).last_hidden_state, rtol=1e-5, atol=1e-5)
 
