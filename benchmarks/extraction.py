@@ -41,9 +41,9 @@ from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig, tiny
 from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_tokens
-from lvlmrec.lvlms.families.llava_onevision import sized
 from lvlmrec.lvlms.files import source, torchvision_shim
 from lvlmrec.lvlms.protocol import Item
+from lvlmrec.lvlms.tiny.llava_onevision import sized
 from lvlmrec.media.sampling import Clip
 
 SIDE, FRAMES = 196, 16

@@ -35,9 +35,9 @@ from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import LVLMInfo, Prompt, RecipeConfig
 from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.engine.native import NativeLVLM
-from lvlmrec.lvlms.families import llava_onevision, qwen2_5_vl
 from lvlmrec.lvlms.files import torchvision_shim
 from lvlmrec.lvlms.protocol import Item
+from lvlmrec.lvlms.tiny import llava_onevision, qwen2_5_vl
 from lvlmrec.media.sampling import Clip
 
 FRAMES, SIDE = 16, 384

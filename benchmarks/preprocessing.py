@@ -34,9 +34,9 @@ from lvlmrec.features import recipe as recipes
 from lvlmrec.features.recipe import Prompt, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig, tiny
 from lvlmrec.lvlms.families.family import NativeFamily
-from lvlmrec.lvlms.families.llava_onevision import sized
 from lvlmrec.lvlms.files import torchvision_shim
 from lvlmrec.lvlms.protocol import Item
+from lvlmrec.lvlms.tiny.llava_onevision import sized
 from lvlmrec.media.sampling import Clip, sample_clip
 
 SIDE = 384

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,16 @@ class LVLM(Protocol):
         merged tokens this holds for their mean weighted by size; which tokens were merged can turn on a last bit. So
         can the next word of an answer.
         """
+
+
+def write_tiny(name: str, directory: Path, seed: int) -> None:
+    """The tiny random model of the entry `name`, see `LVLMFamily.write_tiny`. Raises `ConfigError` where there is none.
+
+    Found by name: no family depends on what is made for tests and for the embedded sample.
+    """
+    if importlib.util.find_spec(f"lvlmrec.lvlms.tiny.{name}") is None:
+        raise ConfigError(f"lvlm.name: {name!r}: there is no tiny model of it; lvlm.model names a published one")
+    importlib.import_module(f"lvlmrec.lvlms.tiny.{name}").write(directory, seed)
 
 
 class LVLMFamily(Protocol):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
+from lvlmrec.lvlms import protocol
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
 
@@ -66,23 +67,8 @@ class TextFamily:
         """Nothing: a text that is too long is cut."""
 
     def write_tiny(self, directory: Path, seed: int) -> None:
-        """A tiny random BERT, 3 layers x 48, as an ordinary Hugging Face directory, the same bytes for a seed."""
-        from tokenizers.processors import TemplateProcessing
-        from transformers import BertConfig
-
-        from lvlmrec.lvlms import tiny
-
-        words = tiny.tokenizer({"cls_token": "[CLS]", "sep_token": "[SEP]"})
-        marks = [("[CLS]", words.cls_token_id), ("[SEP]", words.sep_token_id)]
-        words.backend_tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=marks)
-        sizes: dict[str, Any] = {
-            "num_hidden_layers": 3,
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_attention_heads": 4,
-        }
-        model_config = BertConfig(vocab_size=len(words), pad_token_id=words.pad_token_id, **sizes)
-        tiny.write(model_config, words, directory, seed, "AutoModel")
+        """See `LVLMFamily.write_tiny`."""
+        protocol.write_tiny(self.name, directory, seed)
 
 
 def read_config(config: ModelConfig, family: str) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
+from lvlmrec.lvlms import protocol
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
 
@@ -88,40 +89,14 @@ class VisionFamily:
         """Nothing: no prompt is read."""
 
     def write_tiny(self, directory: Path, seed: int) -> None:
-        """A tiny random model as an ordinary Hugging Face directory, the same bytes for a seed."""
-        from lvlmrec.lvlms import tiny
-        from lvlmrec.lvlms.files import torchvision_shim
-
-        torchvision_shim.ensure_importable()
-        tiny.write(*(tiny_image() if self.reads_images else tiny_video()), directory, seed, "AutoModel")
+        """See `LVLMFamily.write_tiny`."""
+        protocol.write_tiny(self.name, directory, seed)
 
 
 def group_size(model_config: Any) -> int:
     """How many frames a video model turns into one step of time."""
     size = getattr(model_config, "tubelet_size", 1)
     return int(size if isinstance(size, int) else size[0])
-
-
-def tiny_image() -> tuple[Any, Any]:
-    """A CLIP vision tower of 3 layers x 48; 56 px images of 4 x 4 patches and a class token."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig
-
-    side = {"height": 56, "width": 56}
-    model_config = CLIPVisionConfig(**_sizes(), image_size=56, patch_size=14)
-    return model_config, CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=side)
-
-
-def tiny_video() -> tuple[Any, Any]:
-    """A VideoMAE of 3 layers x 48; 8 frames of 56 px in pairs, 4 x 4 patches each."""
-    from transformers import VideoMAEConfig, VideoMAEVideoProcessor
-
-    side = {"height": 56, "width": 56}
-    model_config = VideoMAEConfig(**_sizes(), image_size=56, patch_size=14, num_frames=8, tubelet_size=2)
-    return model_config, VideoMAEVideoProcessor(size={"shortest_edge": 56}, crop_size=side)
-
-
-def _sizes() -> dict[str, Any]:
-    return {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
 
 
 IMAGE_FAMILY = VisionFamily("image_encoder", IMAGE_MODELS, ("video", "cover"))

@@ -108,7 +108,6 @@ def look_at(config: ModelConfig, model_config: Any) -> Found:
     return Found(
         name=model_config.model_type,
         vision_layers="",
-        tiny=_no_tiny,
         modality=modality,
         token_types="token_type_ids" if "token_type_ids" in takes else "mm_token_type_ids",
         kept_tokens=video_llama_3.FAMILY.kept_tokens,
@@ -151,7 +150,3 @@ def _own_class(config: ModelConfig, model_config: Any) -> Any:
     if not config.trust_remote_code or not reference:
         return None
     return get_class_from_dynamic_module(reference, str(source.directory(config)))
-
-
-def _no_tiny() -> tuple[Any, Any]:
-    raise ConfigError("lvlm.name=auto: there is no tiny model of a family that has no file of its own")

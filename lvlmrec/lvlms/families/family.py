@@ -5,12 +5,13 @@ Legend: B clips, F frames, N patch tokens, D width of the vision tower.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.lvlms import protocol
 from lvlmrec.lvlms.engine.layout import Layout, patches_of_frames
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
@@ -24,10 +25,8 @@ class NativeFamily(Layout):
     """An entry of `LVLMS` that the one engine serves; `name` is the family's `model_type` in transformers.
 
     vision_width    the vision configuration's key for the width of its layers
-    tiny            configuration and processor of a tiny model; see `tiny.py`
     """
 
-    tiny: Callable[[], tuple[Any, Any]]
     vision_width: str = "hidden_size"
 
     def inspect(self, config: ModelConfig) -> LVLMInfo:
@@ -55,12 +54,8 @@ class NativeFamily(Layout):
         context.check(self, config, recipe, self.processor(config), limit)
 
     def write_tiny(self, directory: Path, seed: int) -> None:
-        """A tiny random model as an ordinary Hugging Face directory, the same bytes for the same seed."""
-        from lvlmrec.lvlms import tiny
-        from lvlmrec.lvlms.files import torchvision_shim
-
-        torchvision_shim.ensure_importable()
-        tiny.write(*self.tiny(), directory, seed)
+        """See `LVLMFamily.write_tiny`."""
+        protocol.write_tiny(self.name, directory, seed)
 
 
 def describe(

@@ -13,6 +13,7 @@ from typing import Any
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.lvlms import protocol
 from lvlmrec.lvlms.engine.layout import Layout
 from lvlmrec.lvlms.families.family import describe
 from lvlmrec.lvlms.files import source
@@ -27,13 +28,11 @@ class PortedFamily(Layout):
     processor    what turns a conversation and its media into the model's inputs, without the model
     build        model and processor of a configuration that was cut to what a recipe needs; the model has its head,
                  and generates, if that configuration `has_head`
-    tiny         writes a tiny random model into a directory, from a seed, as the published repository lays it out
     """
 
     read_config: Callable[[ModelConfig], Any]
     processor: Callable[[ModelConfig], Any]
     build: Callable[[ModelConfig, Any], tuple[Any, Any]]
-    tiny: Callable[[Path, int], None]
 
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
@@ -59,12 +58,8 @@ class PortedFamily(Layout):
         context.check(self, config, recipe, self.processor(config), limit)
 
     def write_tiny(self, directory: Path, seed: int) -> None:
-        """A tiny random model with the published names and files, the same bytes for the same seed."""
-        from lvlmrec.lvlms.files import torchvision_shim
-
-        torchvision_shim.ensure_importable()
-        directory.mkdir(parents=True, exist_ok=True)
-        self.tiny(directory, seed)
+        """See `LVLMFamily.write_tiny`."""
+        protocol.write_tiny(self.name, directory, seed)
 
     def _read(self, config: ModelConfig) -> Any:
         """The configuration. What it lacks or holds of the wrong kind is the file's fault."""

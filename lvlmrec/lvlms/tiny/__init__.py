@@ -1,5 +1,7 @@
 """Tiny random models that are ordinary Hugging Face directories: for tests and for the embedded sample.
 
+One module for each entry of `LVLMS` that has one, under its name, with `write(directory, seed)`.
+
 Random weights of a sensible scale keep what a video looks like: colour, brightness and layout of the frames pass
 through every layer, so that pooled features of different videos differ. transformers' own initialisation (a standard
 deviation of 0.02, meant for wide layers) would leave a tiny model's layers almost without effect.
@@ -15,6 +17,8 @@ from lvlmrec.lvlms.files import source, torchvision_shim
 
 if TYPE_CHECKING:
     import torch
+
+torchvision_shim.ensure_importable()  # before any module here imports transformers
 
 END_OF_TEXT, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY_SIZE = 400
@@ -33,8 +37,6 @@ def write(
 ) -> None:
     """Write configuration, weights drawn from `seed`, and processor. The global random state is left as it was."""
     import torch
-
-    torchvision_shim.ensure_importable()
     import transformers
 
     with torch.random.fork_rng(devices=[]):

@@ -87,11 +87,11 @@ def test_prompts_of_one_item_are_read_by_fewer_at_once(
     expected = extractor(rows)
     run, sizes = prefix.run_suffixes, []
 
-    def run_out(decoder: Any, calls: Sequence[Any], *rest: Any) -> None:
+    def run_out(family: Any, decoder: Any, calls: Sequence[Any], *rest: Any) -> None:
         sizes.append(len(calls))
         if len(calls) > 1:
             raise MEMORY
-        run(decoder, calls, *rest)
+        run(family, decoder, calls, *rest)
 
     monkeypatch.setattr(prefix, "run_suffixes", run_out)
     found = extractor(rows)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
-from lvlmrec.lvlms.families import gemma4
+from lvlmrec.lvlms import tiny
+from lvlmrec.lvlms.tiny import gemma4
 from tests.lvlms import test_contract as contract
 from tests.lvlms import test_prompts as prompts
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.thorough
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("small") / "gemma4"
-    dataclasses.replace(gemma4.FAMILY, tiny=lambda: gemma4.tiny(gemma4.SMALL)).write_tiny(directory, seed=0)
+    tiny.write(*gemma4.make(gemma4.SMALL), directory, seed=0)
     return {"gemma4": directory}
 
 

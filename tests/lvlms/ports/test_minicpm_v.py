@@ -19,6 +19,7 @@ from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.files import torchvision_shim
 from lvlmrec.lvlms.ports import minicpm_v
 from lvlmrec.lvlms.protocol import Item
+from lvlmrec.lvlms.tiny import minicpm_v as tiny_minicpm_v
 
 torchvision_shim.ensure_importable()
 
@@ -130,7 +131,7 @@ def test_names_shapes_and_size_are_the_published_ones(version) -> None:
 
 
 def test_the_towers_last_layer_is_dropped_where_the_files_say_so() -> None:
-    tree = minicpm_v.tiny_tree("2.6", 300) | {"drop_vision_last_layer": True}
+    tree = tiny_minicpm_v.config_tree("2.6", 300) | {"drop_vision_last_layer": True}
     assert len(model_file.MiniCPMV(model_file.build_config(tree)).vpm.encoder.layers) == 2
 
 
