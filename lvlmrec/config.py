@@ -27,7 +27,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lvlmrec.errors import ConfigError
+from lvlmrec.errors import ConfigError, one_line
 
 T = TypeVar("T")
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -129,7 +129,7 @@ def _named(what: str) -> Iterator[None]:
     try:
         yield
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{what}: {_one_line(error)}") from error
+        raise ConfigError(f"{what}: {_omegaconf_line(error)}") from error
 
 
 def from_arguments(schema: type[T], arguments: Sequence[str], default_layer: str | Path) -> T:
@@ -191,7 +191,7 @@ def _read_layer(layer: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"layer {str(layer)!r}: not readable as YAML: {_one_line(error)}") from error
+        raise ConfigError(f"layer {str(layer)!r}: not readable as YAML: {_omegaconf_line(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -296,7 +296,7 @@ def _merge(shape: Any, given: dict[str, Any]) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(base, given))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", "") or ""
-        raise ConfigError(f"{key}: {_one_line(getattr(error, 'msg', None) or error)}") from error
+        raise ConfigError(f"{key}: {_omegaconf_line(getattr(error, 'msg', None) or error)}") from error
 
 
 def _check_values(config: Any, prefix: str) -> None:
@@ -357,5 +357,5 @@ def _describe(config: Any, prefix: str, write: Callable[[str], None]) -> None:
         write(f"{shown} ({', '.join(sorted(choices))})" if choices else shown)
 
 
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split("full_key:")[0].split())
+def _omegaconf_line(error: object) -> str:
+    return one_line(str(error).split("full_key:")[0])

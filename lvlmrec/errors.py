@@ -31,6 +31,11 @@ class StorageRefused(OSError, InputError):
     """A store cannot be reached, denies access or cannot be written; the message names the URI and the cause."""
 
 
+def one_line(error: object, most: int | None = None) -> str:
+    """What an error, or a text, says, its lines joined by spaces: the first `most` characters of it, all without."""
+    return " ".join(str(error).split())[:most]
+
+
 @contextmanager
 def writing(place: str) -> Iterator[None]:
     """Turns what a full disk raises into `StorageError`, and a place that cannot be written into `StorageRefused`."""

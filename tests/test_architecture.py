@@ -1,6 +1,7 @@
 """The walls between rooms, held by reading the imports of every file."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,12 @@ def test_a_room_imports_only_what_it_may(path: Path) -> None:
     assert found <= ALLOWED.get(here, found)
     assert here not in LOOKING or not found & RECOMMENDING
     assert here not in RECOMMENDING or not found & LOOKING
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_an_error_is_put_on_one_line_in_one_place(path: Path) -> None:
+    again = re.search(r"""["'] ["']\.join\((str\(|f["']).*split\(\)\)""", path.read_text())
+    assert not again or path.name == "errors.py", f"{path.name}: {again[0]}; use errors.one_line"
 
 
 def test_every_folder_of_tests_has_a_room() -> None:

@@ -117,7 +117,7 @@ def time_remotely(
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, InputError):
             raise cause from None
-        reason = f"{type(cause).__name__}: {stages.one_line(cause)}"
+        reason = f"{type(cause).__name__}: {stages.message_of(cause)}"
         raise JobFailed(
             f"timing {len(rows)} videos before the run (estimate.videos=0 leaves it out): {reason}"
         ) from error

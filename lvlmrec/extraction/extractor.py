@@ -109,7 +109,7 @@ class Extractor:
                 if device.is_lost(error):
                     self._end(error)
                 stage = "cast" if isinstance(error, store.CastError) else "model"
-                failure = stage, type(error).__name__, stages.one_line(error)
+                failure = stage, type(error).__name__, stages.message_of(error)
                 ran_out = device.ran_out_of_memory(error)
             self.attempts.end(item_ids, self.place)
         if failure is None:
@@ -124,7 +124,7 @@ class Extractor:
 
     def _end(self, error: Exception) -> NoReturn:
         """End this process, whose device is lost. Raises `DeviceFailed` when the device failed too often."""
-        message = f"{type(error).__name__}: {stages.one_line(error)}"
+        message = f"{type(error).__name__}: {stages.message_of(error)}"
         with self._deciding:  # the other threads see the same; one process is lost
             if self.attempts.lose(self.place):
                 raise DeviceFailed(f"{self.place} failed again and again, the last time with {message}")
@@ -151,7 +151,7 @@ class Extractor:
                 self.attempts.resize(self.worker, self._fitted, ran_out=False)
         (item,) = stages.items(row, self.recipe)
         told = f"alone in the model: {_sizes(item)}; {LESS_MEMORY}: {message}"
-        return "model", "out_of_memory", stages.one_line(told)
+        return "model", "out_of_memory", stages.message_of(told)
 
     def _failed(self, rows: pa.Table, stage: str, error: str, message: str) -> pa.Table:
         known = rows.select([ITEM_ID, URI, SOURCE, DECODED_ON, DECODE_SECONDS]).to_pylist()

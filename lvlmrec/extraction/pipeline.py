@@ -20,7 +20,7 @@ from ray.runtime_env import RuntimeEnv
 
 from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE
-from lvlmrec.errors import ConfigError, JobFailed
+from lvlmrec.errors import ConfigError, JobFailed, one_line
 from lvlmrec.extraction import estimate, inspection, memory, stages
 from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import Attempts, SharedAttempts, Streak
@@ -83,7 +83,7 @@ def _check_environment(environment: dict[str, Any]) -> None:
     try:
         RuntimeEnv(**environment)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"lvlm.environment: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"lvlm.environment: {one_line(error)}") from error
 
 
 def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.config import option
+from lvlmrec.errors import one_line
 from lvlmrec.extraction.failures import DECODED_ON, EXTRACTED_ON
 from lvlmrec.extraction.manifest import MEDIA_COLUMNS, source_of
 from lvlmrec.features import store
@@ -102,11 +103,11 @@ def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[
         for kind in recipe.media:
             outcome |= _decode(row[MEDIA_COLUMNS[kind]], kind, recipe, config)
     except VideoError as error:
-        outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: one_line(error.message)}
+        outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: message_of(error.message)}
     except NoDecoderError:
         raise
     except Exception as error:
-        outcome = {STAGE: "fetch", ERROR: type(error).__name__, MESSAGE: one_line(error)}
+        outcome = {STAGE: "fetch", ERROR: type(error).__name__, MESSAGE: message_of(error)}
     seconds = time.perf_counter() - started
     return {ITEM_ID: row[ITEM_ID], URI: row.get(URI, ""), SOURCE: source, DECODE_SECONDS: seconds} | outcome
 
@@ -153,7 +154,7 @@ def write(rows: pa.Table, uri: str, recipe: Recipe, generation: int) -> pa.Table
         if len(rejected):
             store.write_rejected(uri, rejected.select(list(store.REJECTED_COLUMNS)).to_pylist(), generation)
     except OSError as error:
-        failure = {STAGE: WRITE, ERROR: type(error).__name__, MESSAGE: one_line(error)}
+        failure = {STAGE: WRITE, ERROR: type(error).__name__, MESSAGE: message_of(error)}
         return pa.Table.from_pylist([{ITEM_ID: i, **failure} for i in rows[ITEM_ID].to_pylist()], schema=WRITTEN)
     good = good.select([ITEM_ID, *PLACES, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
     good = good.append_column(PART, pa.array([part] * len(good), pa.string()))
@@ -248,6 +249,6 @@ def _clip(row: dict[str, Any]) -> Clip:
     )
 
 
-def one_line(error: object) -> str:
-    """What an error says; of a file's name that is no text, its bytes."""
-    return " ".join(str(error).split())[:500].encode(errors="backslashreplace").decode()
+def message_of(error: object) -> str:
+    """What an error says, on one line; of a file's name that is no text, its bytes."""
+    return one_line(error, 500).encode(errors="backslashreplace").decode()

@@ -22,7 +22,7 @@ from torch import Tensor
 from lvlmrec import storage, tables, taps
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE, URI
 from lvlmrec.config import option
-from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.errors import ConfigError, InputError, one_line
 from lvlmrec.features import lease, rounding, store
 from lvlmrec.features.lease import Lease
 from lvlmrec.features.recipe import DTYPES, MEDIA, Prompt, Recipe
@@ -103,7 +103,7 @@ def open_array(path: Path, tensor: str = "") -> Array:
     except InputError:
         raise
     except Exception as error:  # numpy, torch, pickle and safetensors each have their own
-        message = " ".join(f"{type(error).__name__}: {error}".split())
+        message = one_line(f"{type(error).__name__}: {error}")
         raise InputError(f"file: {path.name}: not readable: {message[:300]}") from error
     if len(array.shape) not in (2, 3) or 0 in array.shape:
         raise InputError(f"file: {path.name}: shape {list(array.shape)}; expected [items, dim] or [items, layers, dim]")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lvlmrec import config, tracking
-from lvlmrec.errors import FULL, InputError, JobFailed, error_number
+from lvlmrec.errors import FULL, InputError, JobFailed, error_number, one_line
 from lvlmrec.jobs import places
 from lvlmrec.tracking import Run
 
@@ -55,13 +55,13 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
         with tracking.tracked(resolved.tracking_uri, resolved.workspace, name, config.to_dict(resolved)) as run:
             result = body(resolved, run)
     except (InputError, JobFailed) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except OSError as error:
         if error_number(error) not in FULL:
             traceback.print_exc()
         else:  # of a temporary file, or of a library's
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit):
         print(f"{name}: interrupted; the same command goes on where it stopped", file=sys.stderr)

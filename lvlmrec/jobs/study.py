@@ -24,7 +24,7 @@ from ray import ObjectRef
 
 from lvlmrec import cluster, storage, tracking
 from lvlmrec import config as configs
-from lvlmrec.errors import InputError, JobFailed
+from lvlmrec.errors import InputError, JobFailed, one_line
 from lvlmrec.report import study as report
 from lvlmrec.runs import checkpoint, evaluating, experiment
 from lvlmrec.runs.evaluating import EvaluateConfig
@@ -139,7 +139,7 @@ def _take(study: Study, task: ObjectRef) -> None:
         result = ray.get(task)
     except Exception as error:  # whatever a run died of, the others go on
         cause = getattr(error, "cause", None) or error
-        outcomes.failed[step] = " ".join(f"{type(cause).__name__}: {cause}".split())[-400:]
+        outcomes.failed[step] = one_line(f"{type(cause).__name__}: {cause}")[-400:]
         child.set_tags({"error": outcomes.failed[step]})
         child.finish("FAILED")
         said = f"failed, {outcomes.failed[step]}"

@@ -23,7 +23,7 @@ from ray.train.v2.api.result import Result as TrainResult
 from safetensors.torch import load_file
 
 from lvlmrec import cluster, storage
-from lvlmrec.errors import JobFailed, writing
+from lvlmrec.errors import JobFailed, one_line, writing
 from lvlmrec.features import pca
 from lvlmrec.features.compact import FeatureArray
 from lvlmrec.runs import checkpoint
@@ -105,7 +105,7 @@ def _runs(experiment: Experiment) -> str:
 
 def _reason(error: Exception) -> str:
     """What a worker said last: Ray's text is its whole traceback."""
-    return re.split(r"lvlmrec\.errors\.\w+: ", " ".join(str(error).split()))[-1][-500:]
+    return re.split(r"lvlmrec\.errors\.\w+: ", one_line(error))[-1][-500:]
 
 
 def _num_workers(settings: TrainingConfig) -> Any:

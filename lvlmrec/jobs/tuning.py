@@ -25,7 +25,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lvlmrec import cluster, storage, tracking
 from lvlmrec.config import check_gpus, option
-from lvlmrec.errors import ConfigError, InputError, JobFailed
+from lvlmrec.errors import ConfigError, InputError, JobFailed, one_line
 from lvlmrec.runs.divergence import Diverged
 from lvlmrec.runs.experiment import Experiment, TrainConfig, check_model, check_video
 from lvlmrec.runs.loop import State, fit, new_state
@@ -272,7 +272,7 @@ def _outcome(results: tune.ResultGrid, trials: int, selected_by: str) -> dict[st
     every = [results[i] for i in range(len(results))]
     ended = [(result.config, result.metrics) for result in every if result.error is None and result.metrics]
     if not ended:
-        raise JobFailed(f"tune: all {trials} trials failed: {' '.join(str(results.errors[0]).split())[-400:]}")
+        raise JobFailed(f"tune: all {trials} trials failed: {one_line(results.errors[0])[-400:]}")
     chosen, metrics = max(ended, key=lambda trial: trial[1][f"best/{selected_by}"])
     return {
         "best": {"config": chosen, "validation": _best(metrics), "epoch": metrics["best_epoch"]},

@@ -15,6 +15,7 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from lvlmrec.errors import one_line
 from lvlmrec.media.av1 import Fed, part_of
 from lvlmrec.media.truncation import promised_size
 
@@ -53,7 +54,7 @@ def faults_named(stage: str) -> Iterator[None]:
             reason = "out_of_memory"
         elif stage == "open" and isinstance(e, OSError):
             reason = "not_found" if isinstance(e, FileNotFoundError) else "unreadable"
-        raise VideoError(stage, reason, f"{type(e).__name__}: {' '.join(str(e).split())}") from e
+        raise VideoError(stage, reason, f"{type(e).__name__}: {one_line(e)}") from e
 
 
 @contextmanager

@@ -31,6 +31,7 @@ import av.sidedata.motionvectors  # PyAV imports both late: under a small memory
 import av.subtitles.stream  # that would look like a broken install
 import numpy as np
 
+from lvlmrec.errors import one_line
 from lvlmrec.media.file import VideoError
 from lvlmrec.media.motion import CLIP_FRAMES, KEYFRAME_SIZE, MAP_SIZE, MotionClips, motion_clips
 from lvlmrec.media.sampling import Clip, sample_clip
@@ -240,7 +241,7 @@ def _answer(request: dict[str, Any], answers: int) -> None:
         _write_json(answers, {"stage": "decode", "error": "out_of_memory", "message": "MemoryError outside FFmpeg"})
         return
     except Exception as error:
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        message = f"{type(error).__name__}: {one_line(error)}"
         _write_json(answers, {"stage": "decode", "error": "decode_failed", "message": message})
         return
     _write_json(answers, header)

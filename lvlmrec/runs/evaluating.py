@@ -20,7 +20,7 @@ from lvlmrec.columns import COLD, ITEM_ID, ITEM_RANK, USER_ID
 from lvlmrec.config import MAX_SEED, option
 from lvlmrec.data import load_split
 from lvlmrec.data.split import Holdout, Split
-from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.errors import ConfigError, InputError, one_line
 from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
 from lvlmrec.evaluation.lists import top_from_scores, top_items
 from lvlmrec.evaluation.metrics import metrics, per_user
@@ -161,7 +161,7 @@ def read_ranks(uri: str) -> pd.DataFrame:
     try:
         return storage.read_table(uri, [USER_ID, ITEM_ID, ITEM_RANK, COLD]).to_pandas()
     except (FileNotFoundError, pa.ArrowException) as error:
-        raise InputError(f"ranks {uri!r}: not readable: {' '.join(str(error).split())}") from error
+        raise InputError(f"ranks {uri!r}: not readable: {one_line(error)}") from error
 
 
 def compare(ours: str, others: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
-from lvlmrec.errors import InputError, StorageError, StorageRefused, writing
+from lvlmrec.errors import InputError, StorageError, StorageRefused, one_line, writing
 from lvlmrec.storage import s3
 
 T = TypeVar("T")
@@ -263,7 +263,7 @@ def _faults_named(uri: str) -> Iterator[None]:
     except (OSError, BotoCoreError, ResponseParserError) as error:
         if not is_remote(uri):
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error) or type(error).__name__
         cause = f"{uri}: {text}"
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"{uri}: no such file" if text in uri else cause) from error

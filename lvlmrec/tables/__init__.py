@@ -19,7 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from lvlmrec import storage
-from lvlmrec.errors import InputError
+from lvlmrec.errors import InputError, one_line
 from lvlmrec.tables import text_file
 
 PARQUET = ".parquet"
@@ -100,7 +100,7 @@ def read_parquet(uris: Sequence[str], label: str, choose: Choose, ids: Sequence[
     try:
         return Rows(pa.concat_tables(found, promote_options="permissive"))
     except pa.ArrowException as error:
-        raise InputError(f"{label}: its files do not fit each other: {_one_line(error)}") from error
+        raise InputError(f"{label}: its files do not fit each other: {one_line(error)}") from error
 
 
 def read_csv(
@@ -180,7 +180,7 @@ def _read_part(uri: str, label: str, choose: Choose, ids: Sequence[str]) -> pa.T
     except FileNotFoundError as error:
         raise InputError(f"{label}: no such file") from error
     except (OSError, pa.ArrowException) as error:
-        cause = getattr(error, "strerror", None) or _one_line(error)
+        cause = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"{label}: not readable as Parquet: {cause}") from error
     columns = {}
     for name in wanted:
@@ -245,7 +245,7 @@ def _parse(data: bytes, head: bytes, label: str, choose: Choose, delimiter: str,
             ),
         )
     except pa.ArrowInvalid as error:
-        cause = text_file.not_utf8(data) or _one_line(error)
+        cause = text_file.not_utf8(data) or one_line(error)
         raise InputError(f"{label}: not readable as a table: {cause}") from error
     return Rows(table, malformed, example)
 
@@ -339,7 +339,3 @@ def _is_parquet(uri: str) -> bool:
             return file.read(4) == b"PAR1"
     except (FileNotFoundError, PermissionError):  # a broken link among videos, say
         return False
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lvlmrec.errors import ConfigError
+from lvlmrec.errors import ConfigError, one_line
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms.engine.layout import always, never
 from lvlmrec.lvlms.families import gemma4, qwen2_vl, qwen3_vl, video_llama_3
@@ -136,7 +136,7 @@ def _build_without_weights(config: ModelConfig, model_config: Any) -> Any:
             )
             return model.base_model
     except (OSError, ValueError, ImportError, AttributeError) as error:
-        kind, reason = model_config.model_type, source.one_line(error)
+        kind, reason = model_config.model_type, one_line(error, source.QUOTED)
         raise ConfigError(
             f"lvlm.model: {config.model!r}: lvlm.name=auto cannot serve a {kind} model: {reason}"
         ) from error

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from lvlmrec import storage
-from lvlmrec.errors import ConfigError
+from lvlmrec.errors import ConfigError, one_line
 from lvlmrec.lvlms.protocol import ModelConfig
 
 # Entries of `LVLMS` that run their authors' code -> a file that no other folder of the repository has.
@@ -47,8 +47,7 @@ def of(config: ModelConfig) -> dict[str, bytes]:
     try:
         files = _read_zip(config.code) if storage.is_remote(config.code) else _read_folder(Path(config.code))
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"lvlm.code: {config.code!r}: {expected}; {reason}") from error
+        raise ConfigError(f"lvlm.code: {config.code!r}: {expected}; {one_line(error, 300)}") from error
     roots = [path.removesuffix(landmark) for path in files if f"/{path}".endswith(f"/{landmark}")]
     if not roots:
         raise ConfigError(f"lvlm.code: {config.code!r}: no {landmark} in it; {expected}")
@@ -89,7 +88,7 @@ def import_from(folder: Path, name: str) -> ModuleType:
         module = importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"lvlm.code: importing {name!r}: {' '.join(str(error).split())}; lvlm.environment must hold what it needs"
+            f"lvlm.code: importing {name!r}: {one_line(error)}; lvlm.environment must hold what it needs"
         ) from error
     if folder.resolve() not in Path(str(module.__file__)).resolve().parents:
         raise ConfigError(f"lvlm.code: this process already holds another module {name!r}: {module.__file__}")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lvlmrec.errors import ConfigError
+from lvlmrec.errors import ConfigError, one_line
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import ModelConfig
 
@@ -25,7 +25,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         with source.quiet():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"lvlm.model: {config.model!r}: tokenizer: {source.one_line(error)}") from error
+        raise ConfigError(f"lvlm.model: {config.model!r}: tokenizer: {one_line(error, source.QUOTED)}") from error
     tokenizer.padding_side = "left"
     return tokenizer
 

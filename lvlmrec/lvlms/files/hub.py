@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lvlmrec.errors import one_line
 from lvlmrec.lvlms.files.weight_files import INDEX, WEIGHTS, shards_of, sizes_of
 
+QUOTED = 200  # characters of what the client raises
 ANSWER_SECONDS = 5.0  # the hub's own client would wait for ever
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
@@ -32,7 +34,7 @@ def commit_of(model: str, revision: str) -> str:
     except RevisionResolutionError as error:
         raise OSError(_out_of_reach(error.__cause__ or error)) from error
     except Exception as error:  # whatever its client raises: no such model, no access, a proxy
-        raise OSError(_one_line(error)) from error
+        raise OSError(one_line(error, QUOTED)) from error
 
 
 @functools.cache
@@ -80,7 +82,7 @@ def _fetch(model: str, commit: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(here())
     except Exception as error:  # whatever its client raises: no access to the files, a connection that broke off
-        raise OSError(_one_line(error)) from error
+        raise OSError(one_line(error, QUOTED)) from error
 
 
 def _api() -> Any:
@@ -97,11 +99,8 @@ def _api() -> Any:
 def _out_of_reach(error: BaseException) -> str:
     from huggingface_hub import constants
 
+    cause = f"{type(error).__name__}: {one_line(error, QUOTED)}"
     return (
         f"{constants.ENDPOINT} cannot be reached, and the files are not in the cache {constants.HF_HUB_CACHE}: name a "
-        f"local directory, or fill the cache where there is a network ({type(error).__name__}: {_one_line(error)})"
+        f"local directory, or fill the cache where there is a network ({cause})"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lvlmrec.errors import ConfigError
+from lvlmrec.errors import ConfigError, one_line
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms.files import source, torchvision_shim
 from lvlmrec.lvlms.protocol import ModelConfig
@@ -101,7 +101,7 @@ def reading(config: ModelConfig) -> Iterator[None]:
             yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         where = f"lvlm.model: {config.model!r} with lvlm.attention={config.attention}"
-        raise ConfigError(f"{where}: {source.one_line(error)}") from error
+        raise ConfigError(f"{where}: {one_line(error, source.QUOTED)}") from error
 
 
 def choose_device(config: ModelConfig) -> torch.device:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from lvlmrec.errors import ConfigError
+from lvlmrec.errors import ConfigError, one_line
 from lvlmrec.lvlms.files import hub, torchvision_shim, weight_files
 from lvlmrec.lvlms.protocol import ModelConfig
 
+QUOTED = 300  # characters of what a library raises
 WHOLE_FILE_BYTES = 64 * 2**20
 NUM_BLOCKS = 64
 BLOCK_BYTES = 64 * 2**10
@@ -65,7 +66,9 @@ def read_any_config(config: ModelConfig, expected: str) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code=True" in str(error):
             raise ConfigError(f"lvlm.model: {config.model!r}: {NEEDS_CODE}") from error
-        raise ConfigError(f"lvlm.model: {config.model!r}: {_expectation(expected)}; {one_line(error)}") from error
+        raise ConfigError(
+            f"lvlm.model: {config.model!r}: {_expectation(expected)}; {one_line(error, QUOTED)}"
+        ) from error
 
 
 def _auto_config(config: ModelConfig) -> Any:
@@ -89,7 +92,7 @@ def read_config(config: ModelConfig, model_types: Collection[str], family: str) 
     try:
         tree = read_json(config, "config.json")
     except ConfigError as error:
-        reason = one_line(error.__cause__ or error)
+        reason = one_line(error.__cause__ or error, QUOTED)
         raise ConfigError(f"lvlm.model: {config.model!r}: {_expectation(expected)}; {reason}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"lvlm.model: {config.model!r}: config.json holds no JSON object; {_expectation(expected)}")
@@ -110,7 +113,7 @@ def read_json(config: ModelConfig, name: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path else None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"lvlm.model: {config.model!r}: {name}: {one_line(error)}") from error
+        raise ConfigError(f"lvlm.model: {config.model!r}: {name}: {one_line(error, QUOTED)}") from error
 
 
 def _file(config: ModelConfig, name: str) -> Path | None:
@@ -160,12 +163,7 @@ def _chat_template(config: ModelConfig) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"lvlm.model: {config.model!r}: {path.name}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """What a library has to say, in 300 letters."""
-    return " ".join(str(error).split())[:300]
+        raise ConfigError(f"lvlm.model: {config.model!r}: {path.name}: {one_line(error, QUOTED)}") from error
 
 
 def pin(config: ModelConfigT) -> ModelConfigT:
@@ -249,7 +247,7 @@ def check(config: ModelConfig, expected: str = "a model") -> None:
         listed = None if where.is_dir() else hub.listing(config.model, folder.name)  # snapshots/<commit>/
         fault = weight_files.fault(folder, weight_files.sizes_of(folder) if listed is None else listed)
     except (OSError, ValueError) as error:
-        fault = one_line(error)
+        fault = one_line(error, QUOTED)
     if fault:
         raise ConfigError(f"lvlm.model: {config.model!r}: {fault}")
     if not (folder / "config.json").is_file():

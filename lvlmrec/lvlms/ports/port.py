@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlmrec.errors import ConfigError
+from lvlmrec.errors import ConfigError, one_line
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms import protocol
 from lvlmrec.lvlms.engine.layout import Layout
@@ -72,5 +72,5 @@ class PortedFamily(Layout):
         except ConfigError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {source.one_line(error)}"
+            reason = f"{type(error).__name__}: {one_line(error, source.QUOTED)}"
             raise ConfigError(f"lvlm.model: {config.model!r}: config.json: {reason}") from error
