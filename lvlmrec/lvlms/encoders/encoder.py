@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lvlmrec.errors import ConfigError
 from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.lvlms.engine import hooks
 from lvlmrec.lvlms.engine.hooks import Pool
 from lvlmrec.lvlms.files import loading, source, torchvision_shim
 from lvlmrec.lvlms.protocol import ModelConfig
@@ -27,7 +28,7 @@ def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any)
     torchvision_shim.ensure_importable()
     from transformers import AutoModel
 
-    loading.check_identity(config, recipe, info)
+    source.check_identity(config, recipe, info)
     device, depth = loading.choose_device(config), max(tap.layer for tap in recipe.taps)
     if hasattr(model_config, "num_hidden_layers"):
         loading.cut(model_config, depth, source.DEPTH_MATTERS)
@@ -52,30 +53,6 @@ def attach(layers: nn.ModuleList, taps: Iterable[Tap], pool: Pool) -> None:
     """Call `pool(tap, hidden)` inside every forward: 0 is what enters the first layer, k what leaves layer k."""
     for tap in taps:
         if tap.layer:
-            layers[tap.layer - 1].register_forward_hook(_output_hook(tap, pool))
+            hooks.on_output(layers[tap.layer - 1], tap, pool)
         else:
-            layers[0].register_forward_pre_hook(_input_hook(tap, pool), with_kwargs=True)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor that `to_host` prepared; its copy needs no waiting."""
-    return tensor.to(device, non_blocking=True)
-
-
-def to_host(tensor: Tensor, device: torch.device) -> Tensor:
-    """In pinned memory for a GPU."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def _output_hook(tap: Tap, pool: Pool) -> Callable[..., None]:
-    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-        pool(tap, output[0] if isinstance(output, tuple) else output)
-
-    return hook
-
-
-def _input_hook(tap: Tap, pool: Pool) -> Callable[..., None]:
-    def hook(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-        pool(tap, arguments[0] if arguments else named["hidden_states"])
-
-    return hook
+            hooks.on_input(layers[0], tap, pool)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features.recipe import PIXEL_DTYPE, PIXELS, SIDE, LVLMInfo, Recipe
 from lvlmrec.lvlms.engine.inputs import required
+from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import Item, ModelConfig
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ class FramesFamily:
         )
 
     def load(self, config: ModelConfig, recipe: Recipe) -> Frames:
-        """Raises `ConfigError` as `inspect`."""
-        return Frames(self.inspect(config), recipe, config.batch_size)
+        """Raises `ConfigError` as `inspect`, and when the recipe's frames were resized in another way."""
+        info = self.inspect(config)
+        source.check_identity(config, recipe, info)
+        return Frames(info, recipe, config.batch_size)
 
     def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
         """Nothing: no prompt is read."""

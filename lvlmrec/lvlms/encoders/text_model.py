@@ -17,6 +17,7 @@ from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
 from lvlmrec.lvlms.encoders import encoder
 from lvlmrec.lvlms.engine import conversation
+from lvlmrec.lvlms.engine.copies import to_device, to_host
 from lvlmrec.lvlms.engine.hooks import Pool, ignore
 from lvlmrec.lvlms.engine.pooling import last_position, masked_mean
 from lvlmrec.lvlms.files import loading, source
@@ -119,7 +120,7 @@ class TextModel:
     @torch.inference_mode()
     def _extract_batch(self, batch: Batch) -> dict[str, Tensor]:
         device = self._model.device
-        ids_BS, attended_BS = (encoder.to_device(part, device) for part in (batch.ids, batch.attended))
+        ids_BS, attended_BS = (to_device(part, device) for part in (batch.ids, batch.attended))
         pooled: dict[str, Tensor] = {}
 
         def pool(tap: Tap, hidden_BSD: Tensor) -> None:
@@ -140,7 +141,7 @@ class TextModel:
             ids_BS[row, : len(ids)] = torch.tensor(ids)
             attended_BS[row, : len(ids)] = True
         device = self._model.device
-        return Batch(prompt, rows, encoder.to_host(ids_BS, device), encoder.to_host(attended_BS, device))
+        return Batch(prompt, rows, to_host(ids_BS, device), to_host(attended_BS, device))
 
 
 def group(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from lvlmrec.errors import InputError
 from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
 from lvlmrec.lvlms.encoders import encoder
 from lvlmrec.lvlms.engine import inputs
+from lvlmrec.lvlms.engine.copies import to_device, to_host
 from lvlmrec.lvlms.engine.hooks import Pool, ignore
 from lvlmrec.lvlms.files import loading, source, torchvision_shim
 from lvlmrec.lvlms.protocol import Item, ModelConfig
@@ -90,7 +91,7 @@ class VisionModel:
             for group in by_shape.values():
                 for first in range(0, len(group), batch_size):
                     rows, pixels_FCHW = zip(*group[first : first + batch_size], strict=True)
-                    stacked = encoder.to_host(torch.stack(pixels_FCHW), self._model.device)
+                    stacked = to_host(torch.stack(pixels_FCHW), self._model.device)
                     batches.append(Batch(kind, list(rows), stacked))
         return batches
 
@@ -117,7 +118,7 @@ class VisionModel:
 
     @torch.inference_mode()
     def _extract_batch(self, batch: Batch) -> dict[str, Tensor]:
-        pixels_BFCHW = encoder.to_device(batch.pixels, self._model.device)
+        pixels_BFCHW = to_device(batch.pixels, self._model.device)
         pooled: dict[str, Tensor] = {}
 
         def pool(tap: Tap, hidden: Tensor) -> None:

@@ -19,6 +19,24 @@ def ignore(tap: Tap, hidden: Tensor) -> None:
     """A `Pool` for forwards whose states nobody reads."""
 
 
+def on_output(module: nn.Module, tap: Tap, pool: Pool) -> None:
+    """Call `pool(tap, hidden)` with what `module` returns, first of several, inside every forward."""
+
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        pool(tap, output[0] if isinstance(output, tuple) else output)
+
+    module.register_forward_hook(hook)
+
+
+def on_input(module: nn.Module, tap: Tap, pool: Pool) -> None:
+    """Call `pool(tap, hidden)` with what `module` is called with, first or as `hidden_states`, inside every forward."""
+
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        pool(tap, arguments[0] if arguments else named["hidden_states"])
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 class Hooks:
     """The taps of a recipe on a loaded base model. `pool(tap, hidden)` is called inside the forward; set it before.
 
@@ -56,24 +74,15 @@ class Hooks:
 
     def _attach(self, tap: Tap, layers: Any, num_layers: int) -> None:
         if tap.pre_norm:
-            self._norm.register_forward_pre_hook(self._input_hook(tap))
+            on_input(self._norm, tap, self._hand_over)
         elif tap == Tap("llm", num_layers):
-            self._norm.register_forward_hook(self._output_hook(tap))
+            on_output(self._norm, tap, self._hand_over)
         elif tap.layer > 0:
             # Hugging Face counts what a layer returns, before some decoders add the tower's features to it
-            layers[tap.layer - 1].register_forward_hook(self._output_hook(tap))
+            on_output(layers[tap.layer - 1], tap, self._hand_over)
         else:
             first = layers[0] if tap.tower == "vision" or self._top else self._end
-            first.register_forward_pre_hook(self._input_hook(tap))
+            on_input(first, tap, self._hand_over)
 
-    def _output_hook(self, tap: Tap) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            self.pool(tap, output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    def _input_hook(self, tap: Tap) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.pool(tap, arguments[0])
-
-        return hook
+    def _hand_over(self, tap: Tap, hidden: Tensor) -> None:
+        self.pool(tap, hidden)

@@ -24,6 +24,7 @@ from lvlmrec.errors import InputError
 from lvlmrec.features.recipe import ANSWER, FINISH, LVLMInfo, Recipe
 from lvlmrec.lvlms.engine import context, conversation, generation, inputs
 from lvlmrec.lvlms.engine.bank import Bank, Reading
+from lvlmrec.lvlms.engine.copies import to_device, to_host
 from lvlmrec.lvlms.engine.hooks import Hooks, ignore
 from lvlmrec.lvlms.engine.inputs import Media
 from lvlmrec.lvlms.engine.layout import Layout
@@ -237,11 +238,11 @@ class NativeLVLM:
         if not isinstance(value, Tensor):
             return value
         value = value.to(self._base.dtype) if inputs.is_pixels(key) else value
-        return value.pin_memory() if self._base.device.type == "cuda" else value
+        return to_host(value, self._base.device)
 
     def _on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         device = self._base.device
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        return {k: to_device(v, device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def _pool_projected(vision: Any, num_clips: int, kept: Tensor | None = None) -> Tensor:

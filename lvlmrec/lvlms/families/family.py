@@ -21,7 +21,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NativeFamily(Layout):
+class DeclaredFamily(Layout):
+    """What families native to transformers and ports have in common."""
+
+    def processor(self, config: ModelConfig) -> Any:
+        """What turns a conversation and its media into the model's inputs, without the model. Raises `ConfigError`."""
+        raise NotImplementedError
+
+    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+        """See `LVLMFamily.check_length`."""
+        from lvlmrec.lvlms.engine import context
+
+        context.check(self, config, recipe, self.processor(config), limit)
+
+    def write_tiny(self, directory: Path, seed: int) -> None:
+        """See `LVLMFamily.write_tiny`."""
+        protocol.write_tiny(self.name, directory, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeFamily(DeclaredFamily):
     """An entry of `LVLMS` that the one engine serves; `name` is the family's `model_type` in transformers.
 
     vision_width    the vision configuration's key for the width of its layers
@@ -42,20 +61,10 @@ class NativeFamily(Layout):
         return native.load(self, config, recipe, self.inspect(config))
 
     def processor(self, config: ModelConfig) -> Any:
-        """What turns a conversation and its media into the model's inputs. Raises `ConfigError`."""
+        """See `DeclaredFamily.processor`."""
         from lvlmrec.lvlms.files import loading
 
         return loading.load_processor(config)
-
-    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
-        """See `LVLMFamily.check_length`."""
-        from lvlmrec.lvlms.engine import context
-
-        context.check(self, config, recipe, self.processor(config), limit)
-
-    def write_tiny(self, directory: Path, seed: int) -> None:
-        """See `LVLMFamily.write_tiny`."""
-        protocol.write_tiny(self.name, directory, seed)
 
 
 def describe(

@@ -23,7 +23,7 @@ def load_model(config: ModelConfig, recipe: Recipe, info: LVLMInfo, depth_matter
     torchvision_shim.ensure_importable()
     from transformers import AutoModelForImageTextToText
 
-    check_identity(config, recipe, info)
+    source.check_identity(config, recipe, info)
     model_config = source.read_model_config(config, info.family)
     cut(model_config.get_text_config(), num_layers_needed(recipe, info), depth_matters)
     device = choose_device(config)
@@ -55,12 +55,6 @@ def load_weights(
     if missing:
         raise ConfigError(f"lvlm.model: {config.model!r} lacks {len(missing)} weights, first {missing[0]}")
     return model.eval().requires_grad_(False)
-
-
-def check_identity(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> None:
-    """Raises `ConfigError` when the files are not the recipe's."""
-    if info.identity != recipe.identity:
-        raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
 
 
 def cut(model_config: Any, depth: int, depth_matters: Iterable[str] = ()) -> None:

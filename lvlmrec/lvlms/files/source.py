@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lvlmrec.errors import ConfigError, one_line
+from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms.files import hub, torchvision_shim, weight_files
 from lvlmrec.lvlms.protocol import ModelConfig
 
@@ -202,6 +203,12 @@ def identity(config: ModelConfig) -> str:
     if Path(config.model).is_dir():
         return f"content:{hash_directory(Path(config.model))}"
     return f"{config.model}@{_commit(config, 'a model')}"
+
+
+def check_identity(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> None:
+    """Raises `ConfigError` when the files are not the recipe's."""
+    if info.identity != recipe.identity:
+        raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
 
 
 @contextlib.contextmanager

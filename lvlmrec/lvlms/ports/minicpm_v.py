@@ -84,7 +84,7 @@ def _family(version: str) -> PortedFamily:
         vision_layers="vpm.encoder.layers",
         patches=patches_of_views,
         read_config=partial(read_config, version),
-        processor=lambda config: read_processor(config, read_config(version, config)),
+        read_processor=read_processor,
         build=build,
         video_options={"max_slice_nums": 1} | ({"packing": 0} if version == "4.5" else {}),
     )

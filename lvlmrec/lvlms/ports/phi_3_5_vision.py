@@ -59,7 +59,7 @@ FAMILY = PortedFamily(
     vision_layers="model.vision_embed_tokens.img_processor.vision_model.encoder.layers",
     patches=patches_of_views,
     read_config=read_config,
-    processor=lambda config: read_processor(config, read_config(config)),
+    read_processor=read_processor,
     build=build,
     shares_prefix=lambda base, lengths_PB: base.shares_prefix(lengths_PB),
 )

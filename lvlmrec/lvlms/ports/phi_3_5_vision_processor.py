@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from lvlmrec.lvlms.engine.conversation import joined_messages
+from lvlmrec.media.motion import CLIP_MEAN, CLIP_STD
 
 PICTURE = "<|image|>"  # in a prompt it stands for a whole video or a cover, behind the processor for one visual token
 VIDEO_CROPS = 1  # tiles per frame at most; the model card recommends 4 for several pictures,
 COVER_CROPS = 16  # and this for a single one
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 WHITE = (255, 255, 255)
 
 

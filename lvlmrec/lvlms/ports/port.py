@@ -8,30 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lvlmrec.errors import ConfigError, one_line
 from lvlmrec.features.recipe import LVLMInfo, Recipe
-from lvlmrec.lvlms import protocol
-from lvlmrec.lvlms.engine.layout import Layout
-from lvlmrec.lvlms.families.family import describe
+from lvlmrec.lvlms.families.family import DeclaredFamily, describe
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PortedFamily(Layout):
+class PortedFamily(DeclaredFamily):
     """An entry of `LVLMS`.
 
-    read_config  the model's configuration, from its published config.json alone
-    processor    what turns a conversation and its media into the model's inputs, without the model
-    build        model and processor of a configuration that was cut to what a recipe needs; the model has its head,
-                 and generates, if that configuration `has_head`
+    read_config     the model's configuration, from its published config.json alone
+    read_processor  the model's processor, out of its files and that configuration
+    build           model and processor of a configuration that was cut to what a recipe needs; the model has its head,
+                    and generates, if that configuration `has_head`
     """
 
     read_config: Callable[[ModelConfig], Any]
-    processor: Callable[[ModelConfig], Any]
+    read_processor: Callable[[ModelConfig, Any], Any]
     build: Callable[[ModelConfig, Any], tuple[Any, Any]]
 
     def inspect(self, config: ModelConfig) -> LVLMInfo:
@@ -44,22 +41,16 @@ class PortedFamily(Layout):
         from lvlmrec.lvlms.files import loading
 
         device, info = loading.choose_device(config), self.inspect(config)
-        loading.check_identity(config, recipe, info)
+        source.check_identity(config, recipe, info)
         model_config = self._read(config)
         model_config.has_head = bool(recipe.text_names)
         loading.cut(model_config.get_text_config(), loading.num_layers_needed(recipe, info), self.depth_matters)
         model, processor = self.build(config, model_config)
         return native.serve(self, config, recipe, info, model.to(device), processor)
 
-    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
-        """See `LVLMFamily.check_length`."""
-        from lvlmrec.lvlms.engine import context
-
-        context.check(self, config, recipe, self.processor(config), limit)
-
-    def write_tiny(self, directory: Path, seed: int) -> None:
-        """See `LVLMFamily.write_tiny`."""
-        protocol.write_tiny(self.name, directory, seed)
+    def processor(self, config: ModelConfig) -> Any:
+        """See `DeclaredFamily.processor`."""
+        return self.read_processor(config, self._read(config))
 
     def _read(self, config: ModelConfig) -> Any:
         """The configuration. What it lacks or holds of the wrong kind is the file's fault."""

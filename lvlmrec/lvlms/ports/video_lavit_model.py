@@ -24,7 +24,7 @@ from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms.engine import conversation, generation
 from lvlmrec.lvlms.engine.hooks import Hooks
 from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_columns
-from lvlmrec.lvlms.files import authors_code, loading, torchvision_shim
+from lvlmrec.lvlms.files import authors_code, loading, source, torchvision_shim
 from lvlmrec.lvlms.protocol import Item, ModelConfig
 from lvlmrec.media.motion import normalise_keyframes
 from lvlmrec.taps import PROJECTOR, FeatureName, Tap
@@ -57,8 +57,7 @@ class Prepared:
 
 def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> VideoLaVIT:
     """The model of `config`, loaded by the authors' code. Raises `ConfigError`."""
-    if info.identity != recipe.identity:
-        raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
+    source.check_identity(config, recipe, info)
     device = loading.choose_device(config)
     torchvision_shim.ensure_importable()
     build_model = authors_code.import_from(authors_code.unpack(authors_code.of(config)), "models").build_model
