@@ -31,7 +31,7 @@ def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any)
     source.check_identity(config, recipe, info)
     device, depth = loading.choose_device(config), max(tap.layer for tap in recipe.taps)
     if hasattr(model_config, "num_hidden_layers"):
-        loading.cut(model_config, depth, source.DEPTH_MATTERS)
+        loading.cut(model_config, depth, source.DEPTH_KEYS)
     attention = None if config.attention == "sdpa" else config.attention
     model = loading.load_weights(AutoModel, config, model_config, attention, UNREAD)
     del find_layers(model, config)[max(depth, 1) :]

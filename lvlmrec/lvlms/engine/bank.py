@@ -128,6 +128,6 @@ class Bank:
 
     def _forward(self, reading: Reading) -> None:
         """The base model from tokens and projected media on; hooks pool the taps on the way."""
-        for name in self._family.left_behind:
+        for name in self._family.state_attributes:
             setattr(self._base, name, None)
         self._base(**reading.tokens, **reading.layout, mm_encoder_outputs=dict(reading.media), use_cache=False)

@@ -35,8 +35,8 @@ def leave_to_recipe(model: Any) -> None:
     """
     from transformers import GenerationConfig
 
-    given = model.generation_config
-    ids = {key: getattr(given, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    published = model.generation_config
+    ids = {key: getattr(published, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
 
 
@@ -68,9 +68,9 @@ def generate(
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     """The ids that end an answer, the tokenizer's own first."""
-    given = model.generation_config.eos_token_id
-    given = given if isinstance(given, list) else [given]
-    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *given) if i is not None))
+    others = model.generation_config.eos_token_id
+    others = others if isinstance(others, list) else [others]
+    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *others) if i is not None))
 
 
 def seed_of(seed: int, prompt: str, item_id: str) -> int:

@@ -30,7 +30,7 @@ class Media:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What the language model is told of the pixels: grids and sizes."""
+        """The inputs without the pixels: grids and sizes, which the language model reads too."""
         return {key: value for key, value in self.inputs.items() if not is_pixels(key)}
 
 

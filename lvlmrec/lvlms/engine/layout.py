@@ -41,25 +41,25 @@ def as_named(processor: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 class Layout:
     """Where the engine finds what it reads in a model and in what its processor makes.
 
-    name                the key in `LVLMS`
-    vision_layers       path of the vision tower's layer list inside the base model; empty: no vision taps
-    patches             splits a hidden state of the tower into each clip's patch tokens [N, D]; it is given the state,
-                        the processor's outputs for the videos, and how many clips they are
-    modality            whether the model takes the frames as a `video` or as one `image` each
-    minimum_frames      a shorter clip repeats its last frame up to this many
-    video_options       options of the video processor that a recipe records and may set, with their defaults
-    processor_options   those options as the video processor takes them, from the processor and the options
-    token_types         the base model's argument for each token's kind, of processors that tell it
-    kept_tokens         the processor's output that says which projected tokens the decoder reads, a bool vector over
-                        the tokens of all clips; empty: it reads all of them
-    left_behind         attributes of the base model in which a forward leaves what the next one would read: they are
-                        None before each
-    per_position        arguments of the decoder with an entry for each position, [B, S, ...], beside the embeddings,
-                        the mask and the positions
-    visual_only         arguments of the decoder that say something of visual tokens alone
-    shares_prefix       whether prompts with so many tokens [P, B] may share one run of the base model over their video
-    depth_matters       keys of the text configuration: where one is not 0, weights depend on the number of layers, so
-                        that a model without its top layers cannot be loaded
+    name                  the key in `LVLMS`
+    vision_layers         path of the vision tower's layer list inside the base model; empty: no vision taps
+    patches               from a hidden state of the tower, the processor's outputs for the videos and the number of
+                          clips: each clip's patch tokens [N, D]
+    modality              whether the model takes the frames as a `video` or as one `image` each
+    minimum_frames        a shorter clip repeats its last frame up to this many
+    video_options         options of the video processor that a recipe records and may set, with their defaults
+    processor_options     from the processor and those options: the arguments that the video processor takes
+    token_types_argument  the base model's argument for the kind of each token, where the processor makes it
+    kept_tokens_key       key of the processor's outputs: a bool vector over the projected tokens of all clips, false
+                          for those that the decoder does not read; empty: it reads all
+    state_attributes      attributes of the base model that a forward sets and the next one reads; they are set to None
+                          before each forward
+    position_arguments    arguments of the decoder of shape [B, S, ...], beside embeddings, mask and positions
+    visual_arguments      arguments of the decoder about visual tokens alone
+    shares_prefix         from the base model and the number of tokens of each prompt [P, B]: whether these prompts may
+                          share one run of the decoder over their video
+    depth_keys            keys of the text configuration; where one is not 0, weights depend on the number of layers,
+                          and a model without its top layers cannot be loaded
     """
 
     name: str
@@ -69,10 +69,10 @@ class Layout:
     minimum_frames: int = 1
     video_options: Mapping[str, Any] = field(default_factory=dict)
     processor_options: ProcessorOptions = as_named
-    token_types: str = "mm_token_type_ids"
-    kept_tokens: str = ""
-    left_behind: Sequence[str] = ()
-    per_position: Sequence[str] = ()
-    visual_only: Sequence[str] = ()
+    token_types_argument: str = "mm_token_type_ids"
+    kept_tokens_key: str = ""
+    state_attributes: Sequence[str] = ()
+    position_arguments: Sequence[str] = ()
+    visual_arguments: Sequence[str] = ()
     shares_prefix: SharesPrefix = always
-    depth_matters: Sequence[str] = ()
+    depth_keys: Sequence[str] = ()

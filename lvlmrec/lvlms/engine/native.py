@@ -54,7 +54,7 @@ class Batch:
 
 def load(family: Layout, config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> NativeLVLM:
     """The model of `config`, ready for `recipe`. Raises `ConfigError`, also when the files are not the recipe's."""
-    model = loading.load_model(config, recipe, info, family.depth_matters)
+    model = loading.load_model(config, recipe, info, family.depth_keys)
     return serve(family, config, recipe, info, model, loading.load_processor(config))
 
 
@@ -182,7 +182,7 @@ class NativeLVLM:
             encoded[kind] = encode(**{k: value for k, value in one.inputs.items() if k in wanted}, return_dict=True)
         if _PROJECTOR in self._recipe.taps:
             name = str(FeatureName("video", _PROJECTOR, "visual_mean"))
-            kept = shown["video"].inputs.get(self._family.kept_tokens)
+            kept = shown["video"].inputs.get(self._family.kept_tokens_key)
             pooled[name] = _pool_projected(encoded["video"], num_items, kept)
         return pooled, encoded
 
@@ -223,7 +223,7 @@ class NativeLVLM:
         """Tokens on the device, with their kinds where the model reads those."""
         if self._processor.return_mm_token_type_ids:
             types = self._processor.create_mm_token_type_ids(tokens["input_ids"].tolist())
-            tokens = tokens | {self._family.token_types: torch.tensor(types)}
+            tokens = tokens | {self._family.token_types_argument: torch.tensor(types)}
         return {key: value.to(self._base.device) for key, value in tokens.items()}
 
     def _modality(self, kind: str) -> str:

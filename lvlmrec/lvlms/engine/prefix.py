@@ -84,7 +84,7 @@ def run_prefix(family: Layout, decoder: nn.Module, call: Call, length: int) -> A
         else _cut_mask(masks, length),
         "position_ids": None if call.get("position_ids") is None else call["position_ids"][..., :length],
     }
-    cut |= {key: call[key][:, :length] for key in family.per_position if call.get(key) is not None}
+    cut |= {key: call[key][:, :length] for key in family.position_arguments if call.get(key) is not None}
     cache = DynamicCache()
     decoder(**call | cut | {_cache_name(call): cache, "use_cache": True})
     if any(decoder.get_submodule("layers").children()) and cache.get_seq_length() != length:
@@ -112,9 +112,9 @@ def run_suffixes(
         parts = [_pad(call["position_ids"][..., length:], longest - length, dim=-1) for call in calls]
         batch_size = len(calls[0]["inputs_embeds"])
         positions = torch.cat([part.expand(*part.shape[:-2], batch_size, -1) for part in parts], dim=-2)
-    call = {key: value for key, value in calls[0].items() if key not in family.visual_only}
+    call = {key: value for key, value in calls[0].items() if key not in family.visual_arguments}
     suffixes = {"inputs_embeds": ends("inputs_embeds"), "attention_mask": mask_RS, "position_ids": positions}
-    suffixes |= {key: ends(key) for key in family.per_position if call.get(key) is not None}
+    suffixes |= {key: ends(key) for key in family.position_arguments if call.get(key) is not None}
     decoder(**call | suffixes | {_cache_name(call): _read_only(cache, len(calls)), "use_cache": True})
 
 

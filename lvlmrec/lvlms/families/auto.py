@@ -109,13 +109,13 @@ def look_at(config: ModelConfig, model_config: Any) -> Found:
         name=model_config.model_type,
         vision_layers="",
         modality=modality,
-        token_types="token_type_ids" if "token_type_ids" in takes else "mm_token_type_ids",
-        kept_tokens=video_llama_3.FAMILY.kept_tokens,
-        left_behind=[name for name in qwen2_vl.LEFT_BEHIND if hasattr(base, name)],
-        per_position=(*qwen3_vl.FAMILY.per_position, *gemma4.FAMILY.per_position),
-        visual_only=qwen3_vl.FAMILY.visual_only,
+        token_types_argument="token_type_ids" if "token_type_ids" in takes else "mm_token_type_ids",
+        kept_tokens_key=video_llama_3.FAMILY.kept_tokens_key,
+        state_attributes=[name for name in qwen2_vl.STATE_ATTRIBUTES if hasattr(base, name)],
+        position_arguments=(*qwen3_vl.FAMILY.position_arguments, *gemma4.FAMILY.position_arguments),
+        visual_arguments=qwen3_vl.FAMILY.visual_arguments,
         shares_prefix=always if attends else never,
-        depth_matters=source.DEPTH_MATTERS,
+        depth_keys=source.DEPTH_KEYS,
     )
 
 

@@ -27,6 +27,6 @@ FAMILY = NativeFamily(
     name="gemma4",
     vision_layers="vision_tower.encoder.layers",
     patches=patches,
-    per_position=("per_layer_inputs",),
-    depth_matters=source.DEPTH_MATTERS,
+    position_arguments=("per_layer_inputs",),
+    depth_keys=source.DEPTH_KEYS,
 )

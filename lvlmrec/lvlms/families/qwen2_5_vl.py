@@ -14,5 +14,5 @@ FAMILY = NativeFamily(
     patches=patches_of_packed_clips,
     video_options=qwen2_vl.VIDEO_OPTIONS,
     processor_options=max_pixels_in_size,
-    left_behind=qwen2_vl.LEFT_BEHIND,
+    state_attributes=qwen2_vl.STATE_ATTRIBUTES,
 )

@@ -7,7 +7,7 @@ from lvlmrec.lvlms.families.family import NativeFamily, max_pixels_in_size, patc
 # The cap is the reference implementation's (qwen-vl-utils); transformers 5.23 warns that it will become the default.
 # So are 602,112 pixels a frame, but published processors name the 12,845,056 of images; 0 leaves it to the files.
 VIDEO_OPTIONS = {"cap_pixels_per_frame": True, "max_pixels": 0}
-LEFT_BEHIND = ("rope_deltas",)  # how far the positions of a video's tokens fall behind their number
+STATE_ATTRIBUTES = ("rope_deltas",)  # how far the positions of a video's tokens fall behind their number
 
 
 FAMILY = NativeFamily(
@@ -17,5 +17,5 @@ FAMILY = NativeFamily(
     vision_width="embed_dim",
     video_options=VIDEO_OPTIONS,
     processor_options=max_pixels_in_size,
-    left_behind=LEFT_BEHIND,
+    state_attributes=STATE_ATTRIBUTES,
 )

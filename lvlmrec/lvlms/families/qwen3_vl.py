@@ -11,7 +11,7 @@ FAMILY = NativeFamily(
     patches=patches_of_packed_clips,
     video_options={"cap_pixels_per_frame": True},  # 768 tokens a frame, as qwen-vl-utils
     minimum_frames=2,  # the video processor refuses fewer than one temporal patch
-    left_behind=qwen2_vl.LEFT_BEHIND,
-    per_position=("visual_pos_masks",),
-    visual_only=("visual_pos_masks", "deepstack_visual_embeds"),
+    state_attributes=qwen2_vl.STATE_ATTRIBUTES,
+    position_arguments=("visual_pos_masks",),
+    visual_arguments=("visual_pos_masks", "deepstack_visual_embeds"),
 )

@@ -18,5 +18,5 @@ FAMILY = NativeFamily(
     patches=patches_of_packed_clips,
     video_options=VIDEO_OPTIONS,
     processor_options=max_pixels_in_size,
-    kept_tokens="video_compression_mask",
+    kept_tokens_key="video_compression_mask",
 )

@@ -14,18 +14,18 @@ from lvlmrec.lvlms.files import source, torchvision_shim
 from lvlmrec.lvlms.protocol import ModelConfig
 
 
-def load_model(config: ModelConfig, recipe: Recipe, info: LVLMInfo, depth_matters: Iterable[str]) -> Any:
+def load_model(config: ModelConfig, recipe: Recipe, info: LVLMInfo, depth_keys: Iterable[str]) -> Any:
     """The model of `config`, which `info` describes, in eval mode, on its device.
 
     A model that only reads ends at the recipe's highest tap: the layers above it and the head are never loaded. One
-    that answers is whole; `depth_matters` as in `cut`. Raises `ConfigError`, also when the files are not the recipe's.
+    that answers is whole; `depth_keys` as in `cut`. Raises `ConfigError`, also when the files are not the recipe's.
     """
     torchvision_shim.ensure_importable()
     from transformers import AutoModelForImageTextToText
 
     source.check_identity(config, recipe, info)
     model_config = source.read_model_config(config, info.family)
-    cut(model_config.get_text_config(), num_layers_needed(recipe, info), depth_matters)
+    cut(model_config.get_text_config(), num_layers_needed(recipe, info), depth_keys)
     device = choose_device(config)
     model = load_weights(AutoModelForImageTextToText, config, model_config, config.attention)
     return (model if recipe.text_names else model.base_model).to(device)
@@ -57,12 +57,12 @@ def load_weights(
     return model.eval().requires_grad_(False)
 
 
-def cut(model_config: Any, depth: int, depth_matters: Iterable[str] = ()) -> None:
+def cut(model_config: Any, depth: int, depth_keys: Iterable[str] = ()) -> None:
     """Take the layers above `depth` out of a configuration; one stays, its input may be tapped.
 
-    All stay where a key in `depth_matters` is not 0: the weights of a layer then depend on how many layers there are.
+    All stay where a key in `depth_keys` is not 0: the weights of a layer then depend on how many layers there are.
     """
-    if any(getattr(model_config, key, 0) for key in depth_matters):
+    if any(getattr(model_config, key, 0) for key in depth_keys):
         return
     model_config.num_hidden_layers = max(depth, 1)
     if getattr(model_config, "layer_types", None):

@@ -26,7 +26,7 @@ NEEDS_CODE = (
     "lvlm.trust_remote_code=true says so, with lvlm.name=auto and the commit of a hub id in lvlm.revision"
 )
 # a text configuration's keys; where one is not 0, layers share weights whose shape depends on how many layers there are
-DEPTH_MATTERS = ("num_kv_shared_layers", "hidden_size_per_layer_input")
+DEPTH_KEYS = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 ModelConfigT = TypeVar("ModelConfigT", bound=ModelConfig)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # of transformers' GenerationConfig: what acts without sampling, and the value with which it does not

@@ -44,7 +44,7 @@ class PortedFamily(DeclaredFamily):
         source.check_identity(config, recipe, info)
         model_config = self._read(config)
         model_config.has_head = bool(recipe.text_names)
-        loading.cut(model_config.get_text_config(), loading.num_layers_needed(recipe, info), self.depth_matters)
+        loading.cut(model_config.get_text_config(), loading.num_layers_needed(recipe, info), self.depth_keys)
         model, processor = self.build(config, model_config)
         return native.serve(self, config, recipe, info, model.to(device), processor)
 

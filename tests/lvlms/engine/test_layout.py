@@ -20,10 +20,10 @@ MAKERS = re.compile(r"\b(qwen|gemma|llava|internvl|minicpm|phi.?3|smolvlm|videol
 
 def keys(family: Layout) -> Iterator[str]:
     """Names of attributes, arguments and options that `family` declares."""
-    yield from (*family.left_behind, *family.per_position, *family.visual_only, *family.depth_matters)
+    yield from (*family.state_attributes, *family.position_arguments, *family.visual_arguments, *family.depth_keys)
     yield from family.video_options
-    if family.kept_tokens:
-        yield family.kept_tokens
+    if family.kept_tokens_key:
+        yield family.kept_tokens_key
 
 
 def test_something_is_declared() -> None:
