@@ -47,12 +47,16 @@ class Faults:
 
 @dataclass
 class Proxy:
-    """A running proxy: its endpoint, its faults (to be changed at will) and what it has counted by method and fault."""
+    """A running proxy: its endpoint, its faults (to be changed at will) and what it has counted by method and fault.
+
+    body_bytes: of all answers' bodies together
+    """
 
     endpoint: str
     upstream: str
     faults: Faults
     counts: Counter[str] = field(default_factory=Counter)
+    body_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     parts: set[str] = field(default_factory=set)
     max_parts: int | None = None
@@ -168,6 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) if length is None else length))
         self.end_headers()
         if self.command != "HEAD":
+            with self.proxy.lock:
+                self.proxy.body_bytes += len(content)
             self.wfile.write(content[: len(content) // 2] if is_cut else content)
         if is_cut:
             self.close_connection = True

@@ -34,7 +34,7 @@ from botocore.exceptions import BotoCoreError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
 from lvlmrec.errors import InputError, StorageError, StorageRefused, one_line, writing
-from lvlmrec.storage import s3
+from lvlmrec.storage import parquet, s3
 
 T = TypeVar("T")
 ATTEMPTS = 5
@@ -125,12 +125,16 @@ def version(uri: str) -> str:
     return str(info.get("ETag") or f"{info['size']}-{_modified(info)}").strip('"')
 
 
-def open_read(uri: str) -> BinaryIO:
-    """A seekable binary file, all of whose reads are whole. Raises `FileNotFoundError`."""
+def open_read(uri: str, ahead: bool = True) -> BinaryIO:
+    """A seekable binary file, all of whose reads are whole. Raises `FileNotFoundError`.
+
+    ahead: a remote file is fetched in blocks of 50 MB, for one that is read to its end; else what is read alone
+    """
     with _filesystem(uri) as (fs, path):
         file = fs.open(path, "rb")
     if cache := getattr(file, "cache", None):
         cache.fetcher = functools.partial(_fetch, uri, cache.fetcher)
+        file.cache = cache if ahead else parquet.Ranges(cache)
     return cast(BinaryIO, file)
 
 
@@ -193,8 +197,7 @@ def check_writable(folder: str) -> None:
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, or some of its columns. Raises `FileNotFoundError`, `pyarrow.ArrowInvalid`."""
-    names = list(columns) if columns is not None else None
-    return _read(uri, lambda file: pq.read_table(file, columns=names, use_threads=False))
+    return _read(uri, lambda file: parquet.read_columns(file, parquet.open_parquet(file), columns), ahead=False)
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> None:
@@ -273,11 +276,11 @@ def _faults_named(uri: str) -> Iterator[None]:
         raise (StorageError if is_broken else StorageRefused)(cause) from error
 
 
-def _read(uri: str, read: Callable[[BinaryIO], T]) -> T:
+def _read(uri: str, read: Callable[[BinaryIO], T], ahead: bool = True) -> T:
     """`read(file)` of the open file, begun again when another process replaces it meanwhile."""
     for attempt in range(ATTEMPTS):
         try:
-            with open_read(uri) as file:
+            with open_read(uri, ahead) as file:
                 return read(file)
         except StorageError as error:
             if attempt == ATTEMPTS - 1 or s3.http_status(error) != 412:

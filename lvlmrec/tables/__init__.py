@@ -20,6 +20,7 @@ import pyarrow.parquet
 
 from lvlmrec import storage
 from lvlmrec.errors import InputError, one_line
+from lvlmrec.storage.parquet import open_parquet, read_columns
 from lvlmrec.tables import text_file
 
 PARQUET = ".parquet"
@@ -168,11 +169,12 @@ def _are_numbered(names: Iterable[str]) -> bool:
 
 def _read_part(uri: str, label: str, choose: Choose, ids: Sequence[str]) -> pa.Table:
     try:
-        with storage.open_read(uri) as opened:
-            file = pa.parquet.ParquetFile(opened)
+        with storage.open_read(uri, ahead=False) as opened:
+            file = open_parquet(opened)
             ranges = _range_indices(file.schema_arrow)
             wanted = _choose(choose, [*file.schema_arrow.names, *ranges], label)
-            table = file.read(columns=[name for name in wanted if name not in ranges])
+            stored = [name for name in wanted if name not in ranges]
+            table = read_columns(opened, file, stored, use_threads=True)
             table.validate(full=True)  # nobody who writes Parquet has to write UTF-8
             rows = file.metadata.num_rows
     except (storage.StorageError, storage.StorageRefused):
@@ -335,7 +337,7 @@ def _ids(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
 
 def _is_parquet(uri: str) -> bool:
     try:
-        with storage.open_read(uri) as file:
+        with storage.open_read(uri, ahead=False) as file:
             return file.read(4) == b"PAR1"
     except (FileNotFoundError, PermissionError):  # a broken link among videos, say
         return False

@@ -1,0 +1,149 @@
+"""What reading Parquet over object storage costs in bytes and requests, and that it reads what is there."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from s3fs import S3FileSystem
+
+from lvlmrec import storage, tables
+from lvlmrec.storage import parquet
+from lvlmrec.storage.parquet import GAP, TAIL, joined
+from tests.faults import Faults, Proxy, faulty
+
+ITEMS, WIDTH = 448, 128  # [ITEMS, WIDTH] values of float16 per feature: 114,688 bytes
+FEATURES = [f"describe/llm.{layer}/visual_mean" for layer in range(29)]
+TEXTS = ["item_id", "source"]
+
+
+@pytest.fixture(scope="module")
+def part() -> pa.Table:
+    """Two columns of texts and 29 of vectors, as a part of a feature set has them: 3.3 MB."""
+    values = np.random.default_rng(0).standard_normal((len(FEATURES), ITEMS * WIDTH)).astype(np.float16)
+    texts = {name: pa.array([f"{name}-{row:09d}" for row in range(ITEMS)]) for name in TEXTS}
+    vectors = [pa.FixedSizeListArray.from_arrays(pa.array(row), WIDTH) for row in values]
+    return pa.table(texts | dict(zip(FEATURES, vectors, strict=True)))
+
+
+@contextmanager
+def counted(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Inside, storage reaches its bucket through a proxy that counts."""
+    with faulty(s3_server, Faults()) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        S3FileSystem.clear_instance_cache()
+        yield proxy
+    S3FileSystem.clear_instance_cache()
+
+
+def write(uri: str, table: pa.Table, **options: object) -> pq.FileMetaData:
+    """Write `table` as parts are written, and give its footer."""
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False} | options
+    storage.write_table(uri, table, **options)
+    return pq.read_metadata(io.BytesIO(storage.read_bytes(uri)))
+
+
+def size_of(footer: pq.FileMetaData, names: list[str]) -> int:
+    """The bytes that columns take in the file, with its footer."""
+    groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(footer.num_columns)]
+    chosen = [chunk for chunk in chunks if chunk.path_in_schema.removesuffix(".list.element") in names]
+    return sum(chunk.total_compressed_size for chunk in chosen) + footer.serialized_size + 8
+
+
+@pytest.mark.parametrize("rows_per_group", [None, 100])
+@pytest.mark.parametrize(
+    "names",
+    [["item_id"], TEXTS, FEATURES[:1], FEATURES[7:8], FEATURES[-1:], FEATURES[3:6], FEATURES[::7], FEATURES, None],
+    ids=lambda names: f"{len(names)}_from_{names[0]}" if names else "all",
+)
+def test_no_more_is_fetched_than_the_chosen_columns_hold(
+    bucket: str,
+    s3_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    part: pa.Table,
+    names: list[str] | None,
+    rows_per_group: int | None,
+) -> None:
+    footer = write(uri := f"{bucket}/part.parquet", part, row_group_size=rows_per_group)
+    with counted(s3_server, monkeypatch) as proxy:
+        assert storage.read_table(uri, names) == part.select(names or part.column_names)
+    assert proxy.body_bytes <= 1.2 * size_of(footer, names or part.column_names)
+    assert proxy.counts["GET"] <= 2 + len(names or [""]) * footer.num_row_groups
+
+
+def test_a_footer_that_is_longer_than_expected_is_fetched_once(
+    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({f"column {i}": [1.0, 2.0] for i in range(900)})
+    footer = write(uri := f"{bucket}/wide.parquet", table)
+    assert footer.serialized_size > 3 * TAIL
+    with counted(s3_server, monkeypatch) as proxy:
+        assert storage.read_table(uri, ["column 7"]) == table.select(["column 7"])
+    assert proxy.body_bytes <= 1.2 * size_of(footer, ["column 7"])
+    assert proxy.counts["GET"] == 3
+
+
+@pytest.mark.parametrize("written", [{"compression": "zstd"}, {"data_page_version": "2.0"}, {"use_dictionary": False}])
+def test_any_parquet_file_is_read_as_pyarrow_reads_it(bucket: str, tmp_path: Path, written: dict[str, object]) -> None:
+    table = pa.table(
+        {
+            "a": ["x", None, "x", "z"] * 3000,
+            "a.b": pa.array([{"c": i, "d": [i] * (i % 3)} for i in range(12_000)]),
+            "list": pa.array([[1.5], None, [], [2.5, None]] * 3000),
+            "nothing": pa.nulls(12_000),
+            "kind": pa.array(["p", "q"] * 6000).dictionary_encode(),
+        }
+    ).replace_schema_metadata({"key": "value"})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=5000, **written)
+    storage.write_bytes(f"{bucket}/t.parquet", (tmp_path / "t.parquet").read_bytes())
+    for uri in (str(tmp_path / "t.parquet"), f"{bucket}/t.parquet"):
+        for names in (None, ["a"], ["a.b", "a"], ["list", "kind"], ["nothing"], []):
+            expected = pq.read_table(tmp_path / "t.parquet", columns=names)
+            found = storage.read_table(uri, names)
+            assert found == expected and found.schema.equals(expected.schema, check_metadata=True)
+        with pytest.raises(pa.ArrowInvalid, match=r"no column 'c'; columns: a, a.b, list, nothing, kind"):
+            storage.read_table(uri, ["a", "c"])
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"item_id\n1\n", b"PAR1" + b"\xff" * 40 + b"PAR1", b"x" * 100_000])
+def test_what_is_no_parquet_file_is_said_to_be_none(bucket: str, content: bytes) -> None:
+    storage.write_bytes(f"{bucket}/t.parquet", content)
+    with pytest.raises(pa.ArrowInvalid):
+        storage.read_table(f"{bucket}/t.parquet")
+
+
+def test_long_ranges_are_fetched_in_pieces(
+    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch, part: pa.Table
+) -> None:
+    monkeypatch.setattr(parquet, "PIECE", 100_000)
+    footer = write(uri := f"{bucket}/part.parquet", part)
+    with counted(s3_server, monkeypatch) as proxy:
+        assert storage.read_table(uri) == part
+    assert proxy.body_bytes <= 1.02 * size_of(footer, part.column_names)
+    assert proxy.counts["GET"] == 1 + -(-size_of(footer, part.column_names) // 100_000)
+
+
+def test_a_users_table_is_read_by_columns_too(
+    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch, part: pa.Table
+) -> None:
+    footer = write(uri := f"{bucket}/items.parquet", part)
+    with counted(s3_server, monkeypatch) as proxy:
+        rows = tables.read_parquet([uri], "input", lambda found: ["item_id"], ["item_id"])
+        assert rows.table["item_id"].to_pylist() == part["item_id"].to_pylist()
+        assert tables.parquet_files(uri) == [uri]
+    assert proxy.body_bytes <= 1.2 * size_of(footer, ["item_id"]) + 10_000  # and answers to what is listed
+
+
+def test_ranges_that_lie_close_together_are_one() -> None:
+    assert joined([(30, 40), (0, 10), (10, 20)]) == [(0, 40)]
+    assert joined([(0, 10), (10 + GAP, 20 + GAP)]) == [(0, 20 + GAP)]
+    assert joined([(0, 10), (11 + GAP, 20 + GAP)]) == [(0, 10), (11 + GAP, 20 + GAP)]
+    assert joined([(0, 100), (5, 10)]) == [(0, 100)]
+    assert joined([]) == []
