@@ -47,6 +47,11 @@ def bytes_per_item(recipe: Recipe) -> int:
     return features + answers
 
 
+def videos_in_part(recipe: Recipe, most: int, mb: int) -> int:
+    """How many videos one part holds: at most `most`, and of no more than `mb` MB, but one in any case."""
+    return max(1, min(most, (mb << 20) // bytes_per_item(recipe)))
+
+
 def time_sample(
     rows: pa.Table, recipe: Recipe, decode: DecodeConfig, lvlm: LVLMConfig, code: Mapping[str, bytes]
 ) -> dict[str, float]:

@@ -357,7 +357,7 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int, attempts: SharedAttemp
     return features.map_batches(
         cast(Any, stages.write),
         fn_kwargs={"uri": plan.feature_set, "recipe": plan.recipe, "generation": generation},
-        batch_size=pool.videos_per_part,
+        batch_size=estimate.videos_in_part(plan.recipe, pool.videos_per_part, pool.mb_per_part),
         batch_format="pyarrow",
         num_cpus=WRITE_CPUS,
         memory=reserved.write,

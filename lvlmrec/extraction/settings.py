@@ -23,7 +23,8 @@ class PoolConfig:
     cpus_per_actor: float = option(0.4, "CPUs that Ray reserves for one LVLM actor", minimum=0)
     gpus_per_actor: float = option(0.0, "GPU for one LVLM actor: 1, or a share of one; 0 runs on CPU", minimum=0)
     videos_per_block: int = option(8, "videos that travel together between stages", minimum=1)
-    videos_per_part: int = option(64, "videos in one file of the feature set", minimum=1)
+    videos_per_part: int = option(64, "videos in one file of the feature set, at most", minimum=1)
+    mb_per_part: int = option(64, "MB of features in one file of the feature set, at most", minimum=1)
 
     def check(self) -> None:
         if self.max_actors < self.min_actors:

@@ -276,6 +276,25 @@ def test_bytes_and_hours_are_those_of_the_recipe() -> None:
     assert "7200 videos, 132 bytes each, 0.00095 GB, about 1.2 hours, limited by forward" in estimate.describe(told)
 
 
+@pytest.mark.parametrize(
+    ("width", "most", "mb", "expected"),
+    [
+        (2048, 64, 64, 64),  # 8 KB an item
+        (2048, 20_000, 64, 8192),
+        (2048, 20_000, 1, 128),
+        (4 << 20, 64, 64, 4),  # 16 MB an item
+        (4 << 20, 64, 16, 1),
+        (4 << 20, 64, 1, 1),  # one item that is larger than a part may be
+    ],
+)
+def test_a_part_is_bounded_by_videos_and_by_bytes(width: int, most: int, mb: int, expected: int) -> None:
+    info = dataclasses.replace(INFO, width={**INFO.width, "llm": width})
+    config = RecipeConfig(taps=["llm.1", "llm.2"], prompts={"p": Prompt("x")}, poolings=["visual_mean"])
+    recipe = recipes.resolve(config, info)
+    assert estimate.bytes_per_item(recipe) == 2 * 2 * width
+    assert estimate.videos_in_part(recipe, most, mb) == expected
+
+
 def test_an_estimate_of_broken_videos_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LVLMS, "stand_in", Family())  # type: ignore[misc]
     rows = []
