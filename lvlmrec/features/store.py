@@ -34,6 +34,7 @@ from lvlmrec import storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.errors import InputError
 from lvlmrec.features.recipe import ANSWER, PIXEL_DTYPE, SIZES, Recipe
+from lvlmrec.storage import parquet
 from lvlmrec.taps import FeatureName
 
 if TYPE_CHECKING:
@@ -333,13 +334,14 @@ def _write_named(uri: str, folder: str, generation: int, item_ids: Sequence[str]
     split = [f"{name}.list.element" for name in vectors if dtype != "float16"]
     storage.write_table(
         storage.join(uri, folder, name),
-        table,
+        parquet.one_page(table),
         # Parquet's defaults cost 5x on vectors.
         compression="none" if dtype in ("float16", "float32") else "zstd",
         use_dictionary=False,
         write_statistics=False,
         use_byte_stream_split=split or False,
         store_schema=True,
+        **parquet.ONE_PAGE,
     )
     return name
 

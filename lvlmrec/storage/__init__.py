@@ -195,9 +195,9 @@ def check_writable(folder: str) -> None:
             Path(folder).rmdir()
 
 
-def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file, or some of its columns. Raises `FileNotFoundError`, `pyarrow.ArrowInvalid`."""
-    return _read(uri, lambda file: parquet.read_columns(file, parquet.open_parquet(file), columns), ahead=False)
+def read_table(uri: str, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None) -> pa.Table:
+    """A Parquet file, or some of its columns and rows. Raises `FileNotFoundError`, `pyarrow.ArrowInvalid`."""
+    return _read(uri, lambda file: parquet.read(file, columns, rows), ahead=False)
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> None:

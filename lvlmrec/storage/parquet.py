@@ -1,12 +1,19 @@
 """Parquet by ranges of bytes: of a remote file only the footer and the chosen columns are fetched, several at once.
 
 A *range* is (start, end) in bytes from the beginning of the file.
+
+Where a row's vectors lie follows from the footer alone in files written with `ONE_PAGE`: each column chunk of vectors
+is one page, whose values are its last bytes. Of a few rows then little more is fetched than they hold. To every other
+reader such files are ordinary Parquet.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,8 +25,12 @@ Range = tuple[int, int]
 MAGIC = b"PAR1"
 TAIL = 12 << 10  # bytes that are fetched first: the footer of a part of some twenty features
 GAP = 8 << 10  # ranges that are no more bytes apart are one request
+ROW_GAP = 256 << 10  # the same of single rows, of which there may be thousands: what a store sends in a request's time
+FEW = 0.25  # of a file's rows: of more of them whole columns are fetched
 PIECE = 8 << 20  # bytes of one request at most
 REQUESTS_AT_ONCE = 8
+ONE_PAGE = {"data_page_size": 1 << 30, "max_rows_per_page": 1 << 30}  # arguments of `pyarrow.parquet.write_table`
+PAGES_KEY = b"lvlmrec.pages"  # of a file's metadata; "one": it was written with `ONE_PAGE`
 
 
 class Ranges(BaseCache):
@@ -34,14 +45,14 @@ class Ranges(BaseCache):
     def _fetch(self, start: int | None, stop: int | None) -> bytes | memoryview:
         """Bytes `start` to `stop`."""
         start, stop = start or 0, self.size if stop is None else min(stop, self.size)
-        for first, data in self.kept:
-            if first <= start and stop <= first + len(data):
-                return data[start - first : stop - first]
+        first, data = self.kept[bisect.bisect_right(self.kept, start, key=itemgetter(0)) - 1] if self.kept else (0, b"")
+        if first <= start and stop <= first + len(data):
+            return data[start - first : stop - first]
         return bytes(self.fetcher(start, stop)) if start < stop else b""
 
-    def prefetch(self, ranges: Iterable[Range]) -> None:
-        """Fetch `ranges` and keep them; those that lie close together as one, long ones in pieces."""
-        wanted = [(start, end, np.empty(end - start, np.uint8).data) for start, end in joined(ranges)]
+    def prefetch(self, ranges: Iterable[Range], gap: int = GAP) -> None:
+        """Fetch `ranges`, and keep them alone; those at most `gap` apart as one, long ones in pieces."""
+        wanted = [(start, end, np.empty(end - start, np.uint8).data) for start, end in joined(ranges, gap)]
         pieces = [
             (at, min(at + PIECE, end), data[at - start : at - start + PIECE])
             for start, end, data in wanted
@@ -56,18 +67,24 @@ class Ranges(BaseCache):
         elif pieces:
             with ThreadPoolExecutor(min(REQUESTS_AT_ONCE, len(pieces))) as threads:
                 list(threads.map(fetch, pieces))
-        self.kept += [(start, data) for start, _, data in wanted]
+        self.kept = [(start, data) for start, _, data in wanted]
 
 
-def joined(ranges: Iterable[Range]) -> list[Range]:
-    """The ranges in order, those at most `GAP` apart as one."""
+def joined(ranges: Iterable[Range], gap: int = GAP) -> list[Range]:
+    """The ranges in order, those at most `gap` bytes apart as one."""
     found: list[Range] = []
     for start, end in sorted(ranges):
-        if found and start - found[-1][1] <= GAP:
+        if found and start - found[-1][1] <= gap:
             found[-1] = found[-1][0], max(end, found[-1][1])
         else:
             found.append((start, end))
     return found
+
+
+def read(file: BinaryIO, columns: Sequence[str] | None, rows: Sequence[int] | None) -> pa.Table:
+    """Columns and rows of a Parquet file; None: all. Raises `pyarrow.ArrowInvalid`."""
+    opened = open_parquet(file)
+    return read_columns(file, opened, columns) if rows is None else read_rows(file, opened, rows, columns)
 
 
 def open_parquet(file: BinaryIO) -> pq.ParquetFile:
@@ -92,6 +109,89 @@ def read_columns(
         cache.prefetch(_chunks(parquet.metadata, names))
     table = parquet.read(columns=names, use_threads=use_threads)
     return table if columns is None else table.select(names)
+
+
+def read_rows(
+    file: BinaryIO, parquet: pq.ParquetFile, rows: Sequence[int], columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Rows `rows` [N] of top-level columns, in this order; as `read_columns`. Raises `IndexError`.
+
+    Of vectors whose places follow from a remote file's footer few rows are fetched alone.
+    """
+    names, cache = columns or parquet.schema_arrow.names, getattr(file, "cache", None)
+    if outside := [row for row in rows if not 0 <= row < parquet.metadata.num_rows]:
+        raise IndexError(f"row {outside[0]} of {parquet.metadata.num_rows}")
+    few = isinstance(cache, Ranges) and len(rows) < FEW * parquet.metadata.num_rows
+    known = _vectors(parquet, names) if few else {}
+    others = [name for name in names if name not in known]
+    table = read_columns(file, parquet, others).take(pa.array(rows, pa.int64()))
+    if not isinstance(cache, Ranges) or not known:
+        return table
+    cache.prefetch([each for vectors in known.values() for each in vectors.ranges(rows)], ROW_GAP)
+    fields = [parquet.schema_arrow.field(name) for name in names]
+    arrays = [known[name].read(cache, rows) if name in known else table[name].combine_chunks() for name in names]
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields, parquet.schema_arrow.metadata))
+
+
+def one_page(table: pa.Table) -> pa.Table:
+    """`table`, to be written with `ONE_PAGE`, which its metadata then say. Raises `ValueError` for a missing vector."""
+    if missing := [name for name in table.column_names if is_vectors(table[name].type) and table[name].null_count]:
+        raise ValueError(f"column {missing[0]!r} has rows without a vector")
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), PAGES_KEY: b"one"})
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A column of fixed-size lists that is one page: where its values lie.
+
+    start    in bytes, of the first value
+    streams  1, or of BYTE_STREAM_SPLIT the bytes of a value: their first bytes, then their second ones, ...
+    """
+
+    type: pa.FixedSizeListType
+    num_rows: int
+    start: int
+    streams: int
+
+    def ranges(self, rows: Sequence[int]) -> list[Range]:
+        """Of each row the range in each stream."""
+        size = self.type.list_size * self.type.value_type.byte_width // self.streams  # bytes of a row in a stream
+        places = [stream * self.num_rows + row for row in rows for stream in range(self.streams)]
+        return [(self.start + place * size, self.start + (place + 1) * size) for place in places]
+
+    def read(self, cache: Ranges, rows: Sequence[int]) -> pa.FixedSizeListArray:
+        """The vectors of `rows` [N]."""
+        data = b"".join(bytes(cache._fetch(start, end)) for start, end in self.ranges(rows))
+        width = self.type.value_type.byte_width // self.streams
+        values = np.frombuffer(data, np.uint8).reshape(len(rows), self.streams, self.type.list_size, width)
+        whole = pa.py_buffer(np.ascontiguousarray(values.transpose(0, 2, 1, 3)))  # the bytes of a value together
+        flat = pa.Array.from_buffers(self.type.value_type, len(rows) * self.type.list_size, [None, whole])
+        return pa.FixedSizeListArray.from_arrays(flat, type=self.type)
+
+
+def _vectors(parquet: pq.ParquetFile, names: Sequence[str]) -> dict[str, Vectors]:
+    """Of the columns those whose rows' places follow from the footer."""
+    metadata, schema = parquet.metadata, parquet.schema_arrow
+    if (schema.metadata or {}).get(PAGES_KEY) != b"one" or metadata.num_row_groups != 1:
+        return {}
+    chunks = [metadata.row_group(0).column(i) for i in range(metadata.num_columns)]
+    at = {chunk.path_in_schema: chunk for chunk in chunks}
+    found = {}
+    for name in names:
+        chunk = at.get(f"{name}.list.element")
+        if chunk is None or not is_vectors(kind := schema.field(name).type) or chunk.compression != "UNCOMPRESSED":
+            continue
+        width = kind.value_type.byte_width
+        encoding = {*chunk.encodings} - {"RLE"}  # of the lengths of lists
+        if streams := {"PLAIN": 1, "BYTE_STREAM_SPLIT": width}.get("/".join(encoding)):
+            start = _range(chunk)[1] - metadata.num_rows * kind.list_size * width
+            found[name] = Vectors(kind, metadata.num_rows, start, streams)
+    return found
+
+
+def is_vectors(kind: pa.DataType) -> bool:
+    """Whether a column holds a vector of floats in each row."""
+    return pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)
 
 
 def _footer(cache: Ranges) -> pq.FileMetaData | None:

@@ -13,6 +13,7 @@ from lvlmrec import storage
 from lvlmrec.errors import InputError
 from lvlmrec.features import store
 from lvlmrec.features.recipe import DTYPES
+from lvlmrec.storage import parquet
 from tests.feature_sets import recipe_of, vectors
 
 MakeSet = Callable[..., str]
@@ -69,6 +70,14 @@ def test_parts_are_written_without_dictionary_and_statistics(make_set: MakeSet, 
         assert column.statistics is None
         if "/" in column.path_in_schema and dtype != "float16":
             assert "BYTE_STREAM_SPLIT" in column.encodings
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_a_row_lies_follows_from_the_footer(make_set: MakeSet, dtype: str) -> None:
+    """Of the uncompressed dtypes; see `storage.parquet`."""
+    part = pq.ParquetFile(part_of(make_set([["a", "b"]], dtype)))
+    vectors = [name for name in part.schema_arrow.names if "/" in name]
+    assert [*parquet._vectors(part, part.schema_arrow.names)] == (vectors if dtype != "bfloat16" else [])
 
 
 def test_readers_see_only_what_is_committed(make_set: MakeSet) -> None:

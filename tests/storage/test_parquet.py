@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from tests.faults import Faults, Proxy, faulty
 ITEMS, WIDTH = 448, 128  # [ITEMS, WIDTH] values of float16 per feature: 114,688 bytes
 FEATURES = [f"describe/llm.{layer}/visual_mean" for layer in range(29)]
 TEXTS = ["item_id", "source"]
+VECTORS = ["a/llm.1/mean", "a/llm.1/mean.sizes"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def counted(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     S3FileSystem.clear_instance_cache()
 
 
-def write(uri: str, table: pa.Table, **options: object) -> pq.FileMetaData:
+def write(uri: str, table: pa.Table, **options: Any) -> pq.FileMetaData:
     """Write `table` as parts are written, and give its footer."""
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False} | options
     storage.write_table(uri, table, **options)
@@ -128,6 +130,63 @@ def test_long_ranges_are_fetched_in_pieces(
         assert storage.read_table(uri) == part
     assert proxy.body_bytes <= 1.02 * size_of(footer, part.column_names)
     assert proxy.counts["GET"] == 1 + -(-size_of(footer, part.column_names) // 100_000)
+
+
+@pytest.mark.parametrize(
+    ("items", "dtype", "split"),
+    [
+        (70, np.float16, False),
+        pytest.param(448, np.float16, False, marks=pytest.mark.thorough),  # 53 MB
+        (70, np.float32, False),
+        (140, np.float32, True),
+    ],
+)
+def test_of_one_item_little_more_is_fetched_than_it_holds(
+    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch, items: int, dtype: type[np.floating], split: bool
+) -> None:
+    """Of parts of 8 MB and more: 29 features of 2048 values, which make 119 KB an item in float16."""
+    width = 2048
+    values = np.random.default_rng(0).standard_normal((29, items * width), np.float32).astype(dtype)
+    vectors = [pa.FixedSizeListArray.from_arrays(pa.array(row), width) for row in values]
+    table = pa.table(dict(zip(FEATURES, vectors, strict=True)))
+    footer = write(
+        uri := f"{bucket}/part.parquet", parquet.one_page(table), use_byte_stream_split=split, **parquet.ONE_PAGE
+    )
+    item_bytes = 29 * width * np.dtype(dtype).itemsize
+    for row in (0, 40, items - 1):
+        with counted(s3_server, monkeypatch) as proxy:
+            assert storage.read_table(uri, rows=[row]) == table.slice(row, 1)
+        assert proxy.body_bytes <= 1.2 * (item_bytes + footer.serialized_size)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8"])
+@pytest.mark.parametrize("written", [{}, {"compression": "zstd"}, {"row_group_size": 100}, {"use_dictionary": True}])
+def test_rows_are_those_of_the_whole_table(bucket: str, tmp_path: Path, dtype: str, written: dict[str, Any]) -> None:
+    values, vectors = np.arange(300 * 24).astype(dtype), [f"{name}.list.element" for name in VECTORS]
+    table = pa.table(
+        {
+            "item_id": [f"{row}" for row in range(300)],
+            VECTORS[0]: pa.FixedSizeListArray.from_arrays(pa.array(values), 24),
+            VECTORS[1]: pa.FixedSizeListArray.from_arrays(pa.array(values[::-1].copy()), 24),
+        }
+    )
+    for marked, pages in ((parquet.one_page(table), parquet.ONE_PAGE), (table, {"data_page_size": 1000})):
+        for root in (bucket, str(tmp_path)):
+            for split in ([], [] if dtype == "uint8" or written.get("use_dictionary") else vectors):
+                write(uri := f"{root}/t.parquet", marked, **written | pages | {"use_byte_stream_split": split or False})
+                for rows in ([7], [299, 0, 0, 131], [*range(300)], []):
+                    assert storage.read_table(uri, rows=rows) == table.take(pa.array(rows, pa.int64()))
+                for row in (-1, 300):
+                    with pytest.raises(IndexError, match=f"row {row} of 300"):
+                        storage.read_table(uri, VECTORS, [0, row])
+                names = [VECTORS[1], "item_id"]
+                assert storage.read_table(uri, names, [5, 4]) == table.select(names).take([5, 4])
+
+
+def test_a_missing_vector_has_no_place() -> None:
+    table = pa.table({"v": pa.array([[1.0], None], pa.list_(pa.float32(), 1))})
+    with pytest.raises(ValueError, match="column 'v' has rows without a vector"):
+        parquet.one_page(table)
 
 
 def test_a_users_table_is_read_by_columns_too(
