@@ -332,16 +332,17 @@ def _write_named(uri: str, folder: str, generation: int, item_ids: Sequence[str]
     # Parquet has no integers below 4 bytes: of pixels and of bfloat16 bits compression leaves what there is.
     # DuckDB does not read BYTE_STREAM_SPLIT of float16.
     split = [f"{name}.list.element" for name in vectors if dtype != "float16"]
+    is_plain = dtype in ("float16", "float32")  # else a page is unpacked as a whole, and no row has a place of its own
     storage.write_table(
         storage.join(uri, folder, name),
-        parquet.one_page(table),
+        parquet.one_page(table) if is_plain else table,
         # Parquet's defaults cost 5x on vectors.
-        compression="none" if dtype in ("float16", "float32") else "zstd",
+        compression="none" if is_plain else "zstd",
         use_dictionary=False,
         write_statistics=False,
         use_byte_stream_split=split or False,
         store_schema=True,
-        **parquet.ONE_PAGE,
+        **(parquet.ONE_PAGE if is_plain else {}),
     )
     return name
 
