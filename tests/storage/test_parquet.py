@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -187,6 +187,27 @@ def test_a_missing_vector_has_no_place() -> None:
     table = pa.table({"v": pa.array([[1.0], None], pa.list_(pa.float32(), 1))})
     with pytest.raises(ValueError, match="column 'v' has rows without a vector"):
         parquet.one_page(table)
+
+
+@pytest.mark.parametrize("rows", [None, [7, 3]])
+def test_a_file_replaced_between_footer_and_columns_is_read_anew(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, rows: list[int] | None
+) -> None:
+    values = [pa.FixedSizeListArray.from_arrays(pa.array(np.full(100 * 200, i, np.float16)), 200) for i in range(2)]
+    tables = [parquet.one_page(pa.table({"a": vectors, "b": vectors})) for vectors in values]
+    write(uri := f"{bucket}/t.parquet", tables[0], **parquet.ONE_PAGE)
+    opened, footers = parquet.open_parquet, []
+
+    def open_then_replace(file: BinaryIO) -> pq.ParquetFile:
+        footers.append(opened(file))
+        if len(footers) == 1:
+            storage.write_table(uri, tables[1].slice(0, 50))
+        return footers[-1]
+
+    monkeypatch.setattr(parquet, "open_parquet", open_then_replace)
+    expected = tables[1].slice(0, 50).select(["a"])
+    assert storage.read_table(uri, ["a"], rows) == (expected.take(rows) if rows else expected)
+    assert len(footers) == 2
 
 
 def test_a_users_table_is_read_by_columns_too(
