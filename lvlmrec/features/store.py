@@ -34,7 +34,6 @@ from lvlmrec import storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.errors import InputError
 from lvlmrec.features.recipe import ANSWER, PIXEL_DTYPE, SIZES, Recipe
-from lvlmrec.storage import parquet
 from lvlmrec.taps import FeatureName
 
 if TYPE_CHECKING:
@@ -335,14 +334,14 @@ def _write_named(uri: str, folder: str, generation: int, item_ids: Sequence[str]
     is_plain = dtype in ("float16", "float32")  # else a page is unpacked as a whole, and no row has a place of its own
     storage.write_table(
         storage.join(uri, folder, name),
-        parquet.one_page(table) if is_plain else table,
+        table,
         # Parquet's defaults cost 5x on vectors.
         compression="none" if is_plain else "zstd",
         use_dictionary=False,
         write_statistics=False,
         use_byte_stream_split=split or False,
         store_schema=True,
-        **(parquet.ONE_PAGE if is_plain else {}),
+        one_page=is_plain,
     )
     return name
 

@@ -29,7 +29,6 @@ from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
@@ -201,9 +200,9 @@ def read_table(uri: str, columns: Sequence[str] | None = None, rows: Sequence[in
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> None:
-    """Write a Parquet file atomically; `options` go to `pyarrow.parquet.write_table`."""
+    """Write a Parquet file atomically; `options` as `parquet.write`'s."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, **options)
+    parquet.write(table, buffer, **options)
     write_bytes(uri, buffer.getbuffer())
 
 

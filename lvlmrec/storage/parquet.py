@@ -2,7 +2,7 @@
 
 A *range* is (start, end) in bytes from the beginning of the file.
 
-Where a row's vectors lie follows from the footer alone in files written with `ONE_PAGE`: each column chunk of vectors
+Where a row's vectors lie follows from the footer alone in files written with `one_page`: each column chunk of vectors
 is one page, whose values are its last bytes. Of a few rows then little more is fetched than they hold. To every other
 reader such files are ordinary Parquet.
 """
@@ -29,8 +29,9 @@ ROW_GAP = 256 << 10  # the same of single rows, of which there may be thousands:
 FEW = 0.25  # of a file's rows: of more of them whole columns are fetched
 PIECE = 8 << 20  # bytes of one request at most
 REQUESTS_AT_ONCE = 8
-ONE_PAGE = {"data_page_size": 1 << 30, "max_rows_per_page": 1 << 30}  # arguments of `pyarrow.parquet.write_table`
-PAGES_KEY = b"lvlmrec.pages"  # of a file's metadata; "one": it was written with `ONE_PAGE`
+ONE_PAGE = {"data_page_size": 1 << 30, "max_rows_per_page": 1 << 30}
+# Of a file's metadata: where its columns end. Other programs copy metadata; where they wrote other pages, it is wrong.
+PAGES_KEY = "lvlmrec.one_page_columns_end"
 
 
 class Ranges(BaseCache):
@@ -118,7 +119,7 @@ def read_rows(
 
     Of vectors whose places follow from a remote file's footer few rows are fetched alone.
     """
-    names, cache = columns or parquet.schema_arrow.names, getattr(file, "cache", None)
+    names, cache = parquet.schema_arrow.names if columns is None else columns, getattr(file, "cache", None)
     if outside := [row for row in rows if not 0 <= row < parquet.metadata.num_rows]:
         raise IndexError(f"row {outside[0]} of {parquet.metadata.num_rows}")
     few = isinstance(cache, Ranges) and len(rows) < FEW * parquet.metadata.num_rows
@@ -133,11 +134,19 @@ def read_rows(
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields, parquet.schema_arrow.metadata))
 
 
-def one_page(table: pa.Table) -> pa.Table:
-    """`table`, to be written with `ONE_PAGE`, which its metadata then say. Raises `ValueError` for a missing vector."""
+def write(table: pa.Table, sink: BinaryIO, one_page: bool = False, **options: Any) -> None:
+    """Write a Parquet file; `options` go to `pyarrow.parquet.write_table`. Raises `ValueError`.
+
+    one_page: as one row group, so that `read_rows` finds single rows; every row must have its vectors
+    """
+    if not one_page:
+        pq.write_table(table, sink, **options)
+        return
     if missing := [name for name in table.column_names if is_vectors(table[name].type) and table[name].null_count]:
         raise ValueError(f"column {missing[0]!r} has rows without a vector")
-    return table.replace_schema_metadata({**(table.schema.metadata or {}), PAGES_KEY: b"one"})
+    with pq.ParquetWriter(sink, table.schema, **ONE_PAGE, **options) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({PAGES_KEY: str(sink.tell())})
 
 
 @dataclass(frozen=True)
@@ -172,9 +181,11 @@ class Vectors:
 def _vectors(parquet: pq.ParquetFile, names: Sequence[str]) -> dict[str, Vectors]:
     """Of the columns those whose rows' places follow from the footer."""
     metadata, schema = parquet.metadata, parquet.schema_arrow
-    if (schema.metadata or {}).get(PAGES_KEY) != b"one" or metadata.num_row_groups != 1:
+    if metadata.num_row_groups != 1:
         return {}
     chunks = [metadata.row_group(0).column(i) for i in range(metadata.num_columns)]
+    if (metadata.metadata or {}).get(PAGES_KEY.encode()) != str(max(_range(chunk)[1] for chunk in chunks)).encode():
+        return {}
     at = {chunk.path_in_schema: chunk for chunk in chunks}
     found = {}
     for name in names:

@@ -149,9 +149,7 @@ def test_of_one_item_little_more_is_fetched_than_it_holds(
     values = np.random.default_rng(0).standard_normal((29, items * width), np.float32).astype(dtype)
     vectors = [pa.FixedSizeListArray.from_arrays(pa.array(row), width) for row in values]
     table = pa.table(dict(zip(FEATURES, vectors, strict=True)))
-    footer = write(
-        uri := f"{bucket}/part.parquet", parquet.one_page(table), use_byte_stream_split=split, **parquet.ONE_PAGE
-    )
+    footer = write(uri := f"{bucket}/part.parquet", table, use_byte_stream_split=split, one_page=True)
     item_bytes = 29 * width * np.dtype(dtype).itemsize
     for row in (0, 40, items - 1):
         with counted(s3_server, monkeypatch) as proxy:
@@ -170,10 +168,10 @@ def test_rows_are_those_of_the_whole_table(bucket: str, tmp_path: Path, dtype: s
             VECTORS[1]: pa.FixedSizeListArray.from_arrays(pa.array(values[::-1].copy()), 24),
         }
     )
-    for marked, pages in ((parquet.one_page(table), parquet.ONE_PAGE), (table, {"data_page_size": 1000})):
+    for pages in ({"one_page": "row_group_size" not in written}, {"data_page_size": 1000}):
         for root in (bucket, str(tmp_path)):
             for split in ([], [] if dtype == "uint8" or written.get("use_dictionary") else vectors):
-                write(uri := f"{root}/t.parquet", marked, **written | pages | {"use_byte_stream_split": split or False})
+                write(uri := f"{root}/t.parquet", table, **written | pages | {"use_byte_stream_split": split or False})
                 for rows in ([7], [299, 0, 0, 131], [*range(300)], []):
                     assert storage.read_table(uri, rows=rows) == table.take(pa.array(rows, pa.int64()))
                 for row in (-1, 300):
@@ -183,10 +181,20 @@ def test_rows_are_those_of_the_whole_table(bucket: str, tmp_path: Path, dtype: s
                 assert storage.read_table(uri, names, [5, 4]) == table.select(names).take([5, 4])
 
 
+def test_metadata_copied_to_a_file_with_other_pages_mislead_nobody(bucket: str) -> None:
+    """What read and wrote a part with its metadata, and without compression, made pages of its own."""
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(500 * 64, dtype=np.float32)), 64)
+    footer = write(uri := f"{bucket}/t.parquet", table := pa.table({"v": vectors}), one_page=True)
+    copied = table.replace_schema_metadata(footer.metadata)
+    write(uri, copied, data_page_size=1000)
+    assert parquet.PAGES_KEY.encode() in pq.read_metadata(io.BytesIO(storage.read_bytes(uri))).metadata
+    assert storage.read_table(uri, rows=[400, 3]) == table.take([400, 3])
+
+
 def test_a_missing_vector_has_no_place() -> None:
     table = pa.table({"v": pa.array([[1.0], None], pa.list_(pa.float32(), 1))})
     with pytest.raises(ValueError, match="column 'v' has rows without a vector"):
-        parquet.one_page(table)
+        parquet.write(table, io.BytesIO(), one_page=True)
 
 
 @pytest.mark.parametrize("rows", [None, [7, 3]])
@@ -194,8 +202,8 @@ def test_a_file_replaced_between_footer_and_columns_is_read_anew(
     bucket: str, monkeypatch: pytest.MonkeyPatch, rows: list[int] | None
 ) -> None:
     values = [pa.FixedSizeListArray.from_arrays(pa.array(np.full(100 * 200, i, np.float16)), 200) for i in range(2)]
-    tables = [parquet.one_page(pa.table({"a": vectors, "b": vectors})) for vectors in values]
-    write(uri := f"{bucket}/t.parquet", tables[0], **parquet.ONE_PAGE)
+    tables = [pa.table({"a": vectors, "b": vectors}) for vectors in values]
+    write(uri := f"{bucket}/t.parquet", tables[0], one_page=True)
     opened, footers = parquet.open_parquet, []
 
     def open_then_replace(file: BinaryIO) -> pq.ParquetFile:
