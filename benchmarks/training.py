@@ -33,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ from jobs import real_data
 from record import fenced, save
 
 from lvlmrec import config
-from lvlmrec.features.compact import FeatureArray
+from lvlmrec.features.array import Column, FeatureArray
+from lvlmrec.features.cache import Cache, NewArray
 from lvlmrec.report.comparison import table
 from lvlmrec.runs import batches, loop
 from lvlmrec.runs.batches import SHARE_FOR_FEATURES, Batch, batches_of_epoch
@@ -226,25 +227,22 @@ def products_of(counts: list[int], dim: int, width: int, device: torch.device, h
 
 def random_features(folder: Path, num_items: int, name: str, dim: int, dtype: type[np.floating]) -> FeatureArray:
     """Standard normal features of every item, kept in `folder`."""
-    path = folder / f"{name}.npy"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(0)
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num_items + 1, LAYERS, dim))
-        for item in range(1, num_items + 1):
-            array[item] = rng.standard_normal((LAYERS, dim), dtype=np.float32)
-        array.flush()
-    return FeatureArray(
-        path=path,
-        digest=name,
-        recipe=name,
-        names=tuple(f"random/llm.{layer}/visual_mean" for layer in range(LAYERS)),
-        columns=tuple(range(LAYERS)),
-        widths=(dim,) * LAYERS,
-        sets=(0,) * LAYERS,
-        dtype=np.dtype(dtype).name,
-        missing=np.zeros((num_items + 1, LAYERS), dtype=bool),
-    )
+    cache, rng = Cache(folder / "cache"), np.random.default_rng(0)
+
+    def fill(arrays: Sequence[np.ndarray], numbers: Sequence[int]) -> None:
+        for array in arrays:
+            for start in range(1, num_items + 1, 1024):
+                array[start : start + 1024] = rng.standard_normal(
+                    (len(array[start : start + 1024]), dim), dtype=np.float32
+                )
+
+    keys = [f"{name}-{layer}" for layer in range(LAYERS)]
+    in_use = cache.hold([NewArray(key, np.dtype(dtype), (num_items + 1, dim)) for key in keys], {}, fill)
+    columns = [
+        Column(f"random/llm.{layer}/visual_mean", 0, key, key, dim, np.dtype(dtype).name, in_use=(held,))
+        for layer, (key, held) in enumerate(zip(keys, in_use, strict=True))
+    ]
+    return FeatureArray(cache, tuple(columns), name, name, np.zeros((num_items + 1, LAYERS), dtype=bool))
 
 
 def recbole(python: str) -> dict[str, float]:

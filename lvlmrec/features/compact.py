@@ -1,174 +1,38 @@
 """The local memory-mapped copy of feature sets' columns, in item_index order, that training reads.
 
-One `.npy` of [I + 1, L, D] per (feature sets, columns, id map); row 0 is the padding item. The columns of several
-feature sets stand one after the other, zeros behind those narrower than D. Processes of one machine share it through
-the page cache, so that trials and workers do not each load the features.
+One `.npy` of [I + 1, D] per (feature set, column, id map), of several tokens per item [I + 1, T, D]; row 0 is the
+padding item. Every choice of columns reads the same files. Processes of one machine share them through the page cache,
+so that trials and workers do not each load the features.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 import math
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-from safetensors.torch import load, save
-from torch import Tensor
 
 from lvlmrec import storage
 from lvlmrec.columns import ITEM_ID, PART, ROW
-from lvlmrec.errors import InputError, writing
+from lvlmrec.errors import InputError
+from lvlmrec.features import array as arrays
 from lvlmrec.features import store
+from lvlmrec.features.array import Column, FeatureArray
+from lvlmrec.features.cache import GB, Cache, InUse, NewArray, key_of
 from lvlmrec.features.imported import COUNTED
-from lvlmrec.features.moments import sums
+from lvlmrec.features.recipe import PIXELS, SIZES
 from lvlmrec.features.store import FeatureSet
 from lvlmrec.taps import READS_TEXT, parse_feature
 
-ARRAY = "features.npy"
-ABOUT = "about.json"
 MAX_MISSING = 0.05  # above this share of items without features, the set is taken for one of another catalogue
-ROWS_AT_ONCE = 4096
-
-
-class Projection(NamedTuple):
-    """What features were turned by: (h - mean [L, D]) @ components [L, D, P]."""
-
-    mean: Tensor
-    components: Tensor
-
-
-@dataclass(frozen=True)
-class FeatureArray:
-    """Features of a catalogue, read in place.
-
-    digest  16 hex digits of feature sets, columns and id map
-    recipe  fingerprints of the feature sets' recipes
-    names   the L columns, `prompt/tap/pooling`; of several feature sets `feature_set:prompt/tap/pooling`
-    columns where each of them stands in the file
-    widths  the dim of each, sets: the number of its feature set
-    missing bool [I + 1, columns of the file], no feature: zeros (after scaling: the mean)
-    order   int64 [I + 1], the row read for each item; None: its own (a control gives items the rows of others)
-    mean, std float32 [L, D], the scaling applied by `rows`; None leaves features as they are
-    projection what the features in the file were made by, None when they are as stored
-    item_shape (F, 3, H, W) of an item's frames, flat in its row; (): vectors
-    """
-
-    path: Path
-    digest: str
-    recipe: str
-    names: tuple[str, ...]
-    columns: tuple[int, ...]
-    widths: tuple[int, ...]
-    sets: tuple[int, ...]
-    dtype: str
-    missing: np.ndarray
-    order: np.ndarray | None = None
-    mean: torch.Tensor | None = None
-    std: torch.Tensor | None = None
-    projection: Projection | None = None
-    item_shape: tuple[int, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(I + 1, L, D)"""
-        items, _, dim = np.load(self.path, mmap_mode="r").shape
-        return items, len(self.columns), dim
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(columns, dim) of each feature set."""
-        return [(self.sets.count(k), self.widths[self.sets.index(k)]) for k in sorted(set(self.sets))]
-
-    def rows(self, item_index: np.ndarray) -> torch.Tensor:
-        """float32 [N, L, D]: the features of the items at `item_index` [N], scaled."""
-        row, columns = torch.from_numpy(self.row(item_index)), torch.tensor(self.columns)
-        values = self.stored()[row[:, None], columns].float()
-        if self.mean is not None and self.std is not None:
-            values = (values - self.mean) / self.std
-            values[torch.from_numpy(self.is_missing(item_index))] = 0.0
-        return values
-
-    def stored(self) -> torch.Tensor:
-        """The file itself, [I + 1, columns of the file, D] in its dtype: rows as `row` says, columns as `columns`."""
-        # Opened at each call: a mapping is cheap to open and must not be pickled to a worker with its content.
-        return read_stored(self.path, self.dtype)
-
-    def is_missing(self, item_index: np.ndarray) -> np.ndarray:
-        """bool [N, L]: the items at `item_index` [N] that have no feature, by column."""
-        return self.missing[self.row(item_index)[:, None], np.asarray(self.columns)[None, :]]
-
-    def row(self, item_index: np.ndarray) -> np.ndarray:
-        """int64 [N]: the rows of the file that the items at `item_index` [N] read."""
-        return np.asarray(item_index if self.order is None else self.order[item_index], dtype=np.int64)
-
-    def select(self, names: Sequence[str]) -> FeatureArray:
-        """The same array with the columns `names` only."""
-        kept = [self.names.index(name) for name in names]
-        part = "" if list(names) == list(self.names) else f"-{_hash(*names)}"
-        return replace(
-            self,
-            digest=f"{self.digest}{part}",
-            names=tuple(names),
-            columns=tuple(self.columns[i] for i in kept),
-            widths=tuple(self.widths[i] for i in kept),
-            sets=tuple(self.sets[i] for i in kept),
-            mean=None if self.mean is None else self.mean[kept],
-            std=None if self.std is None else self.std[kept],
-            projection=None if self.projection is None else Projection(*(part[kept] for part in self.projection)),
-        )
-
-    def shuffled(self, seed: int) -> FeatureArray:
-        """A control: every item gets the features of another, drawn once; what features say of an item is gone."""
-        order = np.concatenate([[0], 1 + np.random.default_rng(seed).permutation(len(self.missing) - 1)])
-        return replace(self, order=order, digest=f"{self.digest}-shuffled-{seed}")
-
-    def standardized(self, item_index: np.ndarray) -> FeatureArray:
-        """Scaled per dimension to mean 0 and variance 1 over the items at `item_index` (those of training)."""
-        mean, variance, squares = self.moments(item_index)
-        # A dimension that does not vary carries nothing; dividing by its rounding noise would make it loud.
-        std = torch.where(variance > 1e-12 * squares, variance.sqrt(), torch.inf)
-        return replace(self, mean=mean.float(), std=std.float())
-
-    def moments(self, item_index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and mean square of the unscaled features of the items that have them, float64 [L, D].
-
-        They are kept beside the array, for every run on it needs those of the same items.
-        """
-        items = hashlib.blake2b(np.asarray(item_index, dtype=np.int64).tobytes(), digest_size=8).hexdigest()
-        kept = self.path.with_name(f"moments-{_hash(self.digest, items)}.safetensors")
-        if kept.exists():
-            found = load(kept.read_bytes())
-            return found["mean"], found["variance"], found["squares"]
-        made = self.compute_moments(item_index)
-        with suppress(OSError):  # a cache that others filled may be read-only
-            storage.write_bytes(str(kept), save(dict(zip(("mean", "variance", "squares"), made, strict=True))))
-        return made
-
-    def compute_moments(self, item_index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, not kept."""
-        index, rows = np.asarray(item_index), torch.from_numpy(self.row(item_index))
-        total, squares = sums(self.stored(), rows, self.columns, ROWS_AT_ONCE)  # zeros where there is no feature
-        count = torch.from_numpy((~self.is_missing(index)).sum(0))[:, None].clamp_min(1)
-        mean, squares = total / count, squares / count
-        return mean, (squares - mean.square()).clamp_min(0.0), squares
-
-
-def read_stored(path: Path, dtype: str) -> Tensor:
-    """A file of features, memory-mapped, [T, columns, D] in `dtype`."""
-    # Copy-on-write, though nobody writes: torch warns of memory that it must not write to.
-    values = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return values.view(torch.bfloat16) if dtype == "bfloat16" else values
+FLOAT32 = np.dtype(np.float32)
+PARTS_AT_ONCE = 8  # reading one from object storage is mostly waiting
 
 
 def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str) -> list[str]:
@@ -176,13 +40,17 @@ def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str
 
     `patterns` are shell patterns such as `describe/llm.*/visual_mean`; none means every tap of the language model, or
     of the encoder, of the first prompt and pooling. An encoder with `layers="one"` takes the deepest of them. Columns
-    of several tokens per item are never chosen. Raises `InputError`.
+    of several tokens per item are chosen by patterns that end in the name of their pooling, as `*/merged_16`. Raises
+    `InputError`.
     """
-    names = [str(name) for name in feature_set.recipe.vector_names]
+    vectors = [str(name) for name in feature_set.recipe.vector_names]
+    tokens = [name for name in feature_set.feature_names if name not in vectors and not name.endswith(SIZES)]
     if patterns:
+        asked = {pattern.rsplit("/", 1)[-1] for pattern in patterns}
+        names = vectors + [name for name in tokens if parse_feature(name).pooling in asked]
         chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     else:
-        read = [name for name in names if parse_feature(name).tap.tower in READS_TEXT] or names
+        read = [name for name in vectors if parse_feature(name).tap.tower in READS_TEXT] or vectors
         first = parse_feature(read[0]) if read else None
         chosen = [
             n
@@ -191,13 +59,34 @@ def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str
         ]
     if not chosen:
         raise InputError(
-            f"feature_columns {list(patterns)!r}: match no column; columns: {', '.join(names)} of {feature_set.uri!r}"
+            f"feature_columns {list(patterns)!r}: match no column; columns: {', '.join(vectors + tokens)} of "
+            f"{feature_set.uri!r}"
         )
-    widths = {feature_set.recipe.shape(parse_feature(name))[-1] for name in chosen}
-    if len(widths) > 1:
-        raise InputError(f"feature_columns {list(patterns)!r}: match features of different widths {sorted(widths)}")
+    for what, number in (("widths", 1), ("numbers of tokens", 0)):
+        found = {token_shape(feature_set, name)[number] for name in chosen}
+        if len(found) > 1:
+            raise InputError(f"feature_columns {list(patterns)!r}: match features of different {what} {sorted(found)}")
     chosen.sort(key=lambda name: (parse_feature(name).prompt, parse_feature(name).pooling, parse_feature(name).tap))
     return [max(chosen, key=lambda name: parse_feature(name).tap)] if layers == "one" else chosen
+
+
+def token_shape(feature_set: FeatureSet, name: str) -> tuple[int, int]:
+    """(T, D) of a column: a pooled vector is one token, and so is a frame."""
+    shape = feature_set.recipe.shape(parse_feature(name))
+    return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
+
+
+def is_frames(name: str) -> bool:
+    """Whether a column holds pixels."""
+    return parse_feature(name).pooling == PIXELS
+
+
+class Chosen(NamedTuple):
+    """Columns of a feature set, and the part and row, or nothing, of each of the catalogue's I items."""
+
+    feature_set: FeatureSet
+    names: Sequence[str]
+    rows: pd.DataFrame
 
 
 def compact(
@@ -205,81 +94,136 @@ def compact(
     item_ids: Sequence[str],
     cache: str,
     max_missing: float = MAX_MISSING,
+    cache_gb: float = 0.0,
 ) -> FeatureArray:
-    """Make, or find, the memory-mapped array of feature sets and their columns for `item_ids` (item_index 1..I).
+    """Make, or find, the memory-mapped columns of feature sets for `item_ids` (item_index 1..I).
 
-    Raises `InputError` when a larger share of the items than `max_missing` has no features in a set.
+    `cache_gb` bounds the cache, 0: no bound. Raises `InputError` when a larger share of the items than `max_missing`
+    has no features in a set, when the columns do not fit in the cache, or when sets differ in their tokens per item.
     """
-    found = [_find_items(feature_set, item_ids, max_missing) for feature_set, _ in chosen]
-    without = [np.concatenate([[True], rows[PART].isna().to_numpy()]) for rows in found]
-    parts = [part for feature_set, names in chosen for part in (feature_set.digest, *names)]
-    digest = _hash(*parts, "", *item_ids)
-    folder = Path(storage.absolute(cache), digest)
-    dtypes = {feature_set.recipe.dtype for feature_set, _ in chosen}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    sets = [k for k, (_, names) in enumerate(chosen) for _ in names]
-    widths = [_width(feature_set, name) for feature_set, names in chosen for name in names]
-    if not (folder / ABOUT).exists():
-        shape = (len(item_ids) + 1, len(sets), max(widths))
-        with publishing(folder, {"feature_sets": [s.uri for s, _ in chosen], "shape": shape}) as working:
-            element = np.dtype("uint16" if dtype == "bfloat16" else dtype)
-            array = _new_array(working / ARRAY, element, shape)
-            for k, (feature_set, names) in enumerate(chosen):
-                _fill(array, sets.index(k), feature_set, names, found[k])
-            array.flush()
+    distinct = _distinct_names(chosen)
+    tokens = {token_shape(feature_set, name)[0] for feature_set, names in chosen for name in names}
+    if len(tokens) > 1:
+        raise InputError(f"features: sets of {' and '.join(map(str, sorted(tokens)))} tokens per item; choose one kind")
+    sets = [Chosen(each, names, _find_items(each, item_ids, max_missing)) for each, names in chosen]
+    place = Cache(Path(storage.absolute(cache)), round(cache_gb * GB))
+    columns = _columns(place, sets, key_of(*item_ids))
+    without = [np.concatenate([[True], each.rows[PART].isna().to_numpy()]) for each in sets]
     return FeatureArray(
-        path=folder / ARRAY,
-        digest=digest,
+        cache=place,
+        columns=tuple(replace(column, name=name) for column, name in zip(columns, distinct, strict=True)),
+        digest=key_of(*(text for each, names in chosen for text in (each.digest, *names)), "", *item_ids),
         recipe="+".join(feature_set.recipe.fingerprint for feature_set, _ in chosen),
-        names=_distinct_names(chosen),
-        columns=tuple(range(len(sets))),
-        widths=tuple(widths),
-        sets=tuple(sets),
-        dtype=dtype,
-        missing=np.stack([without[k] for k in sets], axis=1),
+        missing=np.stack([without[column.number] for column in columns], axis=1),
+        tokens=tokens.pop(),
         item_shape=_item_shape(chosen),
     )
 
 
 def derive(
     array: FeatureArray,
-    key: str,
-    dim: int,
+    keys: Sequence[str],
+    mark: str,
+    dim: int | None,
     rows_of: Callable[[int, np.ndarray], np.ndarray],
-    projection: Projection | None = None,
 ) -> FeatureArray:
-    """Make, or find, the float32 array [I + 1, L, dim] of what `rows_of` makes of `array`, beside it in the cache.
+    """Make, or find, float32 columns of what `rows_of` makes of `array`, of `dim` each; None: of its own widths.
 
-    `rows_of(column, item_index [N])` gives [N, dim]; it is asked for blocks of consecutive items, always the same.
-    Items without a feature have none here. `key` says what `rows_of` depends on.
+    `rows_of(column, item_index [N])` gives [N, dim], of several tokens [N, T, dim]; it is asked for blocks of
+    consecutive items, always the same. Items without a feature have none here. `keys` name each column's content, and
+    `mark` says what it depends on.
     """
-    folder = array.path.parent.with_name(f"{array.digest}-{key}")
-    items, num_columns, old_dim = array.shape
-    missing = array.is_missing(np.arange(items))
-    if not (folder / ABOUT).exists():
-        with publishing(folder, {"made_of": array.digest, "shape": (items, num_columns, dim)}) as working:
-            made = _new_array(working / ARRAY, np.dtype(np.float32), (items, num_columns, dim))
-            for column in range(num_columns):
-                for start in range(1, items, ROWS_AT_ONCE):
-                    index = np.arange(start, min(start + ROWS_AT_ONCE, items))
-                    made[start : index[-1] + 1, column] = rows_of(column, index)
-                    made[index[missing[index, column]], column] = 0.0
-            made.flush()
+    items, tokens = len(array.missing), (array.tokens,) if array.tokens > 1 else ()
+    missing, every = array.is_missing(np.arange(items)), range(len(keys))
+    columns = [
+        replace(
+            column,
+            key=key,
+            read=key,
+            width=column.width if dim is None else dim,
+            dtype="float32",
+            sizes=key_of(key, SIZES) if column.sizes else "",
+        )
+        for column, key in zip(array.columns, keys, strict=True)
+    ]
+    wanted = [NewArray(column.key, FLOAT32, (items, *tokens, column.width)) for column in columns]
+    wanted += [NewArray(column.sizes, FLOAT32, (items, array.tokens)) for column in columns if column.sizes]
+    reads = [(number, rows_of) for number in every]
+    reads += [(number, lambda c, i: array.sizes(i)[:, c].numpy()) for number in every if columns[number].sizes]
+
+    def fill(filled: Sequence[np.ndarray], numbers: Sequence[int]) -> None:
+        for values, (column, read) in zip(filled, (reads[number] for number in numbers), strict=True):
+            for start in range(1, items, arrays.ROWS_AT_ONCE):
+                index = np.arange(start, min(start + arrays.ROWS_AT_ONCE, items))
+                values[start : index[-1] + 1] = read(column, index)
+                values[index[missing[index, column]]] = 0.0
+
+    in_use = array.cache.hold(wanted, {"made_of": array.digest, "by": mark}, fill)
     return replace(
         array,
-        path=folder / ARRAY,
-        digest=folder.name,
-        columns=tuple(range(num_columns)),
-        widths=array.widths if dim == old_dim else (dim,) * num_columns,
-        dtype="float32",
+        columns=tuple(_using(columns, in_use)),
+        digest=f"{array.digest}-{mark}",
         missing=missing,
         order=None,
-        projection=projection,
+        projection=None,
     )
 
 
-def _hash(*texts: str) -> str:
-    return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
+def _columns(cache: Cache, sets: Sequence[Chosen], ids: str) -> tuple[Column, ...]:
+    """The columns of all sets in the cache, which are filled where they are not there; `ids` names the id map."""
+    columns: list[Column] = []
+    sources: list[tuple[int, str]] = []  # of each array of `wanted`: its set, and its column there
+    wanted: list[NewArray] = []
+    for number, each in enumerate(sets):
+        merged = [name for name in each.names if f"{name}{SIZES}" in each.feature_set.feature_names]
+        names = [*each.names, *(f"{name}{SIZES}" for name in merged)]
+        keys = {name: key_of(each.feature_set.digest, name, ids) for name in names}
+        sources += [(number, name) for name in names]
+        wanted += [_new_array(each, name, key) for name, key in keys.items()]
+        for name in each.names:
+            width, sizes = token_shape(each.feature_set, name)[1], keys.get(f"{name}{SIZES}", "")
+            dtype = each.feature_set.recipe.dtype
+            columns.append(Column(name, number, keys[name], keys[name], width, dtype, sizes))
+
+    def fill(filled: Sequence[np.ndarray], numbers: Sequence[int]) -> None:
+        for number, each in enumerate(sets):
+            mine = zip(filled, (sources[place] for place in numbers), strict=True)
+            _fill(each, {name: array for array, (owner, name) in mine if owner == number})
+
+    in_use = cache.hold(wanted, {"feature_sets": [each.feature_set.uri for each in sets]}, fill)
+    return _using(columns, in_use)
+
+
+def _using(columns: Sequence[Column], in_use: Sequence[InUse]) -> tuple[Column, ...]:
+    """The columns with the locks of their entries among `in_use`."""
+    held = {lock.about.parent.name: lock for lock in in_use}
+    return tuple(
+        replace(column, in_use=tuple(held[key] for key in (column.key, column.sizes) if key)) for column in columns
+    )
+
+
+def _new_array(each: Chosen, name: str, key: str) -> NewArray:
+    tokens, width = token_shape(each.feature_set, name)
+    dtype = "float32" if name.endswith(SIZES) else each.feature_set.recipe.dtype
+    shape = (tokens, width) if tokens > 1 else (width,)
+    return NewArray(key, np.dtype("uint16" if dtype == "bfloat16" else dtype), (len(each.rows) + 1, *shape))
+
+
+def _fill(each: Chosen, arrays_of: Mapping[str, np.ndarray]) -> None:
+    """Copy columns of one feature set into arrays [I + 1, ...] by name, each part read once."""
+    rows_of = each.rows.assign(item_index=range(1, len(each.rows) + 1)).dropna(subset=[PART])
+
+    def copy(part: tuple[str, pd.DataFrame]) -> None:
+        name, rows = part
+        table = storage.read_table(storage.join(each.feature_set.uri, store.PARTS, name), [*arrays_of])
+        index, picked = rows["item_index"].to_numpy(), table.take(rows[ROW].astype("int64").to_numpy())
+        for column, array in arrays_of.items():
+            flat = picked[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            array[index] = flat.reshape(len(index), *array.shape[1:])
+
+    if arrays_of:
+        with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
+            list(threads.map(copy, rows_of.groupby(PART, sort=True)))
 
 
 def _find_items(feature_set: FeatureSet, item_ids: Sequence[str], max_missing: float) -> pd.DataFrame:
@@ -325,14 +269,13 @@ def check_counted(feature_set: FeatureSet, item_ids: Sequence[str]) -> None:
     )
 
 
-def _width(feature_set: FeatureSet, name: str) -> int:
-    return math.prod(feature_set.recipe.shape(parse_feature(name)))
-
-
 def _item_shape(chosen: Sequence[tuple[FeatureSet, Sequence[str]]]) -> tuple[int, ...]:
     """The shape of an item's frames where they are all that was chosen."""
-    shapes = [feature_set.recipe.shape(parse_feature(name)) for feature_set, names in chosen for name in names]
-    return shapes[0] if len(shapes) == 1 and len(shapes[0]) > 1 else ()
+    columns = [(feature_set, name) for feature_set, names in chosen for name in names]
+    if len(columns) != 1 or not is_frames(columns[0][1]):
+        return ()
+    ((feature_set, name),) = columns
+    return feature_set.recipe.shape(parse_feature(name))
 
 
 def _distinct_names(chosen: Sequence[tuple[FeatureSet, Sequence[str]]]) -> tuple[str, ...]:
@@ -343,46 +286,3 @@ def _distinct_names(chosen: Sequence[tuple[FeatureSet, Sequence[str]]]) -> tuple
     if len(chosen) == 1:
         return tuple(chosen[0][1])
     return tuple(f"{folder}:{name}" for folder, (_, names) in zip(folders, chosen, strict=True) for name in names)
-
-
-def _fill(array: np.ndarray, first: int, feature_set: FeatureSet, names: Sequence[str], found: pd.DataFrame) -> None:
-    """Copy the columns of one feature set part by part into `array` [I + 1, L, D], from column `first` on."""
-    bits = array.dtype != np.uint16 and feature_set.recipe.dtype == "bfloat16"  # among sets of other dtypes
-    rows_of = found.assign(item_index=range(1, len(found) + 1)).dropna(subset=[PART])
-    for part, rows in rows_of.groupby(PART, sort=True):
-        table = storage.read_table(storage.join(feature_set.uri, store.PARTS, str(part)), names)
-        picked = table.take(rows[ROW].astype("int64").to_numpy())
-        for column, name in enumerate(names, first):
-            flat = picked[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            values = flat.reshape(len(rows), -1)
-            if bits:
-                values = torch.from_numpy(values.copy()).view(torch.bfloat16).float().numpy()
-            array[rows["item_index"].to_numpy(), column, : values.shape[1]] = values
-
-
-def _new_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """A memory-mapped array of zeros whose room on the disk is taken: a page without ends the process by a signal."""
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
-
-
-@contextmanager
-def publishing(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
-    """A working folder that is renamed to `folder` when its content is whole: others see all of it or nothing."""
-    working = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
-        with writing(str(folder)):
-            with suppress(FileExistsError):  # a file, which the next line says
-                folder.parent.mkdir(parents=True, exist_ok=True)
-            working.mkdir()
-            yield working
-            (working / ABOUT).write_text(json.dumps(about))
-            if not folder.exists():
-                working.rename(folder)
-    except OSError:
-        if not (folder / ABOUT).exists():  # else another process finished the same content first
-            raise
-    finally:
-        shutil.rmtree(working, ignore_errors=True)

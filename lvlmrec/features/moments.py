@@ -1,6 +1,6 @@
 """Sums over the features of many items, in memory that neither their number nor their width changes.
 
-Shapes: T items stored, C columns stored, L columns read, D dim, N items read.
+Shapes: T items stored, L columns, D dim of the widest, N items read.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ BYTES_AT_ONCE = 64 << 20
 BYTES_OF_A_VALUE = 12  # as float64, and as it is stored beside it
 
 
-def sums(stored: Tensor, rows: Tensor, columns: Sequence[int], rows_at_once: int) -> tuple[Tensor, Tensor]:
-    """The sum of the features and that of their squares over `rows` [N] of `stored` [T, C, D], float64 [L, D] each.
+def sums(columns: Sequence[Tensor], rows: Tensor, dim: int, rows_at_once: int) -> tuple[Tensor, Tensor]:
+    """The sum of the features and that of their squares over `rows` [N] of `columns`, float64 [L, D] each.
 
-    A block is some rows of some of the L x D dimensions. Those of a row stand side by side over the edges of columns,
-    in a number of them that is a power of two: so the sums are the same, to the last bit, as those of whole rows.
+    columns: L x [T, their width]; behind a width below `dim`, D, the sums are zeros. A block is some rows of some of
+    the L x D dimensions. Those of a row stand side by side over the edges of columns, in a number of them that is a
+    power of two: so the sums are the same, to the last bit, as those of whole rows.
     """
-    dim, width = stored.shape[-1], _width(rows_at_once)
+    width = _width(rows_at_once)
     total, squares = torch.zeros(2, len(columns) * dim, dtype=torch.float64)
     for start in range(0, len(rows), rows_at_once):
         chosen = rows[start : start + rows_at_once]
         for begin in range(0, len(total), width):
             part = slice(begin, min(begin + width, len(total)))
-            values = _read(stored, chosen, columns, part)
+            values = _read(columns, chosen, dim, part)
             total[part] += values.sum(0)
             squares[part] += values.square_().sum(0)
     return total.view(-1, dim), squares.view(-1, dim)
@@ -38,12 +39,13 @@ def _width(rows_at_once: int) -> int:
     return 1 << (fitting.bit_length() - 1)
 
 
-def _read(stored: Tensor, rows: Tensor, columns: Sequence[int], part: slice) -> Tensor:
+def _read(columns: Sequence[Tensor], rows: Tensor, dim: int, part: slice) -> Tensor:
     """float64 [N, part]: some of the L x D dimensions of `rows`."""
-    dim = stored.shape[-1]
-    values = torch.empty(len(rows), part.stop - part.start, dtype=torch.float64)
+    values = torch.zeros(len(rows), part.stop - part.start, dtype=torch.float64)
     for place in range(part.start // dim, -(-part.stop // dim)):
-        first, last = max(part.start, place * dim), min(part.stop, (place + 1) * dim)
-        inside = slice(first - place * dim, last - place * dim)
-        values[:, first - part.start : last - part.start] = stored[:, columns[place], inside].index_select(0, rows)
+        first, last = max(part.start, place * dim), min(part.stop, place * dim + columns[place].shape[1])
+        if first < last:
+            inside = slice(first - place * dim, last - place * dim)
+            target = slice(first - part.start, last - part.start)
+            values[:, target] = columns[place][:, inside].index_select(0, rows)
     return values

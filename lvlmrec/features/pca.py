@@ -1,12 +1,15 @@
 """Principal components of features, fitted on training items alone.
 
 Each column is centred and turned onto its own components of largest variance. With `feature_scaling: standardize`,
-which follows, that is PCA whitening; with `none` the variances stay as they are.
+which follows, that is PCA whitening; with `none` the variances stay as they are. Of several tokens each is a row of
+the fit, as often as tokens were merged into it. Fit and result are kept for each column by itself.
 """
 
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lvlmrec.errors import InputError
-from lvlmrec.features import compact
-from lvlmrec.features.compact import FeatureArray, Projection, derive, publishing
+from lvlmrec.features import array as arrays
+from lvlmrec.features.array import FeatureArray, Projection
+from lvlmrec.features.cache import digest_of, key_of
+from lvlmrec.features.compact import derive
 
 FILE = "pca.safetensors"
 NO_VARIANCE = 1e-12  # of the largest variance: below it is rounding noise, which whitening would make loud
@@ -34,47 +39,80 @@ def reduce(array: FeatureArray, item_index: np.ndarray, num_components: int) -> 
             f"feature_pca: {num_components}: the features have {narrowest} dimensions and {with_features} training "
             f"items; choices: 0 (off) to {most}"
         )
-    items = hashlib.blake2b(np.asarray(item_index, dtype=np.int64).tobytes(), digest_size=8).hexdigest()
-    folder = array.path.parent.with_name(f"{array.digest}-fit-{num_components}-{items}")
-    if not Path(folder, compact.ABOUT).exists():
-        projection = fit(array, item_index, num_components)
-        with publishing(folder, {"num_components": num_components}) as working:
-            Path(working, FILE).write_bytes(save(projection._asdict()))
-    return project(array, Projection(**load(Path(folder, FILE).read_bytes())))
+    return project(array, fit(array, item_index, num_components))
 
 
 def fit(array: FeatureArray, item_index: np.ndarray, num_components: int) -> Projection:
-    """The components of largest variance over the items at `item_index` that have features."""
-    columns = [_fit_column(array.select([name]), np.asarray(item_index), num_components) for name in array.names]
-    means, components = zip(*columns, strict=True)
-    return Projection(torch.stack(means), torch.stack(components))
+    """The components of largest variance over the items at `item_index` that have features; found where they are kept.
+
+    mean [L, D], components [L, D, num_components]; zeros behind the width of a column.
+    """
+    items, dim = np.asarray(item_index), max(array.widths)
+    mean = torch.zeros(len(array.columns), dim)
+    components = torch.zeros(len(array.columns), dim, num_components)
+    for number, name in enumerate(array.names):
+        one = array.select([name])
+        mean[number, : one.widths[0]], components[number, : one.widths[0]] = _kept_fit(one, items, num_components)
+    return Projection(mean, components)
 
 
 def project(array: FeatureArray, projection: Projection) -> FeatureArray:
-    """`array` turned onto the components: float32 [I + 1, L, P]."""
+    """`array` turned onto the components: float32 [I + 1, L, P], of several tokens [I + 1, L, T, P]."""
+    narrow = [
+        (projection.mean[number, :width].contiguous(), projection.components[number, :width].contiguous())
+        for number, width in enumerate(array.widths)
+    ]
 
     def turn(column: int, item_index: np.ndarray) -> np.ndarray:
-        rows = array.select([array.names[column]]).rows(item_index)[:, 0]
-        return ((rows - projection.mean[column]) @ projection.components[column]).numpy()
+        mean, components = narrow[column]
+        return ((array.select([array.names[column]]).rows(item_index)[:, 0] - mean) @ components).numpy()
 
-    key = hashlib.blake2b(save(projection._asdict()), digest_size=8).hexdigest()
-    return derive(array, f"pca-{key}", projection.components.shape[-1], turn, projection)
+    keys = [
+        key_of(column.read, "pca", _content(Projection(*parts)))
+        for column, parts in zip(array.columns, narrow, strict=True)
+    ]
+    turned = derive(array, keys, f"pca-{_content(projection)}", projection.components.shape[-1], turn)
+    return replace(turned, projection=projection)
+
+
+def _content(projection: Projection) -> str:
+    return hashlib.blake2b(save(projection._asdict()), digest_size=8).hexdigest()
+
+
+def _kept_fit(one: FeatureArray, item_index: np.ndarray, num_components: int) -> tuple[Tensor, Tensor]:
+    """`_fit_column`, made once for a column, its items and the number of components."""
+    key = key_of(one.columns[0].read, f"fit-{num_components}", digest_of(item_index))
+    if in_use := one.cache.use(key):
+        found = load(Path(in_use.about.parent, FILE).read_bytes())
+        return found["mean"], found["components"]
+    mean, components = _fit_column(one, item_index, num_components)
+    about = {"fit_of": one.columns[0].name, "num_components": num_components}
+    # A cache that others filled may be read-only.
+    with suppress(OSError), one.cache.publishing(key, about) as working:
+        Path(working, FILE).write_bytes(save({"mean": mean, "components": components}))
+    return mean, components
 
 
 def _fit_column(one: FeatureArray, item_index: np.ndarray, num_components: int) -> tuple[Tensor, Tensor]:
     """Mean [D] and components [D, P] of the only column of `one`; memory O(D^2) whatever the number of items."""
-    width, dim = one.widths[0], one.shape[2]
     index = item_index[~one.is_missing(item_index)[:, 0]]
     mean = one.compute_moments(index)[0][0]
-    covariance = torch.zeros(width, width, dtype=torch.float64)
-    for start in range(0, len(index), compact.ROWS_AT_ONCE):
-        centred = one.rows(index[start : start + compact.ROWS_AT_ONCE])[:, 0, :width].double() - mean[:width]
-        covariance += centred.T @ centred
-    variances, directions = torch.linalg.eigh(covariance / len(index))
+    covariance, count = torch.zeros(len(mean), len(mean), dtype=torch.float64), 0.0
+    at_once = max(1, arrays.ROWS_AT_ONCE // one.tokens)
+    for start in range(0, len(index), at_once):
+        block = index[start : start + at_once]
+        centred = one.rows(block)[:, 0].double() - mean
+        if one.tokens == 1:
+            covariance += centred.T @ centred
+            count += len(block)
+        else:
+            sizes = one.sizes(block)[:, 0].double()
+            centred = (centred * sizes.sqrt()[..., None]).flatten(0, 1)
+            covariance += centred.T @ centred
+            count += float(sizes.sum())
+    variances, directions = torch.linalg.eigh(covariance / count)
     variances, directions = variances.flip(0)[:num_components], directions.flip(1)[:, :num_components]
     # An eigenvector has no sign of its own: its largest entry becomes positive.
     peaks = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     directions = torch.where(variances > NO_VARIANCE * variances[0], directions * peaks.sign(), 0.0)
-    components = torch.zeros(dim, num_components)
-    components[:width] = directions.float()
-    return mean.float(), components
+    return mean.float(), directions.float().contiguous()

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from lvlmrec import cluster, storage
 from lvlmrec.errors import JobFailed, one_line, writing
 from lvlmrec.features import pca
-from lvlmrec.features.compact import FeatureArray
+from lvlmrec.features.array import FeatureArray
 from lvlmrec.runs import checkpoint
 from lvlmrec.runs.divergence import Diverged
 from lvlmrec.runs.experiment import Experiment, TrainingConfig, load_features
@@ -161,11 +161,11 @@ def _worker(config: dict[str, Any]) -> str:
 def _local_features(experiment: Experiment) -> FeatureArray | None:
     """The features as the driver prepared them, compacted anew where this machine does not have the file yet."""
     features = experiment.features
-    if features is not None and not features.path.exists():
+    if features is not None and not features.is_here():
         local = load_features(experiment.config, experiment.data.item_ids.tolist())
         if local and features.projection:
             local = pca.project(local, features.projection)
-        return replace(features, path=local.path) if local else None
+        return replace(features, cache=local.cache, columns=local.select(features.names).columns) if local else None
     return features
 
 

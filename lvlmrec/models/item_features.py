@@ -1,6 +1,6 @@
 """The features of some items, read where they are stored, and the weighted sum of their layers.
 
-Shapes: N items asked for, T items stored, L feature layers, D dim of the widest feature.
+Shapes: N items asked for, T items stored, L feature layers of all sets, D dim of the widest feature.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ NUMBERS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 28}
 class ItemFeatures(NamedTuple):
     """Features of N items, converted and scaled only when they are read: as stored they are half the size, or less.
 
-    stored   [T, C, D] float16, bfloat16 or float32, of frames uint8: features of all items, perhaps memory-mapped;
-             its columns C hold the L layers and perhaps others
+    stored   one of each feature set, [T, its layers, its dim] float16, bfloat16 or float32, of frames uint8; of several
+             tokens per item [T, its layers, tokens, its dim]: features of all items, perhaps memory-mapped
     row      int64 [N]: the row of `stored` of each item
-    columns  the column of `stored` of each layer
     mean, std [L, D]: a feature is read as (stored - mean) / std; both None: as it is stored
     missing  bool [N, L]: no feature; read as zeros. Stored are zeros, too
     """
 
-    stored: Tensor
+    stored: Sequence[Tensor]
     row: Tensor
-    columns: Sequence[int]
     mean: Tensor | None
     std: Tensor | None
     missing: Tensor
@@ -38,39 +36,50 @@ class ItemFeatures(NamedTuple):
         return self._replace(row=self.row[items], missing=self.missing[items])
 
     def as_stored(self, number: int) -> Tensor:
-        """One layer's features [N, D] in their own dtype, unscaled, where they are stored."""
-        return self.stored[:, self.columns[number]].index_select(0, self.row)
+        """One layer's features [N, its dim], or [N, tokens, its dim], in their own dtype, unscaled."""
+        return self._layers(range(number, number + 1))[:, 0].index_select(0, self.row)
 
     def layer(self, number: int, dtype: torch.dtype) -> Tensor:
-        """One layer's features [N, D], scaled."""
+        """One layer's features [N, its dim], or [N, tokens, its dim], scaled."""
         values = self.as_stored(number).to(dtype)
         if self.mean is None or self.std is None:
             return values
-        scaled = (values - self.mean[number].to(dtype)) / self.std[number].to(dtype)
-        return scaled.masked_fill_(self.missing[:, number, None], 0.0)
+        mean, std = (part[number, : values.shape[-1]].to(dtype) for part in (self.mean, self.std))
+        missing = self.missing[:, number].view(-1, *[1] * (values.ndim - 1))
+        return ((values - mean) / std).masked_fill_(missing, 0.0)
+
+    def dim(self, layers: range) -> int:
+        """The dim of some layers of one feature set."""
+        return self._layers(layers).shape[-1]
 
     def unscaled(self, layers: range, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of items with some layers, as stored: [block, len(layers), D], the caller's until the next."""
-        columns = [self.columns[number] for number in layers]
-        every = columns == list(range(self.stored.shape[1]))
-        shape = len(columns), self.stored.shape[2]
-        block = max(1, NUMBERS_AT_ONCE.get(self.stored.device.type, 1 << 28) // (shape[0] * shape[1]))
+        """Blocks of items with layers of one feature set, as stored: [block, layers, dim], yours until the next."""
+        stored = self._layers(layers)
+        shape = stored.shape[1:]
+        block = max(1, NUMBERS_AT_ONCE.get(stored.device.type, 1 << 28) // shape.numel())
         # The same memory for each block: fresh memory costs more than all that is done in it.
-        values = self.stored.new_empty(block, *shape, dtype=dtype)
+        values = stored.new_empty(block, *shape, dtype=dtype)
         for start in range(0, len(self.row), block):
             row = self.row[start : start + block]
             target = values[: len(row)]
-            if not every:
-                target.copy_(self.stored[row[:, None], columns])
-            elif self.stored.dtype == dtype:
-                torch.index_select(self.stored, 0, row, out=target)
+            if stored.dtype == dtype:
+                torch.index_select(stored, 0, row, out=target)
             else:  # a single item needs no gathering: it is converted from where it lies
-                target.copy_(self.stored[int(row[0])] if block == 1 else self.stored.index_select(0, row))
+                target.copy_(stored[int(row[0])] if block == 1 else stored.index_select(0, row))
             yield slice(start, start + block), target
+
+    def _layers(self, layers: range) -> Tensor:
+        """Layers of one feature set, where they are stored."""
+        first = 0
+        for stored in self.stored:
+            if layers.start < first + stored.shape[1]:
+                return stored[:, layers.start - first : layers.stop - first]
+            first += stored.shape[1]
+        raise IndexError(f"layer {layers.start} of {first}")
 
 
 def sum_of_layers(weights: Tensor, features: ItemFeatures, layers: range) -> Tensor:
-    """sum_l w_l h_l over some layers of scaled features: weights [len(layers)] -> [N, D], in their dtype.
+    """sum_l w_l h_l over layers of one feature set, scaled: weights [len(layers)] -> [N, its dim], in their dtype.
 
     Equal to summing `features.layer(l)`, gradients too, but layers are read in blocks that are never all in memory.
     """
@@ -109,9 +118,9 @@ class _SumOfLayers(torch.autograd.Function):
 
 def _scaling(features: ItemFeatures, layers: range, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """mean and 1 / std [len(layers), D], and 1 where an item has the layer, else 0, [N, len(layers)]."""
-    chosen = list(layers)
+    chosen, dim = list(layers), features.dim(layers)
     present = (~features.missing[:, chosen]).to(dtype)
     if features.mean is None or features.std is None:
-        shape = len(chosen), features.stored.shape[2]
+        shape = len(chosen), dim
         return present.new_zeros(shape), present.new_ones(shape), present
-    return features.mean[chosen].to(dtype), 1 / features.std[chosen].to(dtype), present
+    return features.mean[chosen, :dim].to(dtype), 1 / features.std[chosen, :dim].to(dtype), present

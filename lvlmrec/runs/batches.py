@@ -6,7 +6,7 @@ reads, N negatives of a position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lvlmrec.data.split import UserItems
-from lvlmrec.features.compact import FeatureArray, read_stored
+from lvlmrec.features.array import FeatureArray
+from lvlmrec.features.mapping import side_by_side
 from lvlmrec.models.item_features import ItemFeatures
 from lvlmrec.models.losses import SampledLossConfig
 from lvlmrec.models.sequential.histories import Histories, pack
@@ -143,33 +144,32 @@ def item_features(features: FeatureArray | None, item_index: np.ndarray, device:
     """
     if features is None:
         return None
-    row, columns = torch.from_numpy(features.row(item_index)), features.columns
+    row = torch.from_numpy(features.row(item_index))
     if device.type == "cpu" or features.item_shape:
-        stored = features.stored()
+        stored: Sequence[Tensor] = features.stored()
     else:
-        held = held_by_device(features.path, features.dtype, columns, device)
+        held = held_by_device(features.files, device)
         if held is None:
-            stored = features.stored()[row[:, None], list(columns)].to(device)
+            stored = [each.index_select(0, row).to(device) for each in features.stored()]
             row = torch.arange(len(row), device=device)
         else:
             stored, row = held, row.to(device)
-        columns = tuple(range(len(columns)))
     missing = torch.from_numpy(features.is_missing(item_index)).to(device)
     mean, std = (None if part is None else part.to(device) for part in (features.mean, features.std))
-    return ItemFeatures(stored, row, columns, mean, std, missing)
+    return ItemFeatures(stored, row, mean, std, missing)
 
 
 @lru_cache(maxsize=1)  # until the next run asks for its own
-def held_by_device(path: Path, dtype: str, columns: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """Some columns of a file of features on a device, [T, len(columns), D]; None where they take too much of it."""
-    stored = read_stored(path, dtype)
-    num_rows, _, dim = stored.shape
-    size = num_rows * len(columns) * dim * stored.element_size()
+def held_by_device(files: tuple[tuple[tuple[Path, ...], str], ...], device: torch.device) -> list[Tensor] | None:
+    """Columns of feature sets on a device, [I + 1, columns, D] each; None where they take too much of it."""
+    stored = [side_by_side(paths, dtype) for paths, dtype in files]
+    size = sum(each.numel() * each.element_size() for each in stored)
     if size > SHARE_FOR_FEATURES * free_memory(device):
         return None
-    held = torch.empty(num_rows, len(columns), dim, dtype=stored.dtype, device=device)
-    for start in range(0, num_rows, ROWS_AT_ONCE):
-        held[start : start + ROWS_AT_ONCE] = stored[start : start + ROWS_AT_ONCE, list(columns)].to(device)
+    held = [torch.empty(each.shape, dtype=each.dtype, device=device) for each in stored]
+    for source, target in zip(stored, held, strict=True):
+        for start in range(0, len(source), ROWS_AT_ONCE):
+            target[start : start + ROWS_AT_ONCE] = source[start : start + ROWS_AT_ONCE].to(device)
     return held
 
 

@@ -22,7 +22,7 @@ from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.errors import InputError
 from lvlmrec.features import pca
-from lvlmrec.features.compact import FeatureArray, Projection
+from lvlmrec.features.array import FeatureArray, Projection
 from lvlmrec.models.sequential.recommender import Recommender
 from lvlmrec.runs.experiment import TrainConfig, TrainingData, build_model, load_features
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lvlmrec.errors import JobFailed
-from lvlmrec.features.compact import FeatureArray
+from lvlmrec.features.array import FeatureArray
 from lvlmrec.runs.experiment import TrainConfig
 
 STEPS_BETWEEN_CHECKS = 100  # of losses and gradients; a GPU is waited for at each check

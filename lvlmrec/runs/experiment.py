@@ -18,8 +18,9 @@ from lvlmrec.data import DatasetConfig, load_split
 from lvlmrec.data.split import Holdout, UserItems
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import compact, pca, store
-from lvlmrec.features.compact import FeatureArray
+from lvlmrec.features.array import FeatureArray
 from lvlmrec.features.noise import NOISES, noise_twin
+from lvlmrec.features.store import FeatureSet
 from lvlmrec.models.losses import LOSSES, LossConfig, SampledLossConfig
 from lvlmrec.models.sequential.fusions.base import FeatureShape
 from lvlmrec.models.sequential.recommender import ModelConfig, Recommender
@@ -32,7 +33,7 @@ FORMAT = 1
 WORKERS = ("training.num_workers", "training.min_workers", "training.use_gpu")
 CHUNKS = ("model.item_encoder.items_at_once", "model.item_encoder.gradient_checkpointing")
 CHECKS = ("max_missing_features",)  # what it refuses is not run, and it changes nothing else
-NOT_LEARNED = ("workspace", "tracking_uri", "cache", *WORKERS, *CHUNKS, *CHECKS)
+NOT_LEARNED = ("workspace", "tracking_uri", "cache", "cache_gb", *WORKERS, *CHUNKS, *CHECKS)
 SEARCH = "search."  # what a search tries decides nothing about a single one of its trials
 
 
@@ -83,6 +84,11 @@ class TrainConfig:
     workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here", required=True)
     tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
     cache: str = option("${workspace}/cache", "local folder for memory-mapped features, one per machine", required=True)
+    cache_gb: float = option(
+        0.0,
+        "GB that the cache may take: features used least recently, that no running job reads, make room; 0: any number",
+        minimum=0,
+    )
     seed: int = option(0, "seed of initialisation, order and dropout", minimum=0, maximum=MAX_SEED)
     dataset: DatasetConfig = option(DatasetConfig, "interactions")
     features: Any = option("${workspace}/features", "feature set, or a store that holds exactly one; or a list of them")
@@ -267,15 +273,39 @@ def load_features(
         compact.check_counted(feature_set, dataset_ids)
     read = "many" if every_layer else layers
     chosen = [(each, compact.choose_columns(each, config.feature_columns, read)) for each in feature_sets]
-    array = compact.compact(chosen, item_ids, config.cache, config.max_missing_features)
+    for feature_set, names in chosen:
+        _check_read(config, feature_set, names[0])
+    array = compact.compact(chosen, item_ids, config.cache, config.max_missing_features, config.cache_gb)
     if config.feature_control == "shuffled":
         return array.shuffled(config.seed)
     return array if config.feature_control == "none" else noise_twin(array, config.feature_control, config.seed)
 
 
+def _check_read(config: TrainConfig, feature_set: FeatureSet, column: str) -> None:
+    """Raises `ConfigError` when the item encoder, or a control, cannot read a column such as `column`."""
+    tokens, _ = compact.token_shape(feature_set, column)
+    frames = compact.is_frames(column)
+    encoder = config.model.item_encoder
+    if frames and not encoder.reads_frames:
+        raise ConfigError(
+            f"model.item_encoder.name: {encoder.name!r} reads vectors, and {column!r} of {feature_set.uri!r} is "
+            f"frames; set model.item_encoder.name=video, or features to a feature set of vectors"
+        )
+    if tokens > 1 and not frames and not encoder.reads_tokens:
+        raise ConfigError(
+            f"feature_columns: {column!r} of {feature_set.uri!r} has {tokens} tokens per item, and item encoder "
+            f"{encoder.name!r} reads vectors; choose columns of another pooling, as "
+            f"{', '.join(map(str, feature_set.recipe.vector_names[-1:])) or 'visual_mean'}"
+        )
+    if tokens > 1 and config.feature_control in NOISES:
+        raise ConfigError(f"feature_control: {config.feature_control!r} of several tokens; choices: none, shuffled")
+
+
 def build_model(config: ModelConfig, num_items: int, max_length: int, features: FeatureArray | None) -> Recommender:
     """The recommender for a catalogue of `num_items` and the features' shape."""
-    shapes = [FeatureShape(*shape, features.item_shape) for shape in features.shapes] if features else []
+    shapes = (
+        [FeatureShape(*shape, features.item_shape, features.tokens) for shape in features.shapes] if features else []
+    )
     return config.build(num_items, max_length, shapes)
 
 

@@ -25,7 +25,16 @@ from lvlmrec.errors import ConfigError
 from lvlmrec.runs.experiment import NOT_LEARNED, TrainConfig
 
 # One split, one budget: neither a method nor the search may change them.
-SAME_FOR_ALL = ("workspace", "tracking_uri", "cache", "seed", "dataset", "training.epochs", "training.patience")
+SAME_FOR_ALL = (
+    "workspace",
+    "tracking_uri",
+    "cache",
+    "cache_gb",
+    "seed",
+    "dataset",
+    "training.epochs",
+    "training.patience",
+)
 NOT_DECIDING = ("study.max_concurrent", "study.cpus_per_run", "study.gpus_per_run", *NOT_LEARNED)
 NAME = re.compile(r"[\w .:-]+")  # of a folder
 METHOD = re.compile(r"[^,|\x00-\x1f\x7f]+")  # commas and bars separate in messages and tables

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lvlmrec.data.split import Holdout
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_targets
-from lvlmrec.features.compact import FeatureArray
+from lvlmrec.features.array import FeatureArray
 from lvlmrec.models.item_features import ItemFeatures
 from lvlmrec.models.losses import LossInputs, alignment, uniformity
 from lvlmrec.models.sequential.fusions.video import Video

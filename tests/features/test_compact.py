@@ -28,13 +28,14 @@ def test_rows_are_the_stored_features_in_item_index_order(make_set: MakeSet, tmp
     assert torch.equal(array.rows(np.array([0])), torch.zeros(1, 3, 8))
 
 
-def test_the_array_is_made_once_per_set_columns_and_id_map(make_set: MakeSet, tmp_path: Path) -> None:
+def test_a_column_is_made_once_per_set_and_id_map(make_set: MakeSet, tmp_path: Path) -> None:
     feature_set, cache = store.read(make_set([ITEMS])), str(tmp_path / "cache")
     first = compact([(feature_set, LLM)], ITEMS, cache)
-    changed = first.path.stat().st_mtime_ns
-    assert compact([(feature_set, LLM)], ITEMS, cache).path.stat().st_mtime_ns == changed
-    assert compact([(feature_set, LLM[:1])], ITEMS, cache).path != first.path
-    assert compact([(feature_set, LLM)], ITEMS[::-1], cache).path != first.path
+    ((paths, _),) = first.files
+    changed = [path.stat().st_mtime_ns for path in paths]
+    assert compact([(feature_set, LLM)], ITEMS, cache).files == first.files
+    assert [path.stat().st_mtime_ns for path in paths] == changed
+    assert not {*paths} & {*compact([(feature_set, LLM)], ITEMS[::-1], cache).files[0][0]}
 
 
 def test_standardized_has_mean_zero_and_variance_one_over_the_given_items(make_set: MakeSet, tmp_path: Path) -> None:
@@ -84,13 +85,19 @@ def test_columns_are_chosen_by_pattern_and_by_what_the_encoder_reads(make_set: M
         choose_columns(feature_set, ["*"], "many")
 
 
-def test_columns_of_several_tokens_are_never_chosen(make_set: MakeSet) -> None:
+def test_columns_of_several_tokens_are_chosen_by_the_name_of_their_pooling(make_set: MakeSet) -> None:
     features = store.read(make_set([["a"]], poolings=("merged_3", "visual_mean")))
     means = [f"describe/llm.{layer}/visual_mean" for layer in (0, 2, 4)]
     assert choose_columns(features, [], "many") == means
     assert choose_columns(features, ["describe/*"], "many") == means
-    with pytest.raises(InputError, match="match no column"):
-        choose_columns(features, ["*/merged_3"], "many")
+    assert choose_columns(features, ["*/merged_3"], "many") == [
+        name.replace("visual_mean", "merged_3") for name in means
+    ]
+    assert choose_columns(features, ["*/merged_3"], "one") == ["describe/llm.4/merged_3"]
+    with pytest.raises(InputError, match=r"match no column; columns: .*merged_3 of"):
+        choose_columns(features, ["*/merged_3.sizes"], "many")
+    with pytest.raises(InputError, match=r"different numbers of tokens \[1, 3\]"):
+        choose_columns(features, ["*/llm.*/visual_mean", "*/merged_3"], "many")
 
 
 def test_the_shuffled_control_permutes_whole_rows(make_set: MakeSet, tmp_path: Path) -> None:
@@ -126,7 +133,7 @@ def test_several_feature_sets_stand_side_by_side(tmp_path: Path, dtype: str, oth
     array = compact(chosen, ITEMS, str(tmp_path / "cache"))
     assert array.shape == (41, 5, 8)
     assert array.shapes == [(3, 8), (2, 5)]
-    assert array.dtype == (dtype if dtype == other else "float32")
+    assert [stored.dtype for stored in array.stored()] == [getattr(torch, dtype), getattr(torch, other)]
     names = [
         f"{uri.rsplit('/', 1)[-1]}:{name}" for uri, names in ((videos, LLM), (captions, CAPTIONS[1:])) for name in names
     ]

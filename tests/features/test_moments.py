@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lvlmrec.errors import InputError
-from lvlmrec.features import compact as compact_module
+from lvlmrec.features import array as array_module
 from lvlmrec.features import moments
-from lvlmrec.features.compact import FeatureArray
+from lvlmrec.features.array import Column, FeatureArray
+from lvlmrec.features.cache import ARRAY, Cache
 from lvlmrec.runs import experiment
 from lvlmrec.runs.checkpoint import load_checkpoint
 from tests.feature_sets import recipe_of, write_set
@@ -29,21 +30,22 @@ def array(folder: Path, shape: Shape, dtype: str, missing: float = 0.0) -> Featu
     lacking = rng.random((items + 1, columns)) < missing
     lacking[0] = True
     values[torch.from_numpy(lacking)] = 0
-    folder.mkdir(exist_ok=True)
-    np.save(folder / "features.npy", (values.view(torch.uint16) if dtype == "bfloat16" else values).numpy())
-    names = tuple(f"c{k}" for k in range(columns))
-    every = tuple(range(columns))
-    return FeatureArray(
-        folder / "features.npy", "d", "r", names, every, (dim,) * columns, (0,) * columns, dtype, lacking
-    )
+    cache = Cache(folder)
+    content = (values.view(torch.uint16) if dtype == "bfloat16" else values).numpy()
+    held = []
+    for column in range(columns):
+        with cache.publishing(f"c{column}", {}) as working:
+            np.save(working / ARRAY, content[:, column])
+        held.append(Column(f"c{column}", 0, f"c{column}", f"c{column}", dim, dtype))
+    return FeatureArray(cache, tuple(held), "d", "r", lacking)
 
 
 def whole_rows(features: FeatureArray, item_index: np.ndarray) -> tuple[Tensor, ...]:
     """The same over whole rows of so many items, as the moments of all earlier runs were made."""
     raw = replace(features, mean=None, std=None)
     total = squares = torch.zeros(features.shape[1:], dtype=torch.float64)
-    for start in range(0, len(item_index), compact_module.ROWS_AT_ONCE):
-        values = raw.rows(item_index[start : start + compact_module.ROWS_AT_ONCE]).double()
+    for start in range(0, len(item_index), array_module.ROWS_AT_ONCE):
+        values = raw.rows(item_index[start : start + array_module.ROWS_AT_ONCE]).double()
         total, squares = total + values.sum(0), squares + values.square().sum(0)
     count = torch.from_numpy((~features.is_missing(item_index)).sum(0))[:, None]
     mean, squares = total / count, squares / count
@@ -64,7 +66,7 @@ def test_blocks_have_the_sums_of_whole_rows_to_the_last_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: None, shape: Shape, dtype: str, view: str
 ) -> None:
     """Edges of blocks lie within columns and across them, the last blocks are not full."""
-    monkeypatch.setattr(compact_module, "ROWS_AT_ONCE", 256)
+    monkeypatch.setattr(array_module, "ROWS_AT_ONCE", 256)
     monkeypatch.setattr(moments, "BYTES_AT_ONCE", 256 * 128 * moments.BYTES_OF_A_VALUE)
     features = array(tmp_path, shape, dtype, missing=0.03)
     features = features.select(["c2", "c0"]) if view == "some columns" else features
@@ -78,7 +80,7 @@ def test_blocks_have_the_sums_of_whole_rows_to_the_last_bit(
 
 def test_a_block_is_bounded_whatever_the_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "BYTES_AT_ONCE", 1 << 20)
-    monkeypatch.setattr(compact_module, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(array_module, "ROWS_AT_ONCE", 64)
     read, blocks = moments._read, []
 
     def recorded(*arguments: Any) -> Tensor:
@@ -97,13 +99,13 @@ def test_moments_are_made_once_for_an_array_its_columns_and_items(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    sums = compact_module.sums
+    sums = moments.sums
 
     def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
         made.append(arguments)
         return sums(*arguments)
 
-    monkeypatch.setattr(compact_module, "sums", counted)
+    monkeypatch.setattr(moments, "sums", counted)
     features, index = array(tmp_path / "one", (90, 3, 8), "float32"), np.arange(1, 81)
     first = features.standardized(index)
     for again in (features.standardized(index), replace(features).standardized(index.astype(np.int32))):
@@ -115,7 +117,7 @@ def test_moments_are_made_once_for_an_array_its_columns_and_items(
     assert torch.equal(others[1].mean, first.mean[1:2])
     array(tmp_path / "two", (90, 3, 8), "float32").standardized(index)
     assert len(made) == 6
-    assert {file.suffix for file in (tmp_path / "one").iterdir()} == {".npy", ".safetensors"}
+    assert {file.suffix for file in (tmp_path / "one").glob("*/*")} == {".npy", ".safetensors", ".json"}
 
 
 def test_a_second_run_reads_no_features_to_scale_them(
@@ -125,7 +127,7 @@ def test_a_second_run_reads_no_features_to_scale_them(
     for more in ({}, {"feature_pca": 2}, {"feature_control": "gaussian"}, {"feature_control": "shuffled"}):
         first = experiment.prepare(train_config(world, tmp_path, **values, **more))
         with monkeypatch.context() as patch:
-            patch.delattr(compact_module, "sums")
+            patch.delattr(moments, "sums")
             again = experiment.prepare(train_config(world, tmp_path, **values, **more, seed=0))
         assert first.features is not None and again.features is not None
         assert first.features.mean is not None and again.features.mean is not None

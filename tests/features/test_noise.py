@@ -1,14 +1,17 @@
 """Noise twins: what they share with the real features, and what they must not."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lvlmrec.features import compact as compact_module
+from lvlmrec.features import array as array_module
 from lvlmrec.features import store
-from lvlmrec.features.compact import FeatureArray, compact
+from lvlmrec.features.array import FeatureArray
+from lvlmrec.features.compact import compact
+from lvlmrec.features.mapping import side_by_side
 from lvlmrec.features.noise import NOISES, noise_twin
 from tests.feature_sets import captions_recipe, write_set, write_values
 
@@ -37,7 +40,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> FeatureArray:
 @pytest.fixture(scope="module", params=NOISES)
 def twin(request: pytest.FixtureRequest, real: FeatureArray) -> tuple[str, FeatureArray]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compact_module, "ROWS_AT_ONCE", 700)  # several blocks, the last one not full
+        patch.setattr(array_module, "ROWS_AT_ONCE", 700)  # several blocks, the last one not full
         return request.param, noise_twin(real, request.param, seed=3)
 
 
@@ -83,17 +86,19 @@ def test_it_says_nothing_of_the_items(real: FeatureArray, twin: tuple) -> None:
 
 def test_it_depends_on_the_seed_alone_and_is_made_once(real: FeatureArray, twin: tuple, tmp_path: Path) -> None:
     kind, array = twin
-    changed = array.path.stat().st_mtime_ns
-    assert noise_twin(real, kind, seed=3).path.stat().st_mtime_ns == changed
+    paths = array.files[0][0]
+    changed = [path.stat().st_mtime_ns for path in paths]
+    assert noise_twin(real, kind, seed=3).files == array.files
+    assert [path.stat().st_mtime_ns for path in paths] == changed
     other = noise_twin(real.select(LLM[:1]), kind, seed=4) if kind == "covariance" else noise_twin(real, kind, seed=4)
-    assert other.path != array.path and other.digest != array.digest != real.digest
+    assert not {*other.files[0][0]} & {*paths} and other.digest != array.digest != real.digest
     assert not np.allclose(other.rows(EVERY)[:, 0], array.rows(EVERY)[:, 0])
-    array.path.with_name("about.json").unlink()  # so that it is made again
     before = flat(array)
-    array.path.unlink()
-    array.path.parent.rmdir()
+    for path in paths:  # so that it is made again
+        shutil.rmtree(path.parent)
+    side_by_side.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compact_module, "ROWS_AT_ONCE", 700)
+        patch.setattr(array_module, "ROWS_AT_ONCE", 700)
         again = noise_twin(real, kind, seed=3)
     np.testing.assert_array_equal(flat(again), before)
 
@@ -124,6 +129,6 @@ def test_rows_are_made_in_blocks(real: FeatureArray, monkeypatch: pytest.MonkeyP
         return rows(self, item_index)
 
     monkeypatch.setattr(FeatureArray, "rows", counted)
-    monkeypatch.setattr(compact_module, "ROWS_AT_ONCE", 256)
+    monkeypatch.setattr(array_module, "ROWS_AT_ONCE", 256)
     noise_twin(real.select(LLM[:1]), "covariance", seed=9)
     assert asked and max(asked) == 256

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lvlmrec.errors import InputError
-from lvlmrec.features import compact as compact_module
+from lvlmrec.features import array as array_module
 from lvlmrec.features import pca, store
-from lvlmrec.features.compact import FeatureArray, compact
+from lvlmrec.features.array import FeatureArray
+from lvlmrec.features.compact import compact
 from tests.feature_sets import captions_recipe, write_set, write_values
 
 ITEMS = [f"item{i}" for i in range(90)]
@@ -33,7 +34,7 @@ def array_of(folder: Path, content: torch.Tensor) -> FeatureArray:
 def test_it_is_numpys_pca_of_the_training_items(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
 ) -> None:
-    monkeypatch.setattr(compact_module, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(array_module, "ROWS_AT_ONCE", rows_at_once)
     content = values()
     reduced = pca.reduce(array_of(tmp_path, content), TRAIN, 3)
     assert reduced.shape == (91, 3, 3) and reduced.shapes == [(3, 3)]
@@ -69,12 +70,13 @@ def test_only_training_items_decide(tmp_path: Path) -> None:
 def test_it_is_made_once_per_number_of_components_and_training_items(tmp_path: Path) -> None:
     array = array_of(tmp_path, values())
     reduced = pca.reduce(array, TRAIN, 3)
-    changed = reduced.path.stat().st_mtime_ns
-    assert pca.reduce(array, TRAIN, 3).path.stat().st_mtime_ns == changed
-    assert pca.reduce(array, TRAIN, 2).path != reduced.path
-    assert pca.reduce(array, TRAIN[1:], 3).path != reduced.path
+    changed = [path.stat().st_mtime_ns for path in reduced.files[0][0]]
+    again = pca.reduce(array, TRAIN, 3)
+    assert again.files == reduced.files and [path.stat().st_mtime_ns for path in again.files[0][0]] == changed
+    assert pca.reduce(array, TRAIN, 2).files != reduced.files
+    assert pca.reduce(array, TRAIN[1:], 3).files != reduced.files
     assert reduced.projection is not None
-    assert pca.project(array, reduced.projection).path == reduced.path
+    assert pca.project(array, reduced.projection).files == reduced.files
 
 
 def test_each_feature_set_of_another_width_has_components_of_its_own(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_read_only_place_is_refused_with_status_two(tmp_path: Path, world: Pat
         with pytest.raises(StorageRefused, match=rf"^{disk}/sample: cannot be written: Read-only"):
             sample.ensure(str(disk), f"{disk}/sample/interactions")
         with pytest.raises(StorageRefused, match=rf"^{disk}/cache/.*: cannot be written: Read-only"):
-            experiment.prepare(train_config(world, tmp_path, **settings, feature_columns="[describe/llm.0/*]"))
+            experiment.prepare(train_config(world, tmp_path, **settings, feature_columns="[video/*]"))
         scaled = experiment.prepare(train_config(world, tmp_path, **settings))  # the array is there, its moments not
         assert scaled.features is not None and scaled.features.mean is not None
 

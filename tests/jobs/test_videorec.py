@@ -99,9 +99,11 @@ def test_frames_are_extracted_once_and_train_on_two_workers(
         values = ["training.epochs=2", "model.item_encoder.encoder.channels=8", "model.backbone.dropout=0"]
         prepared = experiment.prepare(train_config(small_world, tmp_path, *values, "training.num_workers=2"))
         features, expected = prepared.features, dict(zip(names, *columns.values(), strict=True))
-        assert features is not None and features.dtype == "uint8"
+        assert features is not None
+        (frames,) = features.stored()
+        assert frames.dtype == torch.uint8
         for index, item_id in enumerate(prepared.data.item_ids, 1):
-            assert torch.equal(features.stored()[index, 0], expected[item_id])
+            assert torch.equal(frames[index, 0].flatten(), expected[item_id])
         result = training.run(prepared, tracking.start(tracking_uri, str(tmp_path), "train", {}))
     finally:
         ray.shutdown()

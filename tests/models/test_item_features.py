@@ -22,15 +22,15 @@ def features_of(dtype: torch.dtype, scaled: bool) -> ItemFeatures:
     mean, std = (torch.randn(3, D), torch.rand(3, D) + 0.5) if scaled else (None, None)
     if std is not None:
         std[2, 1] = torch.inf  # a dimension that does not vary
-    return ItemFeatures(stored, row, COLUMNS, mean, std, missing)
+    return ItemFeatures([stored[:, list(COLUMNS)]], row, mean, std, missing)
 
 
 def plain(features: ItemFeatures, dtype: torch.dtype) -> torch.Tensor:
     """[N, L, D]: one item and layer after the other."""
     rows = []
     for n, row in enumerate(features.row.tolist()):
-        for layer, column in enumerate(features.columns):
-            value = features.stored[row, column].to(dtype)
+        for layer in range(len(COLUMNS)):
+            value = features.stored[0][row, layer].to(dtype)
             if features.mean is not None and features.std is not None:
                 value = (value - features.mean[layer].to(dtype)) / features.std[layer].to(dtype)
             rows.append(torch.zeros_like(value) if features.missing[n, layer] else value)

@@ -35,7 +35,7 @@ def random_features(num_items, shapes):
     """[num_items, L, D]: the layers of the feature sets one after the other, zeros behind the narrower one."""
     if shapes[0].frames:
         return torch.randint(0, 256, (num_items, 1, shapes[0].dim), dtype=torch.uint8)
-    parts = [torch.randn(num_items, num_layers, dim) for num_layers, dim, _ in shapes]
+    parts = [torch.randn(num_items, num_layers, dim) for num_layers, dim, *_ in shapes]
     return torch.cat([functional.pad(part, (0, max(DIMS) - part.shape[-1])) for part in parts], dim=1)
 
 

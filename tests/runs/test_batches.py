@@ -28,14 +28,16 @@ def test_a_device_with_room_holds_the_features_of_all_items(
     array = prepared.features
     assert array is not None
     kept = array.select(array.names[1:])
-    size = kept.stored()[:, list(kept.columns)].numel() * kept.stored().element_size()
+    (stored,) = kept.stored()
+    size = stored.numel() * stored.element_size()
     for free, expected in ((2 * size, len(array.missing)), (2 * size - 1, len(INDEX))):
         monkeypatch.setattr(batches, "free_memory", lambda device, free=free: free)
         batches.held_by_device.cache_clear()
         read = item_features(kept, INDEX, META)
         assert read is not None
-        assert read.stored.device == META and read.stored.shape == (expected, *kept.shape[1:])
-        assert read.columns == tuple(range(len(kept.names))) and read.row.shape == INDEX.shape
+        (stored,) = read.stored
+        assert stored.device == META and stored.shape == (expected, *kept.shape[1:])
+        assert read.row.shape == INDEX.shape
 
 
 @pytest.mark.parametrize("kept", [slice(None), slice(1, None)])
@@ -47,9 +49,9 @@ def test_what_a_device_holds_is_what_the_file_has(
     array = prepared.features
     assert array is not None
     array = array.select(array.names[kept])
-    held = batches.held_by_device(array.path, array.dtype, array.columns, CPU)
-    assert held is not None and torch.equal(held, array.stored()[:, list(array.columns)])
-    assert held.dtype == array.stored().dtype
+    held = batches.held_by_device(array.files, CPU)
+    assert held is not None and torch.equal(held[0], array.stored()[0])
+    assert held[0].dtype == array.stored()[0].dtype
 
 
 @pytest.mark.gpu
@@ -69,7 +71,7 @@ def test_a_gpu_reads_the_features_that_the_cpu_reads(
         for device in (torch.device("cuda"), CPU)
     )
     assert ours is not None and theirs is not None
-    for layer in range(len(theirs.columns)):
+    for layer in range(theirs.missing.shape[1]):
         torch.testing.assert_close(ours.layer(layer, torch.float32).cpu(), theirs.layer(layer, torch.float32))
 
 

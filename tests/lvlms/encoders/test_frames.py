@@ -68,9 +68,11 @@ def test_pixels_come_back_through_store_and_array(make_clip: Callable, tmp_path:
     feature_set = store.read(uri)
     assert feature_set.recipe == recipe
     array = compact([(feature_set, choose_columns(feature_set, [], "one"))], names[::-1], str(tmp_path / "cache"))
-    assert (array.shape, array.dtype, array.item_shape) == ((4, 1, 2304), "uint8", (3, 3, 16, 16))
-    assert torch.equal(array.stored()[1:, 0], pixels.flatten(1).flip(0))
-    assert array.stored()[0].abs().sum() == 0
+    assert (array.shape, array.tokens, array.item_shape) == ((4, 1, 3, 768), 3, (3, 3, 16, 16))
+    (frames,) = array.stored()
+    assert frames.dtype == torch.uint8
+    assert torch.equal(frames[1:, 0], pixels.flatten(2).flip(0))
+    assert frames[0].abs().sum() == 0
     assert Path(uri, "parts").is_dir() and sum(f.stat().st_size for f in Path(uri, "parts").iterdir()) < 3 * 2304 * 2
 
 

@@ -20,9 +20,8 @@ def encode_grid(backbone: nn.Module, embeddings: Tensor, mask: Tensor) -> Tensor
     return grid.index_copy(0, histories.place, encoded).unflatten(0, mask.shape)
 
 
-def as_stored(features: Tensor) -> ItemFeatures:
-    """Features [N, L, D] of N items with nothing to scale and nothing missing."""
-    num_items, num_layers, _ = features.shape
-    row = torch.arange(num_items, device=features.device)
-    missing = row.new_zeros(num_items, num_layers, dtype=torch.bool)
-    return ItemFeatures(features, row, range(num_layers), None, None, missing)
+def as_stored(*features: Tensor) -> ItemFeatures:
+    """Features [N, L, D] of N items, one of each feature set, with nothing to scale and nothing missing."""
+    row = torch.arange(len(features[0]), device=features[0].device)
+    missing = row.new_zeros(len(row), sum(each.shape[1] for each in features), dtype=torch.bool)
+    return ItemFeatures(features, row, None, None, missing)

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from torch.nn import functional
 
 from lvlmrec.models.sequential.fusions import FUSIONS
 from lvlmrec.models.sequential.fusions.base import FeatureShape
@@ -76,12 +75,10 @@ def test_values_and_gradients_follow_the_equation(name, settings, shapes):
     module = FUSIONS[name](**settings).build(NUM_ITEMS, E, shapes).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)  # biases and layer logits too
-    sets = [list(torch.randn(num_layers, len(ITEMS), dim, dtype=torch.float64)) for num_layers, dim, _ in shapes]
-    widest = max(shape.dim for shape in shapes)
-    layers = [functional.pad(layer, (0, widest - layer.shape[1])) for part in sets for layer in part]
+    sets = [list(torch.randn(shape.num_layers, len(ITEMS), shape.dim, dtype=torch.float64)) for shape in shapes]
     parameters = dict(module.named_parameters())
 
-    actual = module(ITEMS, as_stored(torch.stack(layers, dim=1)))
+    actual = module(ITEMS, as_stored(*(torch.stack(layers, dim=1) for layers in sets)))
     expected = equation(name, settings, parameters, sets)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 

@@ -40,7 +40,7 @@ def features_of(shape: tuple[int, ...] = SHAPE) -> ItemFeatures:
     missing = torch.zeros(len(INDEX), 1, dtype=torch.bool)
     missing[3] = True
     stored[INDEX[3]] = 0
-    return ItemFeatures(stored, INDEX, (0,), None, None, missing)
+    return ItemFeatures([stored], INDEX, None, None, missing)
 
 
 def build(encoder: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Video:
@@ -65,7 +65,7 @@ def test_values_and_gradients_follow_the_equation_item_by_item(encoder: str, ids
     module, features = build(encoder, ids=ids), features_of()
     rows = []
     for n, item in enumerate(INDEX.tolist()):
-        frames = features.stored[item, 0].reshape(1, *SHAPE)
+        frames = features.stored[0][item, 0].reshape(1, *SHAPE)
         vector = module.encoder(frames)[0] * (0.0 if features.missing[n, 0] else 1.0)
         v = functional.gelu(module.projection.weight @ vector + module.projection.bias)
         if module.ids is not None and module.gate is not None:

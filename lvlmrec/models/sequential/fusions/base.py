@@ -21,11 +21,15 @@ from lvlmrec.models.item_features import ItemFeatures, sum_of_layers
 
 
 class FeatureShape(NamedTuple):
-    """The features of an item in one feature set; `frames` (F, 3, H, W) where they are stored pixels."""
+    """The features of an item in one feature set: of each layer `tokens` vectors of `dim`, one where it is pooled.
+
+    frames: (F, 3, H, W) where they are stored pixels, each frame a token
+    """
 
     num_layers: int
     dim: int
     frames: tuple[int, ...] = ()
+    tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,13 @@ class FusionConfig(ABC):
 
     layers       how many layers of each feature set it reads: none, one or many
     reads_frames it encodes stored frames, which is so much work that training workers share it
+    reads_tokens it reads the several tokens that a layer may have per item
     """
 
     name: str
     layers: ClassVar[str]
     reads_frames: ClassVar[bool] = False
+    reads_tokens: ClassVar[bool] = False
 
     @property
     def pretrained(self) -> str:

@@ -105,4 +105,4 @@ class Video(nn.Module):
     def encode(self, features: ItemFeatures) -> Tensor:
         """The encoder's vectors [N, D]; frames are read and moved here, so that none are kept for the backward pass."""
         frames = features.as_stored(0).to(self.projection.weight.device, non_blocking=True)
-        return self.encoder(frames.unflatten(1, self.frame_shape))
+        return self.encoder(frames.reshape(len(frames), *self.frame_shape))
