@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lvlmrec.features import array as array_module
-from lvlmrec.features import store
+from lvlmrec.features import noise, store
 from lvlmrec.features.array import FeatureArray
 from lvlmrec.features.compact import compact
 from lvlmrec.features.mapping import side_by_side
@@ -132,3 +132,35 @@ def test_rows_are_made_in_blocks(real: FeatureArray, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(array_module, "ROWS_AT_ONCE", 256)
     noise_twin(real.select(LLM[:1]), "covariance", seed=9)
     assert asked and max(asked) == 256
+
+
+def test_the_factor_is_that_of_the_covariance_over_all_items(tmp_path: Path) -> None:
+    """Of features of four degrees of freedom, with a dimension that does not vary, and with items that lack a set."""
+    values = torch.rand(200, 4, generator=torch.Generator().manual_seed(2)) @ torch.randn(4, 24) + 3
+    values[:, 5] = 0.25
+    videos = store.read(write_values(tmp_path / "videos", ITEMS[:200], values.reshape(200, 3, 8)))
+    captions = store.read(write_set(tmp_path / "captions", [ITEMS[4:200]], captions_recipe()))
+    array = compact([(videos, LLM), (captions, ["caption/text.2/all_mean"])], ITEMS[:200], str(tmp_path / "cache"))
+    factor = noise._factor(array).astype(np.float64)
+    rows, real = array.rows(np.arange(1, 201)).double().numpy(), []
+    for column, width in enumerate(array.widths):
+        present = ~array.is_missing(np.arange(1, 201))[:, column, None]
+        centred = rows[:, column, :width] - rows[present[:, 0], column, :width].mean(0)
+        real.append(centred * present / np.sqrt(present.sum()))
+    expected = np.concatenate(real, axis=1).T @ np.concatenate(real, axis=1)
+    np.testing.assert_allclose(factor @ factor.T, expected, rtol=1e-5, atol=1e-5 * expected.max())
+    assert not factor[5].any() and not np.triu(factor, 1).any()
+
+
+@pytest.mark.parametrize("most", [23, 24])
+def test_a_sum_over_items_has_the_same_distribution(
+    real: FeatureArray, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """23 dimensions at most are factored, and here are 24."""
+    monkeypatch.setattr(noise, "MOST_DIMENSIONS", most)
+    twin = noise_twin(real, "covariance", seed=5)
+    assert ("factored" in twin.digest) == (most == 24)
+    theirs, ours = np.cov(flat(real).T), np.cov(flat(twin).T)
+    deviation = np.sqrt(np.diag(theirs))
+    assert (abs(ours - theirs) / deviation / deviation[:, None]).max() < 0.12
+    assert np.linalg.norm(ours - theirs) < 0.1 * np.linalg.norm(theirs)
