@@ -10,7 +10,10 @@ from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import pca, store
 from lvlmrec.features.array import FeatureArray
 from lvlmrec.features.compact import compact
+from lvlmrec.features.noise import NOISES
+from lvlmrec.models.sequential.fusions.dff import DFFConfig
 from lvlmrec.runs import experiment
+from lvlmrec.runs.batches import item_features
 from tests.feature_sets import recipe_of, vectors, write_set
 from tests.toy import ITEM_IDS, train_config
 
@@ -130,3 +133,27 @@ def test_models_of_vectors_refuse_tokens_before_any_is_copied(
     with pytest.raises(ConfigError, match=message):
         experiment.prepare(config)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("control", NOISES)
+def test_tokens_have_no_noise_twin(
+    world: Path, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, control: str
+) -> None:
+    monkeypatch.setattr(DFFConfig, "reads_tokens", True)
+    values = {"model__item_encoder__name": "dff", "features": uri, "feature_columns": "[describe/*/merged_3]"}
+    with pytest.raises(ConfigError, match=rf"feature_control: '{control}' of several tokens; choices: none, shuffled"):
+        experiment.load_features(train_config(world, tmp_path, **values, feature_control=control), ITEM_IDS)
+    array = experiment.load_features(train_config(world, tmp_path, **values, feature_control="shuffled"), ITEM_IDS)
+    assert array is not None and array.tokens == T
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_model_reads_the_tokens_of_a_layer(array: FeatureArray, scaled: bool) -> None:
+    array = array.standardized(TRAIN) if scaled else array
+    features = item_features(array, EVERY[5:9], torch.device("cpu"))
+    assert features is not None
+    for layer in range(3):
+        filled = array.sizes(EVERY[5:9])[:, layer] > 0  # what an empty token is read as is its reader's to mask
+        ours, theirs = features.layer(layer, torch.float32), array.rows(EVERY[5:9])[:, layer]
+        assert ours.shape == (4, T, D)
+        torch.testing.assert_close(ours[filled], theirs[filled])
