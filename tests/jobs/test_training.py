@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from lvlmrec import tracking
 from lvlmrec.errors import JobFailed
+from lvlmrec.features.cache import Cache
 from lvlmrec.jobs import training
 from lvlmrec.jobs.training import _worker as product_worker
 from lvlmrec.runs import experiment
@@ -212,9 +213,9 @@ def test_a_machine_without_the_array_makes_the_same(world: Path, tmp_path: Path,
     elsewhere = replace(prepared.config, cache=str(tmp_path / "elsewhere"))
     features = prepared.features
     assert features is not None
-    there = replace(prepared, config=elsewhere, features=replace(features, path=tmp_path / "gone"))
+    there = replace(prepared, config=elsewhere, features=replace(features, cache=Cache(tmp_path / "gone")))
     ours = training._local_features(there)
-    assert ours is not None and ours.path.is_relative_to(tmp_path / "elsewhere")
+    assert ours is not None and ours.is_here() and ours.cache.folder == tmp_path / "elsewhere"
     assert torch.equal(ours.rows(np.arange(61)), features.rows(np.arange(61)))
 
 
