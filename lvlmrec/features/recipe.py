@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from lvlmrec import taps
 from lvlmrec.config import option
-from lvlmrec.errors import ConfigError
+from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.features import recipe_keys
 from lvlmrec.taps import FeatureName, Tap
 
 # Of the prompt's own tokens; of what the model answered, `new`; of an end-of-sequence token put behind either.
@@ -33,11 +34,7 @@ FRAMES, MOTION = "frames", "motion"  # what a model is shown of a video
 ANSWER, FINISH = "text", "finish"  # last part of the names of the columns with what was generated, and why it ended
 FORMAT = 3  # counted up when sampling, pooling or naming change what a feature is
 NOISE = 2  # counted up when sampled answers draw other numbers; 1 was torch's generator, one for each item
-LATER = (
-    "bos_written",
-    "generation_left_out",
-    "noise",
-)  # keys of recipes that came later: without effect they do not count
+FINGERPRINT = "fingerprint"
 
 
 @dataclass(frozen=True)
@@ -150,6 +147,8 @@ class Recipe:
     bos_written: bool = False
     generation_left_out: Mapping[str, Any] = field(default_factory=dict)
     noise: int = 0
+    # as recipe.json has it; not of the constructor, so that a recipe made from this one has a fingerprint of its own
+    _stored_fingerprint: str = field(default="", init=False, compare=False, repr=False)
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -218,29 +217,54 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits: the hash of what changes a feature."""
+        """16 hex digits: the hash of what changes a feature; of a recipe that was read, the one that was stored."""
+        if self._stored_fingerprint:
+            return self._stored_fingerprint
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `Recipe.from_json` reads them back."""
-        values = {key: value for key, value in asdict(self).items() if value or key not in LATER}
-        return values | {
+        """Plain values of the keys that count in the fingerprint; `Recipe.from_json` reads them back."""
+        return recipe_keys.counting(self, recipe_keys.FORMAT_3) | {
             "taps": [str(tap) for tap in self.taps],
+            "prompts": {
+                name: recipe_keys.counting(prompt, recipe_keys.FORMAT_3_PROMPT) for name, prompt in self.prompts.items()
+            },
             "poolings": list(self.poolings),
             "format": FORMAT,
         }
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Recipe:
-        """The recipe that `to_json` wrote. Raises `ConfigError` on another format."""
+        """The recipe that `to_json` wrote, under the `fingerprint` that stands beside its keys, if one does.
+
+        Unknown keys that are empty, false or 0 have no effect. Raises `ConfigError` on another format, `InputError` on
+        unknown keys with any other value.
+        """
         if tree.get("format") != FORMAT:
-            raise ConfigError(f"recipe format {tree.get('format')!r}: this version reads format {FORMAT}")
-        values = {key: value for key, value in tree.items() if key != "format"}
-        values["taps"] = tuple(taps.parse(text) for text in tree["taps"])
-        values["prompts"] = {name: Prompt(**prompt) for name, prompt in tree["prompts"].items()}
-        values["poolings"] = tuple(tree["poolings"])
-        return Recipe(**values)
+            raise ConfigError(
+                f"recipe format {tree.get('format')!r}: this version of lvlmrec reads format {FORMAT}; "
+                "read the set with the version that made it, or extract it again"
+            )
+        values = {key: value for key, value in tree.items() if key not in ("format", FINGERPRINT)}
+        unknown = recipe_keys.unknown(Recipe, values, "")
+        prompts: dict[str, Prompt] = {}
+        for name, prompt in tree["prompts"].items():
+            unknown += recipe_keys.unknown(Prompt, prompt, f"prompts.{name}.")
+            prompts[name] = Prompt(**recipe_keys.known(Prompt, prompt))
+        if unknown:
+            raise InputError(
+                f"recipe.json: made by a newer version of lvlmrec: unknown {', '.join(unknown)}; "
+                "install that version to read this feature set"
+            )
+        values = recipe_keys.known(Recipe, values) | {
+            "taps": tuple(taps.parse(text) for text in tree["taps"]),
+            "prompts": prompts,
+            "poolings": tuple(tree["poolings"]),
+        }
+        recipe = Recipe(**values)
+        object.__setattr__(recipe, "_stored_fingerprint", tree.get(FINGERPRINT, ""))
+        return recipe
 
 
 def num_merged(pooling: str) -> int | None:

@@ -33,7 +33,7 @@ import pyarrow as pa
 from lvlmrec import storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.errors import InputError
-from lvlmrec.features.recipe import ANSWER, PIXEL_DTYPE, SIZES, Recipe
+from lvlmrec.features.recipe import ANSWER, FINGERPRINT, PIXEL_DTYPE, SIZES, Recipe
 from lvlmrec.taps import FeatureName
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ IDS_FROM = "ids_from"
 # How a prompt names the time of a frame. 1, where recipe.json does not say: its index / the video's mean rate, as
 # transformers does. 2: its time in the file, another in videos of variable frame rate alone.
 FRAME_TIMES = "2"
-RECORDED = ("fingerprint", "versions", IDS_FROM)  # keys of recipe.json that are no part of the recipe
+RECORDED = ("versions", IDS_FROM)  # keys of recipe.json that are no part of the recipe
 PARTS = "parts"
 REJECTED = "rejected"
 REJECTED_COLUMNS = (ITEM_ID, URI, SOURCE, STAGE, ERROR, MESSAGE)
@@ -99,7 +99,7 @@ def create(uri: str, recipe: Recipe, ids_from: str = "") -> None:
     versions = {package: version(package) for package in ("torch", "transformers", "av", "numpy")}
     if "video" in recipe.media and "llm" in recipe.width and not ids_from:
         versions["frame_times"] = FRAME_TIMES
-    content = recipe.to_json() | {"fingerprint": recipe.fingerprint, "versions": versions}
+    content = recipe.to_json() | {FINGERPRINT: recipe.fingerprint, "versions": versions}
     content |= {IDS_FROM: ids_from} if ids_from else {}
     storage.write_bytes(storage.join(uri, RECIPE), json.dumps(content, indent=2).encode())
 
@@ -135,12 +135,12 @@ def read(uri: str) -> FeatureSet:
         raise InputError(
             f"features {uri!r}: not committed: no {INDEX}; run the extraction again to finish it"
         ) from error
-    return FeatureSet(uri, _recipe_in(about), index, about.get(IDS_FROM, ""))
+    return FeatureSet(uri, _recipe_in(uri, about), index, about.get(IDS_FROM, ""))
 
 
 def read_recipe(uri: str) -> Recipe:
     """What the features at `uri` are, committed or not."""
-    return _recipe_in(_read_about(uri))
+    return _recipe_in(uri, _read_about(uri))
 
 
 def schema(recipe: Recipe) -> pa.Schema:
@@ -309,8 +309,11 @@ def _read_about(uri: str) -> dict[str, Any]:
     return content
 
 
-def _recipe_in(about: Mapping[str, Any]) -> Recipe:
-    return Recipe.from_json({key: value for key, value in about.items() if key not in RECORDED})
+def _recipe_in(uri: str, about: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.from_json({key: value for key, value in about.items() if key not in RECORDED})
+    except InputError as error:
+        raise type(error)(f"features {uri!r}: {error}") from error
 
 
 def _rows_of(uri: str, part: str) -> pd.DataFrame:

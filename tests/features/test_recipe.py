@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 
 from lvlmrec.config import load
-from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig, resolve
+from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.features.recipe import LVLMInfo, Prompt, Recipe, RecipeConfig, resolve
+from lvlmrec.taps import Tap
 
 INFO = LVLMInfo("llava_onevision", "content:1", "float32", {"llm": 4, "vision": 2}, {"llm": 8, "vision": 6})
 
@@ -124,3 +125,181 @@ def test_recipes_that_draw_answers_are_other_ones_than_those_of_another_generato
     )  # what was stored stays readable, under its own name
     assert recipe.fingerprint != "f654bc79344bc82d"
     assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+MODELS = {
+    "llm": INFO,
+    "text": LVLMInfo(
+        "text_encoder", "content:2", "float32", {"text": 3}, {"text": 48}, inputs=("text",), poolings=("all_mean",)
+    ),
+    "image": LVLMInfo(
+        "image_encoder",
+        "content:3",
+        "float32",
+        {"vision": 3},
+        {"vision": 48, "vision.0": 24},
+        inputs=("video", "cover"),
+        poolings=("visual_mean", "first_token"),
+    ),
+    "frames": LVLMInfo(
+        "frames",
+        "bilinear-antialiased:1",
+        "uint8",
+        {"vision": 0},
+        {"vision": 3},
+        inputs=("video",),
+        poolings=("pixels",),
+        video_options={"side": 224},
+        dtypes=("uint8",),
+    ),
+    "motion": LVLMInfo(
+        "video_lavit",
+        "content:4",
+        "float32",
+        {"llm": 4},
+        {"llm": 8},
+        video_form="motion",
+        video_encoder="libavcodec 62 mpeg4",
+        is_random=True,
+    ),
+    "bos_written": LVLMInfo(
+        "gemma3",
+        "content:5",
+        "bfloat16",
+        {"llm": 4, "vision": 2},
+        {"llm": 8, "vision": 6},
+        bos_written=True,
+        generation={"repetition_penalty": 1.1},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "fingerprint"),
+    [
+        ("llm", [], "b904d6f064389040"),
+        (
+            "llm",
+            ["taps=[llm.0,vision.-1,projector,llm.-1.pre_norm]", "frames=4", "frame_max_side=320"],
+            "8abc349f9309836e",
+        ),
+        (
+            "llm",
+            ["prompts={a: {text: x}, b: {text: 'y {title}', place: before}, c: {text: z, input: cover}}"],
+            "5d953b40de8181e6",
+        ),
+        (
+            "llm",
+            [
+                "prompts={a: {text: x, max_new_tokens: 8, stop: ['.']}}",
+                "poolings=[visual_mean,new_mean,eos,last_token]",
+            ],
+            "5ef21980ba6de3f6",
+        ),
+        ("llm", ["prompts={a: {text: x, max_new_tokens: 8, temperature: 0.7, top_p: 0.9}}"], "e0a5ddb213771fb7"),
+        ("llm", ["poolings=[merged_16,visual_mean]", "dtype=float32"], "e77568a795986a13"),
+        (
+            "llm",
+            ["prompts={a: {text: x, max_new_tokens: 4}}", "poolings=[new_merged_4]", "dtype=bfloat16"],
+            "1941263f99219f0d",
+        ),
+        (
+            "text",
+            ["taps=[text.-1,text.0]", "prompts={title: {text: '{title}', input: text}}", "poolings=[all_mean]"],
+            "cbec0e4426c53173",
+        ),
+        (
+            "image",
+            ["taps=[vision.-1]", "prompts={c: {text: '', input: cover}}", "poolings=[first_token,visual_mean]"],
+            "fac3806444d174b1",
+        ),
+        ("image", ["taps=[vision.*]", "prompts={c: {text: '', input: video}}"], "4d5476958e80dbfb"),
+        (
+            "frames",
+            [
+                "taps=[vision.0]",
+                "prompts={v: {text: ''}}",
+                "poolings=[pixels]",
+                "dtype=uint8",
+                "video_options={side: 32}",
+            ],
+            "d9df679a5cba62bf",
+        ),
+        ("motion", [], "c5af1a982a9f848b"),
+        ("bos_written", ["prompts={a: {text: x, max_new_tokens: 8}}"], "bcb9822ffb788b16"),
+        ("bos_written", [], "c77d56c2914ad6f1"),
+    ],
+)
+def test_every_kind_of_recipe_keeps_its_fingerprint(model: str, overrides: list[str], fingerprint: str) -> None:
+    recipe = resolve(load(RecipeConfig, [], overrides), MODELS[model], seed=3, texts_from="0123456789abcdef")
+    assert recipe.fingerprint == Recipe.from_json(recipe.to_json()).fingerprint == fingerprint
+
+
+def test_an_imported_set_keeps_its_fingerprint() -> None:
+    recipe = Recipe(
+        family="imported",
+        identity="a.npy content:00 items:11",
+        compute_dtype="float64",
+        frames=0,
+        frame_max_side=0,
+        taps=(Tap("llm", 0), Tap("llm", 1)),
+        prompts={"imported": Prompt(text="")},
+        poolings=("imported",),
+        dtype="float16",
+        width={"llm": 8},
+    )
+    assert recipe.fingerprint == "2bde850507160375"
+
+
+@dataclasses.dataclass(frozen=True)
+class GrownPrompt(Prompt):
+    audio: bool = False
+    speakers: list[str] = dataclasses.field(default_factory=list)
+    rate: int = 16_000
+
+
+@dataclasses.dataclass(frozen=True)
+class GrownRecipe(Recipe):
+    sampling: str = "uniform"
+    windows: int = 0
+
+
+@pytest.mark.parametrize("change", [{"audio": True}, {"speakers": ["a"]}, {"rate": 8_000}])
+def test_a_new_key_of_a_prompt_counts_where_it_is_not_at_its_default(change: dict[str, object]) -> None:
+    recipe = make()
+    grown = dataclasses.replace(recipe, prompts={"describe": GrownPrompt()})
+    assert grown.fingerprint == recipe.fingerprint
+    assert (
+        dataclasses.replace(grown, prompts={"describe": GrownPrompt(**change)}).fingerprint  # type: ignore[arg-type]
+        != recipe.fingerprint
+    )
+
+
+@pytest.mark.parametrize("change", [{"sampling": "scenes"}, {"windows": 3}])
+def test_a_new_key_of_a_recipe_counts_where_it_is_not_at_its_default(change: dict[str, object]) -> None:
+    recipe = make()
+    values = {one.name: getattr(recipe, one.name) for one in dataclasses.fields(recipe) if one.init}
+    assert GrownRecipe(**values).fingerprint == recipe.fingerprint != GrownRecipe(**values, **change).fingerprint
+
+
+@pytest.mark.parametrize("value", [False, 0, "", {}, [], None])
+def test_unknown_keys_that_are_empty_are_ignored(value: object) -> None:
+    tree = make().to_json()
+    tree["prompts"]["describe"]["audio"] = value
+    assert Recipe.from_json(tree | {"audio_rate": value}) == make()
+
+
+@pytest.mark.parametrize("value", [True, 16_000, "scenes", {"a": 1}, ["a"]])
+def test_unknown_keys_that_are_in_use_are_named_in_one_line(value: object) -> None:
+    tree = make().to_json()
+    tree["prompts"]["describe"]["audio"] = value
+    with pytest.raises(
+        InputError, match=r"^[^\n]*newer version[^\n]*sampling=.*prompts\.describe\.audio=[^\n]*install"
+    ):
+        Recipe.from_json(tree | {"sampling": value})
+
+
+def test_a_recipe_that_was_read_has_the_fingerprint_it_was_stored_with_and_one_made_of_it_its_own() -> None:
+    read = Recipe.from_json(make().to_json() | {"fingerprint": "00112233aabbccdd"})
+    assert read == make() and read.fingerprint == "00112233aabbccdd"
+    assert dataclasses.replace(read, frames=4).fingerprint == make("frames=4").fingerprint

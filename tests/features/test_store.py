@@ -5,6 +5,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -201,3 +202,29 @@ def test_a_feature_set_in_object_storage(bucket: str) -> None:
     store.write_part(uri, recipe, store.feature_table(recipe, ["a"], [8], vectors(recipe, ["a"])))
     store.commit(uri)
     assert store.read(f"{bucket}/store").index["item_id"].tolist() == ["a"]
+
+
+WRITTEN_BEFORE = """{
+ "family": "llava_onevision", "identity": "content:1", "compute_dtype": "float32", "frames": 8, "frame_max_side": 1280,
+ "taps": ["llm.0"], "prompts": {"describe": {"text": "Describe this video.", "place": "after", "input": "video",
+ "max_new_tokens": 0, "stop": [], "temperature": 0.0, "top_p": 1.0}}, "poolings": ["visual_mean"], "dtype": "float16",
+ "width": {"llm": 2}, "video_options": {}, "seed": 0, "texts_from": "", "video_form": "frames", "video_encoder": "",
+ "format": 3, "fingerprint": "%s", "versions": {"torch": "2.0"}}"""
+
+
+@pytest.mark.parametrize("fingerprint", ["4959e65ffb7b5b56", "00112233aabbccdd"])
+def test_a_set_of_an_earlier_version_is_read_under_the_name_it_was_stored_with(
+    tmp_path: Path, fingerprint: str
+) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "recipe.json").write_text(WRITTEN_BEFORE % fingerprint)
+    pq.write_table(pa.table({"item_id": ["a"], "part": ["p"], "row": [0], "source": [""]}), tmp_path / "index.parquet")
+    read = store.read(str(tmp_path))
+    assert read.recipe.fingerprint == store.read_recipe(str(tmp_path)).fingerprint == fingerprint
+    assert read.feature_names == ["describe/llm.0/visual_mean"]
+
+
+def test_a_set_of_a_newer_version_says_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text((WRITTEN_BEFORE % "0").replace('"seed": 0', '"seed": 0, "windows": 3'))
+    with pytest.raises(InputError, match=rf"^features '{tmp_path}': recipe\.json: .*newer version.*windows=3"):
+        store.read_recipe(str(tmp_path))
