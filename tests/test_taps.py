@@ -19,6 +19,37 @@ def test_a_star_is_every_hidden_state() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "tower", "layers"),
+    [
+        ("llm.*/2", "llm", [0, 2, 4]),
+        ("llm.*/3", "llm", [0, 3]),
+        ("llm.*/1", "llm", [0, 1, 2, 3, 4]),
+        ("llm.*/9", "llm", [0]),
+        ("vision.*/2", "vision", [0, 2]),
+        ("text.*/2", "text", [0, 2]),
+    ],
+)
+def test_a_step_counts_from_the_first_state(text: str, tower: str, layers: list[int]) -> None:
+    assert resolve([text], LAYERS | {"text": 3}) == tuple(Tap(tower, layer) for layer in layers)
+
+
+def test_a_step_and_the_last_state_make_each_tap_once() -> None:
+    assert resolve(["llm.*/2", "llm.-1"], LAYERS) == resolve(["llm.*/2"], LAYERS)
+
+
+@pytest.mark.parametrize("text", ["llm.*/0", "llm.*/-1", "llm.*/", "llm.*/x", "vision.*/1.5", "llm.*/2/2"])
+def test_a_step_that_is_no_number_is_refused_with_the_choices(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected a step of 1 or more such as .*; choices: "):
+        resolve([text], LAYERS)
+
+
+@pytest.mark.parametrize("text", ["text.*", "text.*/4", "audio.*/2"])
+def test_every_state_of_a_tower_that_the_model_lacks_is_refused_with_its_towers(text: str) -> None:
+    with pytest.raises(ConfigError, match="no such tower; towers: llm, vision"):
+        resolve([text], LAYERS)
+
+
+@pytest.mark.parametrize(
     "text", ["llm", "llm.", "llm.x", "audio.1", "llm.1.2", "", "llm.**", "vision.1.pre_norm", "llm.1.post"]
 )
 def test_what_is_no_tap_is_refused(text: str) -> None:

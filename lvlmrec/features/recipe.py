@@ -67,7 +67,8 @@ class RecipeConfig:
     )
     taps: list[str] = option(
         ["llm.0", "llm.2", "llm.4", "llm.-1"],
-        "hidden states to read: llm.14, llm.-1, llm.*, llm.-1.pre_norm, vision.-1, projector",
+        "hidden states to read: llm.14, llm.-1, llm.* (all), llm.*/4 (0, 4, 8, ...; the last only if a multiple), "
+        "llm.-1.pre_norm, vision.-1, projector",
         required=True,
     )
     prompts: dict[str, Prompt] = option({"describe": Prompt()}, "the prompt bank: name -> text, place", required=True)
