@@ -32,7 +32,7 @@ def main() -> None:
             result = run("extract", f"input={real_data() / folder}", *places)
             rows.append([folder, turn, *(str(result[name]) for name in COUNTS), f"{result['seconds']:.1f}"])
             results[f"{folder}, {turn}"] = {name: result[name] for name in COUNTS}
-    rejected = store.read_rejected(result["feature_set"]).sort_values(["stage", "error", "item_id"])
+    rejected = store.read_rejected(result["feature_set"]).to_pandas().sort_values(["stage", "error", "item_id"])
     reasons = rejected.groupby(["stage", "error"])["item_id"].agg(["size", ", ".join]).reset_index()
     text = table(["input", "run", *COUNTS, "seconds"], rows) + "\n\nrejected, by reason:\n"
     for stage, error, count, items in reasons.itertuples(index=False):

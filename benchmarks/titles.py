@@ -80,7 +80,7 @@ def read_features(uri: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
     feature_set = store.read(uri)
     ids: list[str] = []
     columns: dict[str, list[np.ndarray]] = {name: [] for name in feature_set.feature_names}
-    for part, rows in feature_set.index.groupby(PART):
+    for part, rows in feature_set.index.to_pandas().groupby(PART):
         stored = storage.read_table(storage.join(uri, store.PARTS, str(part)))
         ids += rows[ITEM_ID].tolist()
         for name, values in columns.items():

@@ -13,6 +13,7 @@ TEXT = "text"
 # feature set
 PART = "part"
 ROW = "row"
+GENERATION = "generation"
 SOURCE = "source"
 NUM_DISTINCT_FRAMES = "num_distinct_frames"
 STAGE = "stage"

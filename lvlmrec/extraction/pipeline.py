@@ -6,13 +6,12 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from ray.exceptions import RayActorError
@@ -22,6 +21,7 @@ from lvlmrec import cluster, storage
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE
 from lvlmrec.errors import ConfigError, JobFailed, one_line
 from lvlmrec.extraction import estimate, inspection, memory, stages
+from lvlmrec.extraction.commits import Commits
 from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import Attempts, SharedAttempts, Streak
 from lvlmrec.extraction.manifest import columns_for, describe, read_manifest, source_of, texts_from
@@ -38,6 +38,7 @@ from lvlmrec.lvlms.files import authors_code, remote_code, source
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+ROWS_AT_ONCE = 10_000  # of a manifest, as Python objects
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
 # On 2 CPUs it must find room beside one decoder, one actor, and the dealing out of the manifest: 1 CPU, says Ray.
 WRITE_CPUS = 0.05
@@ -97,7 +98,7 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
     a device fails again and again.
     """
     config, uri, index = plan.config, plan.feature_set, store.read_index(plan.feature_set)
-    sources = _sources(plan) if config.redo_changed else {}
+    sources = _sources(plan) if config.redo_changed else None
     todo = missing(plan, index, sources)
     if len(todo):
         inspection.check_length(config.lvlm, plan.recipe, plan.context)
@@ -108,7 +109,9 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
         nothing = Tally(0, _workers(config.pool), log)
         return _result(plan, nothing, 0.0, index) | Attempts().report() | {"estimate": _estimate(plan, todo)}
     with lease.hold(uri) as held:
-        todo = missing(plan, store.pending_index(uri), sources)
+        if held.after_break:
+            store.adopt(uri, held.number)
+        todo = missing(plan, store.read_index(uri), sources)
         with _ray(plan, todo) as reserved:
             told = _estimate(plan, todo)
             started = time.perf_counter()
@@ -116,26 +119,30 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
             went_on = _extract(plan, todo, tally, held, reserved)
             seconds = time.perf_counter() - started
         held.check()
-        index = store.commit(uri, held.number)
+        index = store.finish(uri, held.number)
+        held.finish()
     return _result(plan, tally, seconds, index) | went_on | {"estimate": told}
 
 
-def missing(plan: Plan, index: pd.DataFrame, sources: Mapping[str, str]) -> pa.Table:
+def missing(plan: Plan, index: pa.Table, sources: pa.Array | None = None) -> pa.Table:
     """The rows of the manifest that are to be extracted, given what is there already.
 
-    `sources` tell of some items which version of their files and texts there is now: those with another are redone.
+    `sources` tell, row by row of the manifest, which version of an item's files and texts there is now, empty where
+    that is not known: those with another are redone.
     """
-    rejected = store.read_rejected(plan.feature_set)
-    seen = dict(zip(index[ITEM_ID], index[SOURCE], strict=True))
+    known = index.select([ITEM_ID, SOURCE])
     if not plan.config.retry_rejected:
-        seen = dict(zip(rejected[ITEM_ID], rejected[SOURCE], strict=True)) | seen
-    item_ids = plan.manifest[ITEM_ID].to_pylist()
-    is_missing = [item_id not in seen or sources.get(item_id, seen[item_id]) != seen[item_id] for item_id in item_ids]
-    return plan.manifest.filter(pa.array(is_missing, pa.bool_()))
+        known = pa.concat_tables([known, store.read_rejected(plan.feature_set).select([ITEM_ID, SOURCE])])
+    item_ids, known_ids = plan.manifest[ITEM_ID], known[ITEM_ID].combine_chunks()
+    if sources is None:
+        return plan.manifest.filter(pc.invert(pc.is_in(item_ids, value_set=known_ids)))
+    place = pc.index_in(item_ids, value_set=known_ids)  # the first: of an item in both, that of its features
+    changed = pc.and_(pc.not_equal(sources, ""), pc.not_equal(sources, known[SOURCE].take(place)))
+    return plan.manifest.filter(pc.or_(pc.is_null(place), pc.fill_null(changed, False)))
 
 
-def _sources(plan: Plan) -> dict[str, str]:
-    """Item -> version of its files and texts; not of items whose files cannot be asked: what there is of them stays."""
+def _sources(plan: Plan) -> pa.Array:
+    """The version of the files and texts of each row of the manifest; empty where its files cannot be asked."""
     etags = {file.uri: file.etag for file in storage.iter_files(storage.absolute(plan.config.input), recursive=True)}
 
     def version(uri: str) -> str:
@@ -148,8 +155,11 @@ def _sources(plan: Plan) -> dict[str, str]:
             return ""
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
-        found = zip(plan.manifest[ITEM_ID].to_pylist(), threads.map(source, plan.manifest.to_pylist()), strict=True)
-        return {item_id: version for item_id, version in found if version}
+        found = [
+            pa.array(threads.map(source, batch.to_pylist()), pa.string())
+            for batch in plan.manifest.to_batches(ROWS_AT_ONCE)
+        ]
+    return pa.chunked_array(found, pa.string())
 
 
 @contextmanager
@@ -172,25 +182,40 @@ def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease, reserved: Re
         return Attempts().report()
     streak, attempts = Streak(plan.config.max_rejected_in_a_row), SharedAttempts()
     blocks = _blocks(_dataset(plan, todo, held.number, attempts, reserved))
+    with Commits(plan.feature_set, held) as commits:
+        _follow(plan, todo, blocks, tally, streak, commits, held)
+    by_model = {reason: message for reason, message in tally.messages.items() if reason[0] in stages.MODEL_STAGES}
+    if by_model and not len(store.read_index(plan.feature_set)):
+        _forget(plan, todo, {*by_model}, held)
+        raise JobFailed(f"every video was rejected by the model: {[*by_model.values()][-1]}")
+    return _tell(plan.config.lvlm, attempts.report())
+
+
+def _follow(
+    plan: Plan,
+    todo: pa.Table,
+    blocks: Generator[pa.Table],
+    tally: Tally,
+    streak: Streak,
+    commits: Commits,
+    held: Lease,
+) -> None:
+    """Run the pipeline, committing what it writes. Raises `JobFailed`."""
     for block in blocks:
         _check_written(block)
+        commits.add(block)
         if reason := _device_failure(block):
             _forget(plan, todo, {stages.DIED}, held)  # it may have been the device
             raise JobFailed(f"stopped: {reason}; the next run goes on with what is missing")
         tally.add(block)
         held.check()
         if streak.add(block):
-            del blocks  # the pipeline ends with it
+            blocks.close()
             _forget(plan, todo, {streak.reason}, held)
             raise JobFailed(f"stopped: {streak}")
-    by_model = {reason: message for reason, message in tally.messages.items() if reason[0] in stages.MODEL_STAGES}
-    if by_model and store.pending_index(plan.feature_set).empty:
-        _forget(plan, todo, {*by_model}, held)
-        raise JobFailed(f"every video was rejected by the model: {[*by_model.values()][-1]}")
-    return _tell(plan.config.lvlm, attempts.report())
 
 
-def _blocks(dataset: Dataset) -> Iterator[pa.Table]:
+def _blocks(dataset: Dataset) -> Generator[pa.Table]:
     """Run the pipeline. Raises `JobFailed` when no process can load the model."""
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -227,11 +252,10 @@ def _device_failure(block: pa.Table) -> str:
 def _forget(plan: Plan, todo: pa.Table, reasons: set[tuple[str, str]], held: Lease) -> None:
     """Drop this run's rejections for reasons that are no item's fault: the next run tries them again."""
     rejected = store.read_rejected(plan.feature_set)
-    is_ours = rejected[ITEM_ID].isin(todo[ITEM_ID].to_pylist())
-    is_alike = pd.Series(
-        [reason in reasons for reason in zip(rejected[STAGE], rejected[ERROR], strict=True)], dtype=bool
-    )
-    store.keep_rejected(plan.feature_set, rejected[~(is_ours & is_alike)], held.number)
+    is_ours = pc.is_in(rejected[ITEM_ID], value_set=todo[ITEM_ID].combine_chunks())
+    found = zip(rejected[STAGE].to_pylist(), rejected[ERROR].to_pylist(), strict=True)
+    is_alike = pa.array([reason in reasons for reason in found], pa.bool_())
+    store.keep_rejected(plan.feature_set, rejected.filter(pc.invert(pc.and_(is_ours, is_alike))), held.number)
 
 
 def _workers(pool: PoolConfig) -> dict[str, int]:
@@ -265,17 +289,16 @@ def _actor_resources(config: ExtractConfig) -> dict[str, Any]:
     return resources | ({"runtime_env": config.lvlm.environment} if config.lvlm.environment else {})
 
 
-def _result(plan: Plan, tally: Tally, seconds: float, index: pd.DataFrame) -> dict[str, Any]:
-    item_ids, there = {*plan.manifest[ITEM_ID].to_pylist()}, {*index[ITEM_ID]}
+def _result(plan: Plan, tally: Tally, seconds: float, index: pa.Table) -> dict[str, Any]:
+    item_ids, there = plan.manifest[ITEM_ID], index[ITEM_ID]
     rejected = store.read_rejected(plan.feature_set)
-    reasons = Counter(
-        (stage, error)
-        for item_id, stage, error in zip(rejected[ITEM_ID], rejected[STAGE], rejected[ERROR], strict=True)
-        if item_id in item_ids and item_id not in there
-    )
-    gone = sorted(there - item_ids)
-    if gone:
-        names = ", ".join(gone[:3]) + (", ..." if len(gone) > 3 else "")
+    rejected = rejected.filter(pc.is_in(rejected[ITEM_ID], value_set=item_ids.combine_chunks()))
+    rejected = rejected.filter(pc.invert(pc.is_in(rejected[ITEM_ID], value_set=there.combine_chunks())))
+    reasons = Counter(zip(rejected[STAGE].to_pylist(), rejected[ERROR].to_pylist(), strict=True))
+    gone = there.filter(pc.invert(pc.is_in(there, value_set=item_ids.combine_chunks())))
+    if len(gone):
+        first = gone.take(pc.select_k_unstable(gone, 3, [("", "ascending")])).to_pylist()
+        names = ", ".join(first) + (", ..." if len(gone) > 3 else "")
         print(f"extract: {len(gone)} items with features are not in the input: {names}", file=sys.stderr)
     report = tally.report(seconds) if tally.total else {}
     if report:

@@ -67,7 +67,9 @@ DECODED = pa.schema(
     | {f"{MOTION}.{name}": column for name, column in MOTION_CLIPS.items()}
 )
 PLACES = {DECODED_ON: pa.string(), EXTRACTED_ON: pa.string()}
-WRITTEN = pa.schema({ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, **MEASURED, **PLACES})
+WRITTEN = pa.schema(
+    {ITEM_ID: pa.string(), SOURCE: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, **MEASURED, **PLACES}
+)
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,11 @@ def write(rows: pa.Table, uri: str, recipe: Recipe, generation: int) -> pa.Table
     try:
         part = store.write_part(uri, recipe, good, generation) if len(good) else None
         if len(rejected):
-            store.write_rejected(uri, rejected.select(list(store.REJECTED_COLUMNS)).to_pylist(), generation)
+            store.write_rejected(uri, rejected, generation)
     except OSError as error:
         failure = {STAGE: WRITE, ERROR: type(error).__name__, MESSAGE: message_of(error)}
         return pa.Table.from_pylist([{ITEM_ID: i, **failure} for i in rows[ITEM_ID].to_pylist()], schema=WRITTEN)
-    good = good.select([ITEM_ID, *PLACES, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
+    good = good.select([ITEM_ID, SOURCE, *PLACES, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
     good = good.append_column(PART, pa.array([part] * len(good), pa.string()))
     good = good.append_column(ROW, pa.array(range(len(good)), pa.int64()))
     bad = bad.select([ITEM_ID, *PLACES, *FAILURE, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from lvlmrec import storage
 from lvlmrec.columns import ITEM_ID, PART, ROW
@@ -229,10 +231,10 @@ def _fill(each: Chosen, arrays_of: Mapping[str, np.ndarray]) -> None:
 def _find_items(feature_set: FeatureSet, item_ids: Sequence[str], max_missing: float) -> pd.DataFrame:
     """Part and row of each item, or nothing. Raises `InputError`."""
     check_counted(feature_set, item_ids)
-    found = feature_set.index.set_index(ITEM_ID).reindex(list(item_ids))
+    found = feature_set.rows(item_ids)
     share = float(found[PART].isna().mean())
     if share > max_missing:
-        ids = ", ".join(feature_set.index[ITEM_ID].head(3))
+        ids = ", ".join(feature_set.index[ITEM_ID].slice(0, 3).to_pylist())
         raise InputError(
             f"features {feature_set.uri!r}: {share:.1%} of the dataset's {len(item_ids)} items have no features there; "
             f"it is a feature set of another catalogue (its ids: {ids}, ...), or set max_missing_features, "
@@ -249,13 +251,14 @@ def check_counted(feature_set: FeatureSet, item_ids: Sequence[str]) -> None:
     """
     if feature_set.ids_from not in COUNTED:
         return
-    rows = {*feature_set.index[ITEM_ID]}
-    if rows.issuperset(item_ids):
-        return
-    rows |= {*store.read_rejected(feature_set.uri)[ITEM_ID]}
-    outside = [item for item in item_ids if item not in rows]
+    outside = _without(item_ids, feature_set.index[ITEM_ID])
     if not outside:
         return
+    rejected = store.read_rejected(feature_set.uri)[ITEM_ID]
+    outside = _without(outside, rejected)
+    if not outside:
+        return
+    rows = {*feature_set.index[ITEM_ID].to_pylist(), *rejected.to_pylist()}
     first = COUNTED[feature_set.ids_from]
     ways = ["a file of the ids in the order of the rows"]
     for name, other in COUNTED.items():
@@ -267,6 +270,15 @@ def check_counted(feature_set: FeatureSet, item_ids: Sequence[str]) -> None:
         f"to {last}, and {len(outside)} of the dataset's {len(item_ids)} items are outside ({shown}), so that items "
         f"would read the rows of others; import it again with item_ids={' or '.join(ways)}"
     )
+
+
+def _without(item_ids: Sequence[str], known: pa.ChunkedArray) -> list[str]:
+    """Those of `item_ids` that are not known."""
+    ids = pa.array(item_ids, pa.string())
+    found: list[str] = ids.filter(
+        pc.invert(pc.is_in(ids, value_set=known.filter(pc.is_in(known, value_set=ids))))
+    ).to_pylist()
+    return found
 
 
 def _item_shape(chosen: Sequence[tuple[FeatureSet, Sequence[str]]]) -> tuple[int, ...]:

@@ -80,17 +80,21 @@ def run(config: ImportConfig) -> dict[str, Any]:
         uri = store.locate(config.store, config.name, recipe)
         store.create(uri, recipe, ids_from=config.item_ids if config.item_ids in COUNTED else "file")
         with lease.hold(uri) as held:
+            if held.after_break:
+                store.adopt(uri, held.number)
             written = _write(config, uri, recipe, array, item_ids, held)
             held.check()
-            index = store.commit(uri, held.number)
-    rejected = store.read_rejected(uri)
+            store.commit_parts(uri, written, held.number)
+            index = store.finish(uri, held.number)
+            held.finish()
+    rejected, num_written = store.read_rejected(uri), sum(map(len, written.values()))
     return {
         "feature_set": uri,
         "items": len(item_ids),
-        "written": written,
-        "skipped": len(index) - written,
+        "written": num_written,
+        "skipped": len(index) - num_written,
         "rejected": len(rejected),
-        "rejected_items": rejected[ITEM_ID].head(10).tolist(),
+        "rejected_items": rejected[ITEM_ID].slice(0, 10).to_pylist(),
         "features": len(recipe.feature_names),
         "columns": [str(name) for name in recipe.feature_names],
     }
@@ -186,9 +190,13 @@ def _layers(names: Sequence[str], number: int) -> tuple[Tap, ...]:
     return found
 
 
-def _write(config: ImportConfig, uri: str, recipe: Recipe, array: Array, item_ids: Sequence[str], held: Lease) -> int:
-    """Write the rows that are not there yet part by part; returns how many. Rows that are not finite are rejected."""
-    there, written = {*store.pending_index(uri)[ITEM_ID], *store.read_rejected(uri)[ITEM_ID]}, 0
+def _write(
+    config: ImportConfig, uri: str, recipe: Recipe, array: Array, item_ids: Sequence[str], held: Lease
+) -> dict[str, list[str]]:
+    """Write the rows that are not there yet; the items of each part. Rows that are not finite are rejected."""
+    known = (store.read_index(uri), store.read_rejected(uri))
+    there = {item for table in known for item in table[ITEM_ID].to_pylist()}
+    written: dict[str, list[str]] = {}
     names = [str(name) for name in recipe.feature_names]
     step = max(1, PART_BYTES // (4 * int(np.prod(array.shape[1:]))))
     for start in range(0, len(item_ids), step):
@@ -204,8 +212,7 @@ def _write(config: ImportConfig, uri: str, recipe: Recipe, array: Array, item_id
         if kept:
             columns = {name: values[:, layer] for layer, name in enumerate(names)}
             rows = store.feature_table(recipe, kept, [0] * len(kept), columns)
-            store.write_part(uri, recipe, rows, held.number)
-            written += len(kept)
+            written[store.write_part(uri, recipe, rows, held.number)] = kept
         held.check()
     return written
 

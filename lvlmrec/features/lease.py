@@ -1,6 +1,6 @@
 """One writer per feature set.
 
-    <feature set>/writers/<number>.json   {"host", "pid", "born", "since", "beat", "released"}
+    <feature set>/writers/<number>.json   {"host", "pid", "born", "since", "beat", "released", "finished"}
 
 A lease is taken by creating the file with the next number, which storage grants to exactly one of many. Its holder
 counts `beat` up every few seconds. Whoever finds a lease that is not released watches it: one that stands still for
@@ -33,10 +33,13 @@ class BusyInputError(InputError):
 
 
 class Lease:
-    """The right to write a feature set, as long as nobody else took it over."""
+    """The right to write a feature set, as long as nobody else took it over.
 
-    def __init__(self, uri: str, number: int, about: dict[str, Any]) -> None:
-        self.number = number
+    `after_break`: whether the writer before may have left parts that no segment lists.
+    """
+
+    def __init__(self, uri: str, number: int, about: dict[str, Any], after_break: bool = True) -> None:
+        self.number, self.after_break = number, after_break
         self._uri, self._about = uri, about
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, daemon=True)
@@ -50,6 +53,10 @@ class Lease:
                 f"{self._uri}: another extraction took over, for this one did not answer for {EXPIRY:.0f} s; "
                 "the same command goes on once that one is through"
             )
+
+    def finish(self) -> None:
+        """Whatever this writer wrote is committed: the next one need not look for parts that are not."""
+        self._about["finished"] = True
 
     def release(self) -> None:
         """Let the next writer begin at once."""
@@ -69,6 +76,12 @@ class Lease:
                 _write(self._uri, self.number, self._about)
 
 
+def is_unfinished(uri: str) -> bool:
+    """Whether the last writer of a feature set has not come to its end, be it at work or dead."""
+    number = _last_number(uri)
+    return number > 0 and not _read(uri, number).get("finished", True)
+
+
 @contextlib.contextmanager
 def hold(uri: str) -> Iterator[Lease]:
     """The lease of the feature set; waits for one that may be dead. Raises `BusyInputError` for a living one."""
@@ -86,13 +99,14 @@ def _take(uri: str) -> Lease:
         "born": processes.born(os.getpid()),
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    about |= {"beat": 0, "released": False}
+    about |= {"beat": 0, "released": False, "finished": False}
     while True:
         number = _last_number(uri)
         if number:
             _wait_for_the_end(uri, number)
+        after_break = not (number and _read(uri, number).get("finished"))
         if storage.create_bytes(_file(uri, number + 1), json.dumps(about).encode()):
-            return Lease(uri, number + 1, about)
+            return Lease(uri, number + 1, about, after_break)
 
 
 def _wait_for_the_end(uri: str, number: int) -> None:

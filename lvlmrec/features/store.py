@@ -6,13 +6,12 @@
                          item was read from), and one fixed-size-list column per feature; of several tokens per item,
                          [K, D], the rows one after another; generated texts
       rejected/*.parquet item_id, uri, source, stage, error, message
-      index.parquet      item_id -> part, row, source; written last, atomically: readers see only what it lists
+      index/*.parquet    the segments of the index, see `index`: readers see only what they list
       writers/*.json     who writes, see `lease`
 
 A part is named after its generation, which is the number of its writer's lease, and the items in it, so that a
-retried task writes the same file again. What a killed run had written is adopted by the next one: a part is whole or
-absent, and of several rows for an item the latest generation's counts. Rows that no index lists are nobody's;
-`vacuum` removes parts that have no others.
+retried task writes the same file again. A part is whole or absent; those that a killed run wrote and did not commit
+are adopted by the next one. Rows that no segment lists are nobody's; `vacuum` removes parts that have no others.
 """
 
 from __future__ import annotations
@@ -29,17 +28,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lvlmrec import storage
-from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
+from lvlmrec.columns import ERROR, GENERATION, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.errors import InputError
+from lvlmrec.features import index as segments
 from lvlmrec.features.recipe import ANSWER, FINGERPRINT, PIXEL_DTYPE, SIZES, Recipe
 from lvlmrec.taps import FeatureName
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "index.parquet"
 RECIPE = "recipe.json"
 IDS_FROM = "ids_from"
 # How a prompt names the time of a frame. 1, where recipe.json does not say: its index / the video's mean rate, as
@@ -49,9 +49,9 @@ RECORDED = ("versions", IDS_FROM)  # keys of recipe.json that are no part of the
 PARTS = "parts"
 REJECTED = "rejected"
 REJECTED_COLUMNS = (ITEM_ID, URI, SOURCE, STAGE, ERROR, MESSAGE)
-INDEX_COLUMNS = pa.schema({ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), SOURCE: pa.string()})
+REJECTED_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in REJECTED_COLUMNS])
+_INDEX_OF_EARLIER = pa.schema({ITEM_ID: pa.string(), PART: pa.string(), ROW: pa.int64(), SOURCE: pa.string()})
 MANY_FILES = 16  # of rejections: more are made one at a commit
-READ_AT_ONCE = 16  # small files of object storage: reading one is mostly waiting
 DTYPE_KEY = b"lvlmrec.dtype"
 SHAPE_KEY = b"lvlmrec.shape"
 
@@ -62,14 +62,19 @@ class CastError(ValueError):
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """A committed feature set: `index` maps each item to its part and row.
+    """A committed feature set, as it was when it was opened.
 
-    ids_from: how an import found the items' ids (from_zero, from_one, file); empty where no import did
+    index     a row for each item, `index.COLUMNS`: its part, and its row there
+    segments  the names of the segments that were read
+    snapshot  16 hex digits that change with any row of the index
+    ids_from  how an import found the items' ids (from_zero, from_one, file); empty where no import did
     """
 
     uri: str
     recipe: Recipe
-    index: pd.DataFrame
+    index: pa.Table
+    segments: tuple[str, ...]
+    snapshot: str
     ids_from: str = ""
 
     @property
@@ -80,8 +85,20 @@ class FeatureSet:
     @property
     def digest(self) -> str:
         """16 hex digits that change with the recipe or with any item of the index."""
-        rows = pd.util.hash_pandas_object(self.index, index=False).to_numpy()
-        return hashlib.blake2b(self.recipe.fingerprint.encode() + rows.tobytes(), digest_size=8).hexdigest()
+        if self.segments == (segments.EARLIER,):  # trainings of earlier releases know it by this one
+            frame = self.index.select([ITEM_ID, PART, ROW, SOURCE]).cast(_INDEX_OF_EARLIER).to_pandas()
+            rows = pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()
+        else:
+            rows = self.snapshot.encode()
+        return hashlib.blake2b(self.recipe.fingerprint.encode() + rows, digest_size=8).hexdigest()
+
+    def rows(self, item_ids: Sequence[str]) -> pd.DataFrame:
+        """`part` and `row` of each of `item_ids`, missing where it has no features."""
+        wanted = pa.array(item_ids, pa.string())
+        theirs = self.index.filter(pc.is_in(self.index[ITEM_ID], value_set=wanted))
+        place = pc.index_in(wanted, value_set=theirs[ITEM_ID].combine_chunks())
+        found = theirs.select([PART, ROW]).take(place)
+        return pd.DataFrame({PART: found[PART].cast(pa.string()).to_pandas(), ROW: found[ROW].to_pandas()})
 
 
 def locate(store: str, name: str, recipe: Recipe) -> str:
@@ -106,9 +123,7 @@ def create(uri: str, recipe: Recipe, ids_from: str = "") -> None:
 
 def committed(store: str) -> list[str]:
     """The URIs of the committed feature sets in a store."""
-    uri = storage.absolute(store)
-    indexes = [f.uri for f in storage.list_files(uri, recursive=True) if f.uri.endswith(f"/{INDEX}")]
-    return [index.removesuffix(f"/{INDEX}") for index in indexes]
+    return [uri for uri in storage.list_folders(storage.absolute(store)) if is_committed(uri)]
 
 
 def find(uri: str) -> str:
@@ -129,13 +144,11 @@ def read(uri: str) -> FeatureSet:
     """Open a committed feature set. Raises `InputError` when there is none."""
     uri = find(uri)
     about = _read_about(uri)
-    try:
-        index = storage.read_table(storage.join(uri, INDEX)).to_pandas()
-    except FileNotFoundError as error:
-        raise InputError(
-            f"features {uri!r}: not committed: no {INDEX}; run the extraction again to finish it"
-        ) from error
-    return FeatureSet(uri, _recipe_in(uri, about), index, about.get(IDS_FROM, ""))
+    found = segments.read(uri)
+    if not found.segments:
+        raise InputError(f"features {uri!r}: not committed: no index; run the extraction again to finish it")
+    recipe, ids_from = _recipe_in(uri, about), about.get(IDS_FROM, "")
+    return FeatureSet(uri, recipe, found.latest(), found.segments, found.digest, ids_from)
 
 
 def read_recipe(uri: str) -> Recipe:
@@ -185,10 +198,11 @@ def write_part(uri: str, recipe: Recipe, rows: pa.Table, generation: int = 0) ->
     return _write_named(uri, PARTS, generation, rows.column(ITEM_ID).to_pylist(), rows, recipe.dtype)
 
 
-def write_rejected(uri: str, rows: Sequence[Mapping[Any, Any]], generation: int = 0) -> str:
+def write_rejected(uri: str, rows: pa.Table | Sequence[Mapping[str, Any]], generation: int = 0) -> str:
     """Write one file of rejected items, each with its stage, error and message. Returns its name."""
-    table = pa.Table.from_pylist([{c: row[c] for c in REJECTED_COLUMNS} for row in rows])
-    return _write_named(uri, REJECTED, generation, [row[ITEM_ID] for row in rows], table, "")
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([*rows], schema=REJECTED_SCHEMA)
+    table = table.select([*REJECTED_COLUMNS]).cast(REJECTED_SCHEMA)
+    return _write_named(uri, REJECTED, generation, table[ITEM_ID].to_pylist(), table, "")
 
 
 def cast(values: torch.Tensor, dtype: str, name: str) -> np.ndarray:
@@ -221,86 +235,92 @@ def read_texts(uri: str) -> pd.DataFrame:
     """What the prompts of a committed feature set were answered: item_id, and a column by each prompt's name."""
     feature_set = read(uri)
     names = {name: name.removesuffix(f"/{ANSWER}") for name in feature_set.recipe.text_names if name.endswith(ANSWER)}
-    frames = []
-    for part, rows in feature_set.index.groupby(PART, sort=True):
-        table = storage.read_table(storage.join(feature_set.uri, PARTS, str(part)), [ITEM_ID, *names])
-        frames.append(table.take(rows[ROW].to_numpy()).to_pandas())
-    texts = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[ITEM_ID, *names], dtype="str")
+    index, tables = feature_set.index, []
+    for part in sorted(index[PART].unique().to_pylist()):
+        rows = index.filter(pc.equal(index[PART].cast(pa.string()), part))[ROW]
+        table = storage.read_table(storage.join(feature_set.uri, PARTS, part), [ITEM_ID, *names])
+        tables.append(table.take(rows))
+    empty = pa.schema([pa.field(name, pa.string()) for name in (ITEM_ID, *names)]).empty_table()
+    texts = pa.concat_tables([empty, *tables], promote_options="default").to_pandas()
     return texts.rename(columns=names)
 
 
 def is_committed(uri: str) -> bool:
     """Whether there is an index, be it an empty one."""
-    return storage.exists(storage.join(uri, INDEX))
+    return bool(segments.segments(uri))
 
 
-def read_index(uri: str) -> pd.DataFrame:
-    """The committed index, empty when nothing is committed yet."""
-    try:
-        return storage.read_table(storage.join(uri, INDEX)).to_pandas()
-    except FileNotFoundError:
-        return INDEX_COLUMNS.empty_table().to_pandas()
+def read_index(uri: str) -> pa.Table:
+    """The committed index, `index.COLUMNS`, empty when nothing is committed yet."""
+    return segments.read(uri).latest()
 
 
-def read_rejected(uri: str) -> pd.DataFrame:
-    """All rejected items of a feature set with stage, error and message, each once, as the last writer saw it."""
+def read_rejected(uri: str) -> pa.Table:
+    """All rejected items of a feature set, REJECTED_COLUMNS, each once, as the last writer saw it."""
     files = storage.list_files(storage.join(uri, REJECTED))
-    empty = pd.DataFrame({column: pd.Series(dtype="str") for column in REJECTED_COLUMNS})
-    with ThreadPoolExecutor(READ_AT_ONCE) as threads:
-        tables = list(threads.map(lambda file: storage.read_table(file.uri).to_pandas(), files))
-    rejected = pd.concat([empty, *tables]) if tables else empty
-    return rejected.drop_duplicates(ITEM_ID, keep="last").reset_index(drop=True)
+    with ThreadPoolExecutor(segments.READ_AT_ONCE) as threads:
+        tables = list(threads.map(lambda file: storage.read_table(file.uri).cast(REJECTED_SCHEMA), files))
+    return segments.last_of_each(pa.concat_tables([REJECTED_SCHEMA.empty_table(), *tables]))
 
 
-def keep_rejected(uri: str, rows: pd.DataFrame, generation: int) -> None:
+def keep_rejected(uri: str, rows: pa.Table, generation: int) -> None:
     """Make `rows`, some or all of `read_rejected`, the only rejections: the others' items are tried again."""
     files = storage.list_files(storage.join(uri, REJECTED))
-    kept = write_rejected(uri, rows[[*REJECTED_COLUMNS]].to_dict("records"), generation) if len(rows) else ""
+    kept = write_rejected(uri, rows, generation) if len(rows) else ""
     for file in files:
         if not file.uri.endswith(f"/{kept}"):
             storage.remove(file.uri)
 
 
-def pending_index(uri: str) -> pd.DataFrame:
-    """The index as `commit` would write it: what is committed, and the whole parts that no index lists yet."""
-    index = read_index(uri)
-    names = [file.uri.rsplit("/", 1)[-1] for file in storage.list_files(storage.join(uri, PARTS))]
-    with ThreadPoolExecutor(READ_AT_ONCE) as threads:
-        new = list(threads.map(lambda name: _rows_of(uri, name), sorted({*names} - {*index[PART]})))
-    if not new:
-        return index
-    rows = pd.concat([index, *new], ignore_index=True)
-    by_generation = rows[PART].map(_generation).sort_values(ascending=False, kind="stable").index
-    latest = rows.loc[by_generation].drop_duplicates(ITEM_ID).index
-    return rows.loc[latest.sort_values()].reset_index(drop=True)
+def adopt(uri: str, generation: int) -> int:
+    """Commit the rows of whole parts that no segment lists: a killed run wrote them. Returns how many parts."""
+    known = segments.read(uri).rows[PART].unique()
+    names = pa.array(
+        [file.uri.rsplit("/", 1)[-1] for file in storage.iter_files(storage.join(uri, PARTS))], pa.string()
+    )
+    new = sorted(names.filter(pc.invert(pc.is_in(names, value_set=known.cast(pa.string())))).to_pylist())
+    if new:
+        with ThreadPoolExecutor(segments.READ_AT_ONCE) as threads:
+            rows = pa.concat_tables(threads.map(lambda name: _rows_of(uri, name), new)).unify_dictionaries()
+        latest = segments.last_of_each(rows, rows[GENERATION].to_numpy())
+        segments.write(uri, latest, generation)
+    return len(new)
 
 
-def commit(uri: str, generation: int = 0) -> pd.DataFrame:
-    """Write the index: from here on readers see every whole part. Returns the index.
+def commit(uri: str, generation: int = 0) -> pa.Table:
+    """Commit every whole part, also where there is none. Returns the index."""
+    adopt(uri, generation)
+    return finish(uri, generation)
 
-    It is written until what it lists is all that is there: a writer that was taken over may write beside this one.
-    """
-    at = storage.join(uri, INDEX)
-    written = storage.read_table(at) if is_committed(uri) else None
-    while True:
-        index = pending_index(uri)
-        table = pa.Table.from_pandas(index, schema=INDEX_COLUMNS, preserve_index=False)
-        if written is not None and table.equals(written):
-            break
-        storage.write_table(at, table)
-        written = table
+
+def commit_parts(uri: str, items: Mapping[str, Sequence[str]], generation: int) -> None:
+    """Commit parts that this writer just wrote, by the items in them, as one segment."""
+    rows = [_rows_in(part, pa.array(ids, pa.string()), pa.array([""] * len(ids))) for part, ids in items.items()]
+    if rows:
+        segments.write(uri, pa.concat_tables(rows).unify_dictionaries(), generation)
+
+
+def finish(uri: str, generation: int) -> pa.Table:
+    """End a writer's work, whose parts are committed. An index with no rows is one, too. Returns the index."""
+    if not is_committed(uri):
+        segments.write(uri, segments.COLUMNS.empty_table(), generation)
     if len(storage.list_files(storage.join(uri, REJECTED))) > MANY_FILES:
         keep_rejected(uri, read_rejected(uri), generation)
-    return index
+    return read_index(uri)
 
 
-def vacuum(uri: str) -> dict[str, int]:
-    """Remove the parts that no row of the index lists. Returns how many files and bytes that were."""
-    listed = {*read(uri).index[PART]}
-    unlisted = [f for f in storage.list_files(storage.join(uri, PARTS)) if f.uri.rsplit("/", 1)[-1] not in listed]
+def vacuum(uri: str, generation: int) -> dict[str, int]:
+    """Merge the segments and remove the parts that none of their last rows is in; how many files and bytes."""
+    before = len(segments.segments(uri))
+    listed = {*segments.merge(uri, generation).rows[PART].unique().to_pylist()}
+    unlisted = [f for f in storage.iter_files(storage.join(uri, PARTS)) if f.uri.rsplit("/", 1)[-1] not in listed]
     for file in unlisted:
         storage.remove(file.uri)
-    return {"removed_parts": len(unlisted), "removed_bytes": sum(file.size for file in unlisted)}
+    return {
+        "merged_segments": before,
+        "removed_parts": len(unlisted),
+        "removed_bytes": sum(file.size for file in unlisted),
+    }
 
 
 def _read_about(uri: str) -> dict[str, Any]:
@@ -316,15 +336,15 @@ def _recipe_in(uri: str, about: Mapping[str, Any]) -> Recipe:
         raise type(error)(f"features {uri!r}: {error}") from error
 
 
-def _rows_of(uri: str, part: str) -> pd.DataFrame:
-    """The rows of a part as the index lists them."""
+def _rows_of(uri: str, part: str) -> pa.Table:
+    """The rows of a part as a segment lists them."""
     table = storage.read_table(storage.join(uri, PARTS, part), [ITEM_ID, SOURCE])
-    columns = {ITEM_ID: table[ITEM_ID].to_pylist(), PART: part, ROW: range(len(table))}
-    return pd.DataFrame(columns | {SOURCE: table[SOURCE].to_pylist()})
+    return _rows_in(part, *(table[name].combine_chunks() for name in (ITEM_ID, SOURCE)))
 
 
-def _generation(part: str) -> int:
-    return int(part.split("-")[1])
+def _rows_in(part: str, item_ids: pa.Array, sources: pa.Array) -> pa.Table:
+    number = len(item_ids)
+    return segments.rows_of(item_ids, [part] * number, pa.array(range(number), pa.int64()), sources)
 
 
 def _write_named(uri: str, folder: str, generation: int, item_ids: Sequence[str], table: pa.Table, dtype: str) -> str:

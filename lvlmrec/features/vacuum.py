@@ -1,4 +1,4 @@
-"""Remove what no reader of a feature set sees: parts that killed, repeated or superseded work left."""
+"""Remove what no reader of a feature set sees, parts that repeated or superseded work left, and merge its index."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ class VacuumConfig:
 
 
 def run(config: VacuumConfig) -> dict[str, Any]:
-    """Remove parts without a row in the index. Not while jobs read the set: they may have an older index.
+    """Merge the index into one segment, remove parts without a row in it. Not while jobs read the set: they may have
+    an older index.
 
     Raises `InputError` when there is no such feature set, or an extraction writes it.
     """
     uri = store.find(config.features)
-    with lease.hold(uri):
-        return {"feature_set": uri, **store.vacuum(uri)}
+    with lease.hold(uri) as held:
+        store.adopt(uri, held.number)
+        return {"feature_set": uri, **store.vacuum(uri, held.number)}

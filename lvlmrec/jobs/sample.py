@@ -63,16 +63,24 @@ def ensure_features(config: TrainConfig) -> None:
     on_sample = storage.absolute(config.dataset.path).startswith(f"{sample}/")
     if config.model.item_encoder.layers == "none" or not on_sample:
         return
-    if own not in map(storage.absolute, feature_uris(config)) or store.committed(own):
+    sets = store.committed(own)
+    if own not in map(storage.absolute, feature_uris(config)) or (sets and not any(map(lease.is_unfinished, sets))):
         return
-    print("sample: no features yet, extracting them (python rayjobs/extract.py)", file=sys.stderr)
     extract = configs.load(ExtractConfig, [{"workspace": config.workspace}])
     ensure(extract.workspace, extract.input, extract.lvlm.model)
     plan = pipeline.plan(extract)
-    while not store.committed(own):
+    if sets and plan.feature_set not in sets:  # what is unfinished there is another set
+        return
+    print("sample: features are missing, extracting them (python rayjobs/extract.py)", file=sys.stderr)
+    is_waiting = False
+    while True:
         try:
             pipeline.run(plan, lambda metrics, step: None)
-        except lease.BusyInputError:  # another job extracts them
+            return
+        except lease.BusyInputError as error:  # another job extracts them
+            if not is_waiting:
+                print(f"sample: waiting until the job that extracts them has ended: {error}", file=sys.stderr)
+            is_waiting = True
             time.sleep(lease.BEAT)
 
 

@@ -22,7 +22,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote
@@ -33,7 +32,8 @@ from botocore.exceptions import BotoCoreError, HTTPClientError
 from botocore.parsers import ResponseParserError
 
 from lvlmrec.errors import InputError, StorageError, StorageRefused, one_line, writing
-from lvlmrec.storage import parquet, s3
+from lvlmrec.storage import listing, parquet, s3
+from lvlmrec.storage.listing import StoredFile as StoredFile
 
 T = TypeVar("T")
 ATTEMPTS = 5
@@ -41,16 +41,6 @@ WRITER = "lvlmrec-writer"  # key of an object's metadata
 MAX_NAME_BYTES = 255  # of a file's name on Linux; an object's may have 1024
 REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 FILE = re.compile(r"file:(//(localhost(?=/))?|(?=/))")  # also the `file:/path` of Spark and Java
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """A file of a listing: its URI, its size in bytes, its modification time in seconds since 1970, its ETag on S3."""
-
-    uri: str
-    size: int
-    modified: float
-    etag: str = ""
 
 
 def is_remote(uri: str) -> bool:
@@ -101,17 +91,30 @@ def iter_files(uri: str, *, recursive: bool = False) -> Iterator[StoredFile]:
     """
     with _filesystem(uri) as (fs, path):
         if not is_remote(uri):
-            files = _local_files(path, recursive)
+            files = listing.local_files(path, recursive)
         elif _is_s3(fs):
             files = (file for page in _pages(fs, path, recursive) for file in page)
         else:
-            files = _found_files(fs, path, uri, recursive)
+            files = listing.found_files(fs, path, uri, recursive)
         yield from (file for file in files if not file.uri.rsplit("/", 1)[-1].startswith("."))
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[StoredFile]:
     """What `iter_files` gives, sorted by URI."""
     return sorted(iter_files(uri, recursive=recursive), key=lambda file: file.uri)
+
+
+def list_folders(uri: str) -> list[str]:
+    """The URIs of the folders right in a folder or prefix, sorted; hidden ones are left out, as is what lies deeper."""
+    with _filesystem(uri) as (fs, path):
+        try:
+            names = [
+                str(entry["name"]).rstrip("/") for entry in fs.ls(path, detail=True) if entry["type"] == "directory"
+            ]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    folders = sorted(name.rsplit("/", 1)[-1] for name in names)
+    return [join(uri, name) for name in folders if not name.startswith(".")]
 
 
 def version(uri: str) -> str:
@@ -121,7 +124,7 @@ def version(uri: str) -> str:
     """
     with _filesystem(uri) as (fs, path):
         info = fs.info(path)
-    return str(info.get("ETag") or f"{info['size']}-{_modified(info)}").strip('"')
+    return str(info.get("ETag") or f"{info['size']}-{listing.modified(info)}").strip('"')
 
 
 def open_read(uri: str, ahead: bool = True) -> BinaryIO:
@@ -365,34 +368,3 @@ def _remove_all(fs: Any, path: str) -> None:
         for name in sorted(found, reverse=True):  # what a folder holds, then the folder, which may be gone with it
             with suppress(FileNotFoundError):
                 (fs.rmdir if found[name]["type"] == "directory" else fs.rm_file)(name)
-
-
-def _local_files(folder: str, recursive: bool) -> Iterator[StoredFile]:
-    """In the order of their paths. Folders behind links are left out: they may lead back."""
-    if not Path(folder).is_dir():
-        return
-    with os.scandir(folder) as scan:
-        entries = [(entry.name + "/" * entry.is_dir(), entry) for entry in scan]
-    for name, entry in sorted(entries, key=lambda named: named[0]):
-        if not name.endswith("/"):
-            try:
-                status = entry.stat()
-            except FileNotFoundError:  # a broken link is listed, a file that was renamed meanwhile is not
-                if not entry.is_symlink():
-                    continue
-                status = entry.stat(follow_symlinks=False)
-            yield StoredFile(entry.path, status.st_size, status.st_mtime)
-        elif recursive and not entry.is_symlink():
-            yield from _local_files(entry.path, recursive)
-
-
-def _found_files(fs: Any, path: str, uri: str, recursive: bool) -> Iterator[StoredFile]:
-    scheme = uri.split("://", 1)[0] + "://"
-    found = fs.find(path, maxdepth=None if recursive else 1, detail=True) if fs.isdir(path) else {}
-    for name, info in found.items():
-        yield StoredFile(scheme + name.removeprefix(scheme), int(info["size"]), _modified(info))
-
-
-def _modified(info: dict[str, Any]) -> float:
-    stamp = info.get("mtime") or info.get("LastModified") or 0.0
-    return float(stamp.timestamp() if hasattr(stamp, "timestamp") else stamp)

@@ -58,9 +58,9 @@ def wait_for_parts(bucket: str, proxy: Proxy, count: int, job: Driver) -> None:
 def assert_undisturbed(arguments: list[str], result: dict[str, Any]) -> None:
     """Every item once, with the features that the model gives here, bit for bit."""
     uri = result["feature_set"]
-    index = store.read(uri).index
+    index = store.read(uri).index.to_pandas()
     assert sorted(index[ITEM_ID]) == [f"item{i:05d}" for i in range(ITEMS)]
-    assert store.read_rejected(uri).empty
+    assert not len(store.read_rejected(uri))
     config = load(ExtractConfig, [], arguments)
     model = LVLMS["text_encoder"].load(config.lvlm, store.read(uri).recipe)
     titles = {row[ITEM_ID]: row["title"] for row in pipeline.plan(config).manifest.to_pylist()}
@@ -115,6 +115,6 @@ def test_a_disk_that_is_full_at_the_commit(tmp_path: Path) -> None:
     )
     failed = subprocess.run([sys.executable, "-c", code, uri], capture_output=True, text=True)
     assert failed.returncode == 1 and "OSError: [Errno 27] File too large" in failed.stderr
-    assert store.read(uri).index[ITEM_ID].tolist() == ["a"]
+    assert store.read(uri).index[ITEM_ID].to_pylist() == ["a"]
     assert not [path for path in Path(uri).iterdir() if path.name.startswith(".")]
     assert len(store.commit(uri)) == 501

@@ -54,8 +54,8 @@ def test_a_device_that_always_fails_stops_the_run_and_rejects_nothing(tmp_path: 
     plan = plan_of(tmp_path, model, "lvlm.environment={env_vars: {LVLMREC_TEST_BROKEN: device}}")
     with pytest.raises(JobFailed, match=r"stopped: node [\d.]+ failed again and again, the last time with Accelera.*s"):
         run(plan)
-    assert store.read_rejected(plan.feature_set).empty
-    assert store.pending_index(plan.feature_set).empty
+    assert not len(store.read_rejected(plan.feature_set))
+    assert not len(store.read_index(plan.feature_set))
 
 
 def test_a_sick_process_beside_a_healthy_one_stops_the_run(tmp_path: Path, model: Path) -> None:

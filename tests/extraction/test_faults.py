@@ -66,7 +66,7 @@ def run(plan: Plan) -> dict[str, Any]:
 
 
 def missing(plan: Plan) -> list[str]:
-    sources = pipeline._sources(plan) if plan.config.redo_changed else {}
+    sources = pipeline._sources(plan) if plan.config.redo_changed else None
     items: list[str] = pipeline.missing(plan, store.read_index(plan.feature_set), sources)["item_id"].to_pylist()
     return items
 

@@ -64,7 +64,7 @@ def extract(*overrides: str) -> dict[str, Any]:
 def rows_of(uri: str) -> dict[str, dict[str, Any]]:
     """Every committed item with its row, without the version of its file, as a reader of the index sees it."""
     rows = {}
-    for _, entry in store.read(uri).index.iterrows():
+    for entry in store.read(uri).index.to_pylist():
         table = storage.read_table(f"{uri}/parts/{entry['part']}").drop_columns(["source"])
         rows[entry["item_id"]] = table.slice(entry["row"], 1).to_pylist()[0]
     return rows
@@ -92,7 +92,7 @@ class TestExtraction:
             "skipped": 0,
             "rejected": 3,
         }
-        rejected = store.read_rejected(result["feature_set"])
+        rejected = store.read_rejected(result["feature_set"]).to_pandas()
         assert sorted(rejected["item_id"]) == ["empty", "noise", "truncated"]
         assert (rejected[["stage", "error", "message"]] != "").all(axis=None)
         rows = rows_of(result["feature_set"])

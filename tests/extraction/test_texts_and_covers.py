@@ -44,8 +44,8 @@ def test_titles_travel_as_one_table_and_an_empty_one_is_rejected(tmp_path: Path)
     extractor = Extractor(lvlm, recipe)
     store.create(str(tmp_path / "set"), recipe)
     stages.write(extractor(decoded), str(tmp_path / "set"), recipe, 1)
-    assert store.commit(str(tmp_path / "set"))[ITEM_ID].tolist() == ["a", "c", "d"]
-    assert store.read_rejected(str(tmp_path / "set"))[ITEM_ID].tolist() == ["b"]
+    assert store.commit(str(tmp_path / "set"))[ITEM_ID].to_pylist() == ["a", "c", "d"]
+    assert store.read_rejected(str(tmp_path / "set"))[ITEM_ID].to_pylist() == ["b"]
     (part,) = storage.list_files(str(tmp_path / "set" / "parts"))
     stored = storage.read_table(part.uri).to_pylist()
     expected = extractor.lvlm.extract(extractor.lvlm.prepare([Item("c", texts={"title": titles[2]})]))

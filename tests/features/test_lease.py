@@ -130,4 +130,4 @@ def test_vacuum_is_refused_beside_a_writer_and_counts_what_it_removes(tmp_path: 
     assert (result["feature_set"], result["removed_parts"]) == (uri, 1)
     assert result["removed_bytes"] > 100
     assert vacuum.run(config)["removed_parts"] == 0
-    assert store.read(uri).index["part"].item().startswith("part-000005-")
+    assert store.read(uri).index["part"][0].as_py().startswith("part-000005-")

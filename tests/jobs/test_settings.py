@@ -111,13 +111,13 @@ TOGETHER = [
     ("extract", "lvlm.device=gpu", "lvlm.device: 'gpu' is not one of auto, cpu, cuda, cuda:1"),
 ]
 MISPLACED = [
-    ("train", "trainng.lr=1", "trainng.lr=1: unknown key; did you mean training.lr? choices: cache, dataset"),
+    ("train", "trainng.lr=1", "trainng.lr=1: unknown key; did you mean training.lr? choices: cache, cache_gb, dataset"),
     (
         "train",
         "modle.backbone.name=gru4rec",
         "modle.backbone.name='gru4rec': unknown key; did you mean model.backbone.",
     ),
-    ("train", "lr=1", "lr=1: unknown key; did you mean training.lr? choices: cache, dataset"),
+    ("train", "lr=1", "lr=1: unknown key; did you mean training.lr? choices: cache, cache_gb, dataset"),
     ("train", "model.num_heads=1", "model.num_heads=1: unknown key; did you mean model.backbone.num_heads? choices: "),
     ("train", "training.seed=1", "training.seed=1: unknown key; did you mean seed? choices: "),
     ("extract", "frames=4", "frames=4: unknown key; did you mean recipe.frames? choices: "),

@@ -190,7 +190,7 @@ def test_videos_to_features_by_a_models_own_code(own: Path, tmp_path: Path, modu
     wanted = RecipeConfig(taps=["llm.1", "llm.-1"], dtype="float32")
     model = LVLMS["llava_onevision"].load(named, recipes.resolve(wanted, LVLMS["llava_onevision"].inspect(named)))
     index = store.read(plan.feature_set).index
-    for _, entry in index.iterrows():
+    for entry in index.to_pylist():
         path = tmp_path / "videos" / f"{entry['item_id']}.mp4"
         clip = sample_clip(path, config.recipe.frames, config.recipe.frame_max_side)
         row = storage.read_table(f"{plan.feature_set}/parts/{entry['part']}").slice(entry["row"], 1).to_pylist()[0]

@@ -323,12 +323,12 @@ def test_videos_to_features_in_an_environment_of_the_models_own(
     assert {"models/__init__.py", "conversation.py"} < {*plan.code}
     result = pipeline.run(plan, lambda metrics, step: None)
     assert (result["written"], result["rejected"]) == (3, 1)
-    assert store.read_rejected(plan.feature_set)["item_id"].tolist() == ["noise"]
+    assert store.read_rejected(plan.feature_set)["item_id"].to_pylist() == ["noise"]
     assert not {*OWN_MODULES} & {*sys.modules}
 
     monkeypatch.setitem(sys.modules, REQUIRED, type(sys)(REQUIRED))
     lvlm = video_lavit_model.load(config.lvlm, plan.recipe, FAMILY.inspect(config.lvlm))
-    index = store.read(plan.feature_set).index
+    index = store.read(plan.feature_set).index.to_pandas()
     for number, num_clips in enumerate((1, 1, 3)):
         item = Item(f"v{number}", motion=motion_clips(videos / f"v{number}.mp4", config.recipe.frames))
         entry = index[index["item_id"] == item.item_id].iloc[0]

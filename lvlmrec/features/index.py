@@ -1,0 +1,146 @@
+"""The index of a feature set: which items have features, and where. It is a union of immutable segments.
+
+    <feature set>/index/<generation>-<number>-<hash>.parquet   item_id, part, row, source, generation
+    <feature set>/index.parquet                                the only segment of sets of earlier releases
+
+Each segment is a commit: it is written once, whole, and costs what is new. Readers take the union; of several rows of
+an item the last counts: that of the latest generation, then of the last segment. A generation is the number of the
+lease of whoever wrote the part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lvlmrec import storage
+from lvlmrec.columns import GENERATION, ITEM_ID, PART, ROW, SOURCE
+
+FOLDER = "index"
+EARLIER = "index.parquet"
+COLUMNS = pa.schema(
+    {
+        ITEM_ID: pa.string(),
+        PART: pa.dictionary(pa.int32(), pa.string()),
+        ROW: pa.int64(),
+        SOURCE: pa.string(),
+        GENERATION: pa.int32(),
+    }
+)
+SNAPSHOT = b"lvlmrec.snapshot"  # of a merged segment: the snapshot that it was made of
+READ_AT_ONCE = 16  # small files of object storage: reading one is mostly waiting
+ATTEMPTS = 10  # to read segments that a vacuum merges meanwhile
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a reader saw: the names of the segments, their rows as they lie there, and what tells it from others.
+
+    rows    COLUMNS, several for an item where it was written more than once: see `latest`
+    digest  16 hex digits that change with any row; those of a merged segment are of what it was merged from
+    """
+
+    segments: tuple[str, ...]
+    rows: pa.Table
+    digest: str
+
+    def latest(self) -> pa.Table:
+        """One row for each item, the last one."""
+        if len(self.segments) < 2:
+            return self.rows
+        return last_of_each(self.rows, self.rows[GENERATION].to_numpy())
+
+
+def read(uri: str) -> Snapshot:
+    """The segments that are there now; none, when nothing is committed. Raises `FileNotFoundError` when all vanish."""
+    for attempt in range(ATTEMPTS):
+        names = segments(uri)
+        try:
+            with ThreadPoolExecutor(READ_AT_ONCE) as threads:
+                tables = list(threads.map(lambda name: _read(uri, name), names))
+        except FileNotFoundError:  # a vacuum merged it: the merged one is there by now
+            if attempt == ATTEMPTS - 1:
+                raise
+            continue
+        plain = [table.replace_schema_metadata() for table in tables]
+        rows = pa.concat_tables([COLUMNS.empty_table(), *plain]).unify_dictionaries()
+        return Snapshot(tuple(names), rows, _digest(names, tables))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def segments(uri: str) -> list[str]:
+    """The names of the segments, in their order."""
+    files = storage.list_files(storage.join(uri, FOLDER))
+    earlier = [EARLIER] if storage.exists(storage.join(uri, EARLIER)) else []
+    return [*earlier, *(f"{FOLDER}/{file.uri.rsplit('/', 1)[-1]}" for file in files)]
+
+
+def write(uri: str, rows: pa.Table, generation: int, snapshot: str = "") -> str:
+    """Commit `rows`, of COLUMNS and each item once. Returns the segment's name."""
+    own = f"{generation:06d}-"
+    number = sum(name.startswith(f"{FOLDER}/{own}") for name in segments(uri))
+    table = rows.select(COLUMNS.names).cast(COLUMNS)
+    if snapshot:
+        table = table.replace_schema_metadata({SNAPSHOT: snapshot.encode()})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=[PART, GENERATION], write_statistics=False)
+    data = memoryview(buffer.getvalue())
+    name = f"{FOLDER}/{own}{number:06d}-{hashlib.blake2b(data, digest_size=8).hexdigest()}.parquet"
+    storage.write_bytes(storage.join(uri, name), data)
+    return name
+
+
+def merge(uri: str, generation: int) -> Snapshot:
+    """Replace all segments by one with the last row of each item. A reader meanwhile sees the same rows."""
+    found = read(uri)
+    if len(found.segments) < 2 and found.segments != (EARLIER,):
+        return found
+    merged = write(uri, found.latest(), generation, found.digest)
+    for name in found.segments:
+        storage.remove(storage.join(uri, name))
+    return Snapshot((merged,), found.latest(), found.digest)
+
+
+def rows_of(item_ids: pa.Array, parts: Sequence[str] | pa.Array, rows: pa.Array, sources: pa.Array) -> pa.Table:
+    """Rows of COLUMNS; the generation is in a part's name."""
+    encoded = pa.array(parts, pa.string()).dictionary_encode()
+    generations = np.array([generation_of(part) for part in encoded.dictionary.to_pylist()], np.int32)
+    of_row = generations[encoded.indices.to_numpy()]
+    return pa.Table.from_arrays([item_ids, encoded, rows, sources, pa.array(of_row, pa.int32())], schema=COLUMNS)
+
+
+def generation_of(part: str) -> int:
+    """The generation in the name of a part."""
+    return int(part.split("-")[1])
+
+
+def last_of_each(table: pa.Table, order: np.ndarray | None = None) -> pa.Table:
+    """The last row of each `item_id`, in the order in which they stand; with `order` [N], the last of the largest."""
+    encoded = table[ITEM_ID].combine_chunks().dictionary_encode()
+    if len(encoded.dictionary) == len(table):
+        return table
+    codes = encoded.indices.to_numpy()
+    by = np.arange(len(codes)) if order is None else np.argsort(order, kind="stable")
+    last = np.empty(len(encoded.dictionary), np.int64)
+    last[codes[by]] = by  # of several values for a place numpy keeps the last
+    return table.take(pa.array(np.sort(last)))
+
+
+def _read(uri: str, name: str) -> pa.Table:
+    table = storage.read_table(storage.join(uri, name))
+    if name == EARLIER:
+        return rows_of(*(table[column].combine_chunks() for column in (ITEM_ID, PART, ROW, SOURCE)))
+    return table.cast(COLUMNS.with_metadata(table.schema.metadata))
+
+
+def _digest(names: Sequence[str], tables: Sequence[pa.Table]) -> str:
+    """16 hex digits of the names, which have the segments' hashes; of a merged one alone, what it was merged from."""
+    if len(tables) == 1 and (before := (tables[0].schema.metadata or {}).get(SNAPSHOT)):
+        return str(before.decode())
+    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
