@@ -160,7 +160,7 @@ def test_what_is_relied_on_is_there(what: str) -> None:
 def test_models_are_built_as_the_adapter_expects(family: str) -> None:
     """On the meta device: the decoder, the towers, and what their forwards take."""
     entry: Any = LVLMS[family]
-    model_config, _ = importlib.import_module(f"lvlmrec.lvlms.tiny.{family}").make()
+    model_config, processor = importlib.import_module(f"lvlmrec.lvlms.tiny.{family}").make()
     with torch.device("meta"):
         base: Any = transformers.AutoModelForImageTextToText.from_config(model_config).base_model
     decoder, forward = base.get_decoder(), inspect.signature(base.forward).parameters
