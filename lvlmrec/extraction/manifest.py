@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
-import pandas as pd
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lvlmrec import storage, tables
 from lvlmrec.columns import COVER_URI, ITEM_ID, URI
 from lvlmrec.errors import InputError
 from lvlmrec.features import store
+from lvlmrec.features.index import are_distinct
 from lvlmrec.features.recipe import Recipe
 from lvlmrec.tables import text_file
 
+ROWS_AT_ONCE = 10_000  # of a manifest, as Python objects
 MEDIA_COLUMNS = {"video": URI, "cover": COVER_URI}
 NOT_VIDEOS, KIND = "not_videos", "not_videos_"  # in reports: how many, and how many of a kind
 # What lives beside videos. Whatever else a folder holds is tried, and rejected with a reason if it is none: animated
@@ -67,31 +70,21 @@ def read_manifest(source: str, columns: Sequence[str] = (URI,)) -> tuple[pa.Tabl
     """
     source = storage.absolute(source)
     if _is_feature_set(source):
-        frame, report = _select(store.read_texts(source), source, columns), Counter[str]()
+        texts = pa.Table.from_pandas(store.read_texts(source), preserve_index=False)
+        rows, report = _select(texts, source, columns), Counter[str]()
     elif storage.is_dir(source):
-        frame, report = _from_folder(source, columns)
+        rows, report = _from_folder(source, columns)
     elif storage.exists(source):
-        frame, report = _from_table(source, [source], columns)
+        rows, report = _from_table(source, [source], columns)
     else:
         raise InputError(f"input {source!r}: no such manifest, folder, prefix or feature set")
-    rows = len(frame)
-    frame = frame.drop_duplicates()
-    report["duplicate_rows"] = rows - len(frame)
-    twice = frame[ITEM_ID].duplicated(keep=False)
-    if twice.any():
-        first = frame.loc[twice, ITEM_ID].iloc[0]
-        same = frame[frame[ITEM_ID] == first]
-        differing = next(column for column in columns if same[column].nunique() > 1)
-        values = ", ".join(same[differing].unique()[:3])
-        raise InputError(
-            f"input {source!r}: item_id {first!r} has several values of {differing} ({values}); give each its own id "
-            f"in a manifest, a .csv or .parquet file with {ITEM_ID} and {URI}"
-        )
+    rows, report["duplicate_rows"] = _each_once(rows, source, columns)
     found = {reason: count for reason, count in report.items() if count}
-    if frame.empty:
+    if not len(rows):
         left_out = f"; left out: {describe(found)}" if found else ""
         raise InputError(f"input {source!r}: holds no items{left_out}")
-    return pa.Table.from_pandas(frame.reset_index(drop=True), preserve_index=False), found
+    pa.default_memory_pool().release_unused()  # what reading took on the way, as much again as the rows
+    return rows, found
 
 
 def describe(report: Mapping[str, int]) -> str:
@@ -108,9 +101,36 @@ def _is_feature_set(source: str) -> bool:
     return storage.exists(storage.join(source, store.RECIPE))
 
 
-def _select(frame: pd.DataFrame, source: str, columns: Sequence[str]) -> pd.DataFrame:
-    """`item_id` and `columns` of `frame` as texts. Raises `InputError`."""
-    return frame[_choose([*frame.columns], source, columns)].fillna("").astype("str")
+def _each_once(rows: pa.Table, source: str, columns: Sequence[str]) -> tuple[pa.Table, int]:
+    """`rows` without those that repeat another in all columns, and how many these were.
+
+    Raises `InputError` when rows of one id differ.
+    """
+    if are_distinct(rows[ITEM_ID]):
+        return rows, 0
+    ids = rows[ITEM_ID].combine_chunks().dictionary_encode()
+    codes = ids.indices.to_numpy()
+    is_repeated = np.bincount(codes)[codes] > 1
+    twice = rows.filter(pa.array(is_repeated)).to_pandas()
+    distinct = twice.drop_duplicates()
+    differs = distinct[ITEM_ID].duplicated(keep=False)
+    if differs.any():
+        first = distinct.loc[differs, ITEM_ID].iloc[0]
+        same = distinct[distinct[ITEM_ID] == first]
+        differing = next(column for column in columns if same[column].nunique() > 1)
+        values = ", ".join(same[differing].unique()[:3])
+        raise InputError(
+            f"input {source!r}: item_id {first!r} has several values of {differing} ({values}); give each its own id "
+            f"in a manifest, a .csv or .parquet file with {ITEM_ID} and {URI}"
+        )
+    _, first_places = np.unique(codes, return_index=True)
+    return rows.take(pa.array(np.sort(first_places))), len(rows) - len(first_places)
+
+
+def _select(rows: pa.Table, source: str, columns: Sequence[str]) -> pa.Table:
+    """`item_id` and `columns` of `rows` as texts. Raises `InputError`."""
+    chosen = rows.select(_choose(rows.column_names, source, columns))
+    return pa.table({name: pc.fill_null(chosen[name].cast(pa.string()), "") for name in chosen.column_names})
 
 
 def _choose(found: Sequence[str], source: str, columns: Sequence[str]) -> list[str]:
@@ -122,7 +142,7 @@ def _choose(found: Sequence[str], source: str, columns: Sequence[str]) -> list[s
     return [*dict.fromkeys([ITEM_ID, *columns])]
 
 
-def _from_folder(source: str, columns: Sequence[str]) -> tuple[pd.DataFrame, Counter[str]]:
+def _from_folder(source: str, columns: Sequence[str]) -> tuple[pa.Table, Counter[str]]:
     uris = [file.uri for file in storage.list_files(source, recursive=True)]
     if parts := tables.parts(source, uris):
         return _from_table(source, parts, columns)
@@ -135,8 +155,9 @@ def _from_folder(source: str, columns: Sequence[str]) -> tuple[pd.DataFrame, Cou
             report["names_not_utf8"] += 1
         else:
             kept.append((path.stem, uri))
-    frame = pd.DataFrame(kept, columns=[ITEM_ID, URI], dtype="str")
-    return _select(frame, source, columns), report
+    ids, found = zip(*kept, strict=True) if kept else ((), ())
+    rows = pa.table({ITEM_ID: pa.array(ids, pa.string()), URI: pa.array(found, pa.string())})
+    return _select(rows, source, columns), report
 
 
 def _kind(path: PurePosixPath) -> str:
@@ -157,7 +178,7 @@ def _is_utf8(uri: str) -> bool:
     return True
 
 
-def _from_table(source: str, files: Sequence[str], columns: Sequence[str]) -> tuple[pd.DataFrame, Counter[str]]:
+def _from_table(source: str, files: Sequence[str], columns: Sequence[str]) -> tuple[pa.Table, Counter[str]]:
     """The rows of the table `source`, a CSV or Parquet file or the folder of its `files`."""
     label = f"input {source!r}"
     suffix = PurePosixPath(files[0]).suffix.lower()
@@ -175,16 +196,25 @@ def _from_table(source: str, files: Sequence[str], columns: Sequence[str]) -> tu
         lines = len(rows.table) + rows.malformed
         expected = "as many columns as in the first line, a text with a comma in quotes"
         text_file.check_malformed(label, rows.malformed, lines, rows.example, expected)
-    read = {name: tables.texts(rows.table[name], name, label).to_pandas() for name in rows.table.column_names}
-    frame = pd.DataFrame(read, dtype="str")
-    incomplete = frame[ITEM_ID] == ""
+    read = pa.table({name: tables.texts(rows.table[name], name, label) for name in rows.table.column_names})
+    incomplete = pc.equal(read[ITEM_ID], "")
     if URI in columns:
-        incomplete |= frame[URI] == ""
+        incomplete = pc.or_(incomplete, pc.equal(read[URI], ""))
+    num_incomplete = pc.sum(incomplete).as_py() or 0
+    kept = read.filter(pc.invert(incomplete)) if num_incomplete else read
     folder = source.rsplit("/", 1)[0]
-    frame = frame[~incomplete].copy()
-    for column in {URI, COVER_URI} & {*columns}:
-        frame[column] = frame[column].map(lambda uri: _resolve(folder, uri))
-    return frame, Counter(malformed_lines=rows.malformed, incomplete_rows=int(incomplete.sum()))
+    for column in sorted({URI, COVER_URI} & {*columns}):
+        resolved = [
+            pa.array([_resolve(folder, uri) for uri in chunk.to_pylist()], pa.string())
+            for chunk in _blocks(kept[column])
+        ]
+        kept = kept.set_column(kept.column_names.index(column), column, pa.chunked_array(resolved, pa.string()))
+    return kept, Counter(malformed_lines=rows.malformed, incomplete_rows=num_incomplete)
+
+
+def _blocks(column: pa.ChunkedArray) -> Iterator[pa.ChunkedArray]:
+    """The column in blocks that Python may hold as objects."""
+    return (column.slice(begin, ROWS_AT_ONCE) for begin in range(0, len(column), ROWS_AT_ONCE))
 
 
 def _resolve(folder: str, uri: str) -> str:

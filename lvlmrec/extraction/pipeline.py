@@ -24,12 +24,13 @@ from lvlmrec.extraction import estimate, inspection, memory, stages
 from lvlmrec.extraction.commits import Commits
 from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import Attempts, SharedAttempts, Streak
-from lvlmrec.extraction.manifest import columns_for, describe, read_manifest, source_of, texts_from
+from lvlmrec.extraction.manifest import ROWS_AT_ONCE, columns_for, describe, read_manifest, source_of, texts_from
 from lvlmrec.extraction.memory import Reserved
 from lvlmrec.extraction.progress import Tally
 from lvlmrec.extraction.settings import ExtractConfig, PoolConfig
 from lvlmrec.features import lease, store
 from lvlmrec.features import recipe as recipes
+from lvlmrec.features.index import is_among
 from lvlmrec.features.lease import Lease
 from lvlmrec.features.recipe import Recipe
 from lvlmrec.lvlms import LVLMConfig
@@ -38,7 +39,6 @@ from lvlmrec.lvlms.files import authors_code, remote_code, source
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-ROWS_AT_ONCE = 10_000  # of a manifest, as Python objects
 FILES_AT_ONCE = 32  # asked for their version: waiting, mostly
 # On 2 CPUs it must find room beside one decoder, one actor, and the dealing out of the manifest: 1 CPU, says Ray.
 WRITE_CPUS = 0.05
@@ -133,10 +133,12 @@ def missing(plan: Plan, index: pa.Table, sources: pa.Array | None = None) -> pa.
     known = index.select([ITEM_ID, SOURCE])
     if not plan.config.retry_rejected:
         known = pa.concat_tables([known, store.read_rejected(plan.feature_set).select([ITEM_ID, SOURCE])])
-    item_ids, known_ids = plan.manifest[ITEM_ID], known[ITEM_ID].combine_chunks()
+    item_ids = plan.manifest[ITEM_ID]
     if sources is None:
-        return plan.manifest.filter(pc.invert(pc.is_in(item_ids, value_set=known_ids)))
-    place = pc.index_in(item_ids, value_set=known_ids)  # the first: of an item in both, that of its features
+        return plan.manifest.filter(pc.invert(is_among(item_ids, known[ITEM_ID])))
+    place = pc.index_in(
+        item_ids, value_set=known[ITEM_ID].cast(item_ids.type).combine_chunks()
+    )  # the first: of an item in both, that of its features
     changed = pc.and_(pc.not_equal(sources, ""), pc.not_equal(sources, known[SOURCE].take(place)))
     return plan.manifest.filter(pc.or_(pc.is_null(place), pc.fill_null(changed, False)))
 
@@ -252,7 +254,7 @@ def _device_failure(block: pa.Table) -> str:
 def _forget(plan: Plan, todo: pa.Table, reasons: set[tuple[str, str]], held: Lease) -> None:
     """Drop this run's rejections for reasons that are no item's fault: the next run tries them again."""
     rejected = store.read_rejected(plan.feature_set)
-    is_ours = pc.is_in(rejected[ITEM_ID], value_set=todo[ITEM_ID].combine_chunks())
+    is_ours = is_among(rejected[ITEM_ID], todo[ITEM_ID])
     found = zip(rejected[STAGE].to_pylist(), rejected[ERROR].to_pylist(), strict=True)
     is_alike = pa.array([reason in reasons for reason in found], pa.bool_())
     store.keep_rejected(plan.feature_set, rejected.filter(pc.invert(pc.and_(is_ours, is_alike))), held.number)
@@ -292,10 +294,10 @@ def _actor_resources(config: ExtractConfig) -> dict[str, Any]:
 def _result(plan: Plan, tally: Tally, seconds: float, index: pa.Table) -> dict[str, Any]:
     item_ids, there = plan.manifest[ITEM_ID], index[ITEM_ID]
     rejected = store.read_rejected(plan.feature_set)
-    rejected = rejected.filter(pc.is_in(rejected[ITEM_ID], value_set=item_ids.combine_chunks()))
-    rejected = rejected.filter(pc.invert(pc.is_in(rejected[ITEM_ID], value_set=there.combine_chunks())))
+    rejected = rejected.filter(is_among(rejected[ITEM_ID], item_ids))
+    rejected = rejected.filter(pc.invert(is_among(rejected[ITEM_ID], there)))
     reasons = Counter(zip(rejected[STAGE].to_pylist(), rejected[ERROR].to_pylist(), strict=True))
-    gone = there.filter(pc.invert(pc.is_in(there, value_set=item_ids.combine_chunks())))
+    gone = there.filter(pc.invert(is_among(there, item_ids)))
     if len(gone):
         first = gone.take(pc.select_k_unstable(gone, 3, [("", "ascending")])).to_pylist()
         names = ", ".join(first) + (", ..." if len(gone) > 3 else "")

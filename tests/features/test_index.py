@@ -166,3 +166,14 @@ def test_only_the_folders_of_a_store_are_listed_to_find_its_sets(
     listed = storage.list_files
     monkeypatch.setattr(storage, "list_files", lambda at, **options: (refuse(**options), listed(at, **options))[1])
     assert store.find(str(Path(uri).parent)) == uri
+
+
+def test_ids_are_looked_up_part_by_part_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = pa.chunked_array([[f"item{k}" for k in range(50)], ["", "ä", "item7"]])
+    others = pa.chunked_array([[f"item{k}" for k in range(0, 90, 3)], ["ä", "b"]], pa.large_string())
+    expected = [item in {*others.to_pylist()} for item in ids.to_pylist()]
+    assert index.is_among(ids, others).to_pylist() == expected
+    monkeypatch.setattr(index, "IDS_LOOKED_UP", 4)
+    assert index.is_among(ids, others).to_pylist() == expected
+    assert index.is_among(ids.slice(0, 0), others).to_pylist() == []
+    assert not index.are_distinct(ids) and index.are_distinct(ids.slice(0, 52))
