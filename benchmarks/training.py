@@ -48,7 +48,7 @@ from lvlmrec.features.array import Column, FeatureArray
 from lvlmrec.features.cache import Cache, NewArray
 from lvlmrec.report.comparison import table
 from lvlmrec.runs import batches, loop
-from lvlmrec.runs.batches import SHARE_FOR_FEATURES, Batch, batches_of_epoch
+from lvlmrec.runs.batches import MAX_FEATURE_SHARE, Batch, batches_of_epoch
 from lvlmrec.runs.experiment import Experiment, TrainConfig, prepare
 
 CASES: dict[str, list[str]] = {
@@ -119,22 +119,22 @@ class Case:
 
     def counted(self, steps: Iterator[Batch]) -> Iterator[Batch]:
         for batch in steps:
-            self.counts.append(len(batch.shared.item_index))
+            self.counts.append(len(batch.items.item_index))
             yield batch
 
     def train(self, steps: Iterator[Batch]) -> float:
         self.load()
         steps = self.counted(steps)
         if self.device.type != "cpu":  # as in training: the next step's features are sent meanwhile
-            steps = batches.made_ahead(steps)
+            steps = batches.prefetch(steps)
         started = seconds(self.device)
         loop.train_epoch(self.config.training, steps, self.loss, self.state.optimizer, self.device)
         return seconds(self.device) - started
 
     def load(self) -> None:
         """Features go to a GPU once for all epochs, so that does not count."""
-        batches.held_by_device.cache_clear()
-        batches.SHARE_FOR_FEATURES = 0.0 if self.name.endswith("_sent") else SHARE_FOR_FEATURES
+        batches.columns_on_device.cache_clear()
+        batches.MAX_FEATURE_SHARE = 0.0 if self.name.endswith("_sent") else MAX_FEATURE_SHARE
         batches.item_features(self.features, np.array([1]), self.device)
 
     def evaluate(self) -> float:

@@ -24,20 +24,21 @@ from lvlmrec.models.softmax import softmax_loss
 class LossInputs:
     """What a loss may read.
 
-    queries [P, E]: a position's query has read the user's items up to it. labels [P] int64: the item that follows.
-    own [P, S + 1] int64: all items of the position's user, labels too; padding 0.
-    items [M, E]: embeddings of item_index.
-    item_index [M] int64: sorted, each once: the real items of the global batch and all negatives, or all that are
-    trained: those that occur in the training sequences.
-    counts [M]: how often each occurs in the sequences of the global batch.
-    log_popularity [M]: log of each item's share of the training interactions.
-    negatives [P, N] int64: item indices drawn for each position, none of the user's own; None: none were drawn.
-    num_items: I, how many items are trained, which is how many negatives are drawn from.
+    queries [P, E]             of each position, after the user's items up to it
+    labels int64 [P]           item index of the item that follows
+    user_items int64 [P, S+1]  all items of the position's user, labels too; padding 0
+    items [M, E]               embeddings of the items at `item_index`
+    item_index int64 [M]       sorted, unique: the items of the global batch and all negatives; for `whole_catalogue`
+                               all items that occur in training
+    counts int64 [M]           how often each item occurs in the sequences of the global batch
+    log_popularity [M]         log of each item's share of the training interactions
+    negatives int64 [P, N]     item indices drawn for each position, none of its user's; None: the loss draws none
+    num_items                  I, the number of items that occur in training: negatives are drawn from these
     """
 
     queries: Tensor
     labels: Tensor
-    own: Tensor
+    user_items: Tensor
     items: Tensor
     item_index: Tensor
     counts: Tensor
@@ -200,8 +201,9 @@ def in_batch_softmax(inputs: LossInputs, log_popularity_correction: bool) -> Ten
     log_counts = inputs.counts.to(inputs.log_popularity.dtype).log()
     correction = inputs.log_popularity if log_popularity_correction else torch.zeros_like(log_counts)
     labels = inputs.rows(inputs.labels)
-    own = torch.where(inputs.own > 0, inputs.rows(inputs.own), labels[:, None])  # the label is compared in any case
-    return softmax_loss(inputs.queries, inputs.items, labels, log_counts - correction, -correction, own)
+    # padding becomes the label, which is compared in any case
+    excluded = torch.where(inputs.user_items > 0, inputs.rows(inputs.user_items), labels[:, None])
+    return softmax_loss(inputs.queries, inputs.items, labels, log_counts - correction, -correction, excluded)
 
 
 def _precise(scores: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Published checkpoints: what evaluation, export and serving read.
 
 <uri>/model.safetensors  weights of the best epoch
-      config.json        the resolved configuration
-      item_ids.json      item_index i + 1 belongs to item_ids[i]
-      pca.safetensors    mean and components of the features, when they are reduced
-      scaling.safetensors mean and std of the features [L, D], when they are scaled
-      result.json        validation metrics, epochs; written last: without it there is no checkpoint
+      config.json         the resolved configuration
+      item_ids.json       item_ids[i] is the id of item_index i + 1
+      pca.safetensors     mean and components of the features, with `feature_pca`
+      scaling.safetensors mean and std of the features [L, D], with `feature_scaling`
+      result.json         validation metrics, epochs; written last: without it there is no checkpoint
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained recommender with all it needs to score a catalogue."""
+    """A trained recommender in evaluation mode, with what it takes to score its catalogue.
+
+    uri       the checkpoint's folder
+    item_ids  item_ids[i] is the id of item_index i + 1
+    features  scaled and reduced as in training; None for models of ids alone
+    result    of the training job
+    """
 
     uri: str
     config: TrainConfig
@@ -49,7 +55,7 @@ def publish(
     weights: Mapping[str, Tensor],
     result: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint; its result last."""
+    """Write a checkpoint to the folder `uri`; result.json last, so that a killed job leaves no checkpoint."""
     settings = configs.to_dict(config)
     del settings["tracking_uri"]  # it may hold a password
     files = {
@@ -66,7 +72,7 @@ def publish(
 
 
 def read_result(uri: str) -> dict[str, Any] | None:
-    """The result of a published checkpoint, None when there is none."""
+    """result.json of the checkpoint at `uri`; None where there is no checkpoint."""
     try:
         return json.loads(storage.read_bytes(storage.join(uri, RESULT)))
     except (FileNotFoundError, NotADirectoryError):
@@ -74,7 +80,7 @@ def read_result(uri: str) -> dict[str, Any] | None:
 
 
 def latest(uri: str) -> str:
-    """`uri` itself if it is a checkpoint, else the newest checkpoint in the folder. Raises `InputError`."""
+    """`uri` itself if it is a checkpoint, else the newest checkpoint below that folder. Raises `InputError`."""
     uri = storage.absolute(uri)
     if storage.exists(storage.join(uri, RESULT)):
         return uri
@@ -85,9 +91,9 @@ def latest(uri: str) -> str:
 
 
 def load_checkpoint(uri: str, overrides: Mapping[str, Any]) -> Checkpoint:
-    """Open a checkpoint; `overrides` are keys of its configuration that may have moved since (dataset, features).
+    """Open a checkpoint. `overrides`: keys of its configuration whose values have changed, such as where features lie.
 
-    Raises `InputError` when there is none, or when its features are gone or made by another recipe.
+    Raises `InputError` when there is none, or when its features are missing or of another recipe.
     """
     uri = latest(uri)
     dotted = [f"{key}={json.dumps(value)}" for key, value in overrides.items() if value]

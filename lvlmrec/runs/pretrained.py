@@ -1,4 +1,4 @@
-"""Published weights of an encoder that is trained on: a local directory with config.json and safetensors."""
+"""Published weights that the training of a video encoder starts from: a directory of config.json and safetensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = "config.json"
 
 
 def read(directory: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and all tensors of a directory. Raises `ConfigError`."""
+    """The content of config.json, and every tensor of the directory by name. Raises `ConfigError`."""
     files = _files(directory)
     tensors: dict[str, Tensor] = {}
     for path in files[1:]:
@@ -25,7 +25,7 @@ def read(directory: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def digest(directory: str) -> str:
-    """16 hex digits of the content of what `read` reads. Raises `ConfigError`."""
+    """16 hex digits of the content of the files that `read` reads. Raises `ConfigError`."""
     content = hashlib.blake2b(digest_size=8)
     for path in _files(directory):
         with path.open("rb") as file:
@@ -34,7 +34,7 @@ def digest(directory: str) -> str:
 
 
 def _files(directory: str) -> list[Path]:
-    """config.json, and the safetensors by name."""
+    """config.json first, then the safetensors files in the order of their names. Raises `ConfigError`."""
     config, weights = Path(directory, CONFIG), sorted(Path(directory).glob("*.safetensors"))
     if not config.is_file() or not weights:
         raise ConfigError(f"item_encoder.encoder_weights: {directory!r}: no {CONFIG} or no .safetensors there")

@@ -41,7 +41,7 @@ def given(seed=0, users=range(6), num_negatives=0, whole_catalogue=False, popula
     inputs = LossInputs(
         queries=queries[mine],
         labels=SEQUENCES[:, 1:][REAL][mine],
-        own=SEQUENCES[USERS][mine],
+        user_items=SEQUENCES[USERS][mine],
         items=table[item_index],
         item_index=item_index,
         counts=torch.bincount(SEQUENCES.flatten(), minlength=13)[item_index],

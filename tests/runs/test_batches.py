@@ -18,7 +18,7 @@ INDEX = np.array([3, 7, 60])
 
 @pytest.fixture
 def prepared(world: Path, tmp_path: Path) -> experiment.Experiment:
-    batches.held_by_device.cache_clear()
+    batches.columns_on_device.cache_clear()
     return experiment.prepare(train_config(world, tmp_path, model__item_encoder__name="dff"))
 
 
@@ -32,7 +32,7 @@ def test_a_device_with_room_holds_the_features_of_all_items(
     size = stored.numel() * stored.element_size()
     for free, expected in ((2 * size, len(array.missing)), (2 * size - 1, len(INDEX))):
         monkeypatch.setattr(batches, "free_memory", lambda device, free=free: free)
-        batches.held_by_device.cache_clear()
+        batches.columns_on_device.cache_clear()
         read = item_features(kept, INDEX, META)
         assert read is not None
         (stored,) = read.stored
@@ -45,11 +45,11 @@ def test_what_a_device_holds_is_what_the_file_has(
     prepared: experiment.Experiment, monkeypatch: pytest.MonkeyPatch, kept: slice
 ) -> None:
     monkeypatch.setattr(batches, "free_memory", lambda device: 1 << 30)
-    monkeypatch.setattr(batches, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(batches, "ROWS_PER_COPY", 7)
     array = prepared.features
     assert array is not None
     array = array.select(array.names[kept])
-    held = batches.held_by_device(array.files, CPU)
+    held = batches.columns_on_device(array.files, CPU)
     assert held is not None and torch.equal(held[0], array.stored()[0])
     assert held[0].dtype == array.stored()[0].dtype
 
@@ -63,11 +63,11 @@ def test_a_gpu_reads_the_features_that_the_cpu_reads(
 ) -> None:
     if not room:
         monkeypatch.setattr(batches, "free_memory", lambda device: 0)
-    batches.held_by_device.cache_clear()
+    batches.columns_on_device.cache_clear()
     config = train_config(world, tmp_path, model__item_encoder__name="dff", feature_control=control)
     case = experiment.prepare(config)
     ours, theirs = (
-        next(batches_of_epoch(config, case.data, case.features, 0, device)).shared.features
+        next(batches_of_epoch(config, case.data, case.features, 0, device)).items.features
         for device in (torch.device("cuda"), CPU)
     )
     assert ours is not None and theirs is not None
@@ -77,8 +77,8 @@ def test_a_gpu_reads_the_features_that_the_cpu_reads(
 
 def users_of(batch: batches.Batch) -> list[list[int]]:
     """The training items of each user of a batch, without padding; `v7` is item 7."""
-    ends = batch.mine.histories.ends
-    return [[item for item in row if item] for row in batch.mine.own[ends].tolist()]
+    ends = batch.local.histories.ends
+    return [[item for item in row if item] for row in batch.local.user_items[ends].tolist()]
 
 
 def order_of_users(world: Path, workspace: Path, epoch: int, **values: int) -> list[list[int]]:
@@ -110,7 +110,7 @@ def test_the_batches_of_all_workers_are_the_users_the_last_batch_too(world: Path
         seen += [user for batch in mine for user in users_of(batch)]
         sizes.append([batch.num_positions for batch in mine])
         for batch in mine:
-            assert len(batch.mine.labels) == sum(len(user) - 1 for user in users_of(batch))
+            assert len(batch.local.labels) == sum(len(user) - 1 for user in users_of(batch))
     expected = [[int(item[1:]) for item in row[:-2]] for row in walks()]
     assert sorted(seen) == sorted(expected)
     assert all(size == sizes[0] for size in sizes), "every worker divides by the same number"

@@ -12,7 +12,7 @@ from lvlmrec.errors import JobFailed
 from lvlmrec.jobs import study
 from lvlmrec.models.losses import InBatchSoftmaxConfig
 from lvlmrec.runs import experiment, loop
-from lvlmrec.runs.divergence import Diverged, check_steps, check_weights, longest
+from lvlmrec.runs.divergence import Diverged, check_steps, check_weights, largest_norm
 from lvlmrec.tracking import Run
 from tests.toy import ITEM_IDS, Fitting, fitted, train_config
 
@@ -123,8 +123,8 @@ def test_the_first_bad_step_is_named_and_its_loss_before_its_gradient() -> None:
 def test_what_is_finite_passes() -> None:
     model = torch.nn.Linear(3, 2)
     check_weights(model)
-    assert longest(torch.zeros(0, 3)) == 0 and longest(torch.tensor([[3.0, 4.0], [0.0, 1.0]])) == 5
-    assert longest(torch.tensor([[torch.nan, 1.0], [1.0, 1.0]])).isnan()
+    assert largest_norm(torch.zeros(0, 3)) == 0 and largest_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]])) == 5
+    assert largest_norm(torch.tensor([[torch.nan, 1.0], [1.0, 1.0]])).isnan()
 
 
 def test_a_run_of_a_study_that_diverges_keeps_its_last_good_state_and_publishes_nothing(

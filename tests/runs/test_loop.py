@@ -16,7 +16,7 @@ from lvlmrec.errors import ConfigError
 from lvlmrec.models.losses import LossInputs, alignment, uniformity
 from lvlmrec.models.sequential.histories import pack
 from lvlmrec.runs import experiment
-from lvlmrec.runs.batches import batches_of_epoch, draw_negatives, made_ahead
+from lvlmrec.runs.batches import batches_of_epoch, draw_negatives, prefetch
 from lvlmrec.runs.experiment import Experiment
 from lvlmrec.runs.loop import Loss, State, encode_catalogue, learning_rate_factor, rank_holdout
 from tests.toy import CPU, ITEM_IDS, Fitting, fitted, train_config, video
@@ -113,7 +113,7 @@ def gradients(case: Experiment) -> list[dict[str, torch.Tensor]]:
     found = []
     for batch in batches_of_epoch(case.config, case.data, case.features, 0, CPU, rank, workers):
         loss.zero_grad()
-        (loss(batch.shared, batch.mine) * (workers / batch.num_positions)).backward()
+        (loss(batch.items, batch.local) * (workers / batch.num_positions)).backward()
         found.append(
             {name: weight.grad.clone() for name, weight in state.model.named_parameters() if weight.grad is not None}
         )
@@ -340,8 +340,8 @@ def test_batches_made_ahead_are_the_same_and_an_error_in_making_one_is_raised() 
 
     used = []
     with pytest.raises(OSError, match="the disk is gone"):
-        for batch in made_ahead(batches()):
+        for batch in prefetch(batches()):
             used.append(batch)
     assert used == made == [0, 1, 2]
-    first = next(made_ahead(iter([5, 6])))
+    first = next(prefetch(iter([5, 6])))
     assert first == 5

@@ -58,10 +58,10 @@ def test_every_item_of_training_is_drawn_and_no_other(cold_world: Path, tmp_path
     assert len(untrained(case)) == len(COLD) and len(trained(case)) == len(ITEM_IDS)
     drawn: Counter[int] = Counter()
     for batch in batches(case, epochs=5):
-        assert batch.mine.negatives is not None
-        drawn.update(batch.mine.negatives.flatten().tolist())
-        read = {*batch.shared.item_index.tolist()}
-        assert read == {*batch.mine.own.flatten().tolist(), *batch.mine.negatives.flatten().tolist()} - {0}
+        assert batch.local.negatives is not None
+        drawn.update(batch.local.negatives.flatten().tolist())
+        read = {*batch.items.item_index.tolist()}
+        assert read == {*batch.local.user_items.flatten().tolist(), *batch.local.negatives.flatten().tolist()} - {0}
     assert drawn.total() > 20_000
     assert {*drawn} == trained(case)
     assert max(drawn.values()) < 1.5 * min(drawn.values()), "evenly"
@@ -70,7 +70,7 @@ def test_every_item_of_training_is_drawn_and_no_other(cold_world: Path, tmp_path
 def test_the_full_softmax_reads_the_items_of_training_in_every_batch(cold_world: Path, tmp_path: Path) -> None:
     case = prepare(cold_world, tmp_path, "full_softmax")
     for batch in batches(case):
-        assert batch.shared.item_index.tolist() == sorted(trained(case))
+        assert batch.items.item_index.tolist() == sorted(trained(case))
 
 
 @pytest.mark.parametrize("loss", ["full_softmax", *SAMPLED])
@@ -109,7 +109,7 @@ def test_a_loss_is_told_how_many_items_are_drawn_from(cold_world: Path, tmp_path
     settings = replace(case.config.training, loss=Asked("asked", []))
     told = Loss(Fitting(case).new_state().model, settings, case.data.train_counts)
     batch = next(batches(case))
-    told(batch.shared, batch.mine)
+    told(batch.items, batch.local)
     (inputs,) = settings.loss.asked  # type: ignore[attr-defined]
     assert inputs.num_items == len(trained(case)) < len(case.data.item_ids)
 
@@ -153,8 +153,8 @@ def test_negatives_are_none_of_the_users_items_where_histories_are_cut(tmp_path:
     assert all(row < histories[owner] for row, owner in zip(cut, case.data.owners, strict=True))
     drawn: dict[int, set[int]] = {}
     for batch in batches(case, epochs=3):
-        assert batch.mine.negatives is not None
-        for own, negatives in zip(batch.mine.own.tolist(), batch.mine.negatives.tolist(), strict=True):
+        assert batch.local.negatives is not None
+        for own, negatives in zip(batch.local.user_items.tolist(), batch.local.negatives.tolist(), strict=True):
             owner = case.data.owners[cut.index({*own} - {0})]
             drawn.setdefault(int(owner), set()).update(negatives)
     assert len(drawn) == len(rows)
@@ -168,8 +168,8 @@ def test_held_out_items_may_be_drawn(cold_world: Path, tmp_path: Path) -> None:
     held_out = set()
     targets = {tuple(row[row > 0]): target for row, target in zip(*holdout(case), strict=True)}
     for batch in batches(case):
-        assert batch.mine.negatives is not None
-        for own, negatives in zip(batch.mine.own.tolist(), batch.mine.negatives.tolist(), strict=True):
+        assert batch.local.negatives is not None
+        for own, negatives in zip(batch.local.user_items.tolist(), batch.local.negatives.tolist(), strict=True):
             held_out.add(targets[tuple(item for item in own if item)] in negatives)
     assert True in held_out
 
@@ -207,7 +207,7 @@ def test_of_microlens_768_items_are_never_drawn(real_data: Path, tmp_path: Path)
     assert len(never) == 768 and len(case.data.item_ids) == 19_099
     drawn = np.zeros(19_100, dtype=np.int64)
     for _, batch in zip(range(20), batches(case), strict=False):
-        assert batch.mine.negatives is not None
-        drawn += np.bincount(batch.mine.negatives.flatten().numpy(), minlength=19_100)
-        assert batch.shared.num_trained == 19_099 - 768
+        assert batch.local.negatives is not None
+        drawn += np.bincount(batch.local.negatives.flatten().numpy(), minlength=19_100)
+        assert batch.items.num_trained == 19_099 - 768
     assert drawn.sum() > 9_000_000 and not drawn[never].any()
