@@ -1,4 +1,4 @@
-"""The weights every learned part starts from."""
+"""Initial weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import nn
 
 
 def xavier_normal(module: nn.Module) -> None:
-    """For `module.apply`: weights of linear maps and tables xavier normal, biases 0, the padding row 0.
+    """For `module.apply`: weights of linear layers and embeddings Xavier normal, biases 0, the padding row 0.
 
-    MicroLens starts its item tables, projections and SASRec this way.
+    MicroLens initialises its item embeddings, projections and SASRec so.
     """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.xavier_normal_(module.weight)

@@ -1,6 +1,6 @@
-"""The features of some items, read where they are stored, and the weighted sum of their layers.
+"""The features of a batch's items, read where they are stored, and the weighted sum of their layers.
 
-Shapes: N items asked for, T items stored, L feature layers of all sets, D dim of the widest feature.
+Shapes: N items of the batch, T items stored, L feature layers of all feature sets, D dim of the widest feature.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Numbers of a block of items: conversion, product and sum stay in a core's cache; on a GPU, few large kernels.
-NUMBERS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 28}
+# Values in a block of items: conversion, product and sum stay in a core's cache; on a GPU, few large kernels.
+VALUES_PER_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 28}
 
 
 class ItemFeatures(NamedTuple):
-    """Features of N items, converted and scaled only when they are read: as stored they are half the size, or less.
+    """Features of N items, converted and scaled only when they are read: stored they take half the memory, or less.
 
-    stored   one of each feature set, [T, its layers, its dim] float16, bfloat16 or float32, of frames uint8; of several
-             tokens per item [T, its layers, tokens, its dim]: features of all items, perhaps memory-mapped
-    row      int64 [N]: the row of `stored` of each item
-    mean, std [L, D]: a feature is read as (stored - mean) / std; both None: as it is stored
-    missing  bool [N, L]: no feature; read as zeros. Stored are zeros, too
+    stored    one tensor per feature set with the features of all items, perhaps memory-mapped: [T, its layers, its
+              dim], with several tokens per item [T, its layers, tokens, its dim]; float16, bfloat16 or float32,
+              frames uint8
+    row       int64 [N]: each item's row of `stored`
+    mean, std [L, D]: a feature is read as (stored - mean) / std; both None: as stored
+    missing   bool [N, L]: the item lacks this feature, which is read as zeros; `stored` has zeros there too
     """
 
     stored: Sequence[Tensor]
@@ -32,11 +33,11 @@ class ItemFeatures(NamedTuple):
     missing: Tensor
 
     def take(self, items: slice) -> ItemFeatures:
-        """Those of some of the N items."""
+        """The features of a slice of the N items."""
         return self._replace(row=self.row[items], missing=self.missing[items])
 
     def as_stored(self, number: int) -> Tensor:
-        """One layer's features [N, its dim], or [N, tokens, its dim], in their own dtype, unscaled."""
+        """One layer's features [N, its dim], or [N, tokens, its dim], in the stored dtype, unscaled."""
         return self._layers(range(number, number + 1))[:, 0].index_select(0, self.row)
 
     def layer(self, number: int, dtype: torch.dtype) -> Tensor:
@@ -52,24 +53,27 @@ class ItemFeatures(NamedTuple):
         """The dim of some layers of one feature set."""
         return self._layers(layers).shape[-1]
 
-    def unscaled(self, layers: range, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of items with layers of one feature set, as stored: [block, layers, dim], yours until the next."""
+    def unscaled_blocks(self, layers: range, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of items with `layers` of one feature set, not scaled: slices of the N items, [block, layers, dim].
+
+        The next block overwrites the tensor; the caller may too.
+        """
         stored = self._layers(layers)
         shape = stored.shape[1:]
-        block = max(1, NUMBERS_AT_ONCE.get(stored.device.type, 1 << 28) // shape.numel())
-        # The same memory for each block: fresh memory costs more than all that is done in it.
+        block = max(1, VALUES_PER_BLOCK.get(stored.device.type, 1 << 28) // shape.numel())
+        # One buffer for all blocks: allocating one each costs more than the work on it.
         values = stored.new_empty(block, *shape, dtype=dtype)
         for start in range(0, len(self.row), block):
             row = self.row[start : start + block]
             target = values[: len(row)]
             if stored.dtype == dtype:
                 torch.index_select(stored, 0, row, out=target)
-            else:  # a single item needs no gathering: it is converted from where it lies
+            else:  # a single item is converted where it is stored
                 target.copy_(stored[int(row[0])] if block == 1 else stored.index_select(0, row))
             yield slice(start, start + block), target
 
     def _layers(self, layers: range) -> Tensor:
-        """Layers of one feature set, where they are stored."""
+        """The stored tensor's view of `layers`, which belong to one feature set: [T, layers, ...]."""
         first = 0
         for stored in self.stored:
             if layers.start < first + stored.shape[1]:
@@ -79,9 +83,9 @@ class ItemFeatures(NamedTuple):
 
 
 def sum_of_layers(weights: Tensor, features: ItemFeatures, layers: range) -> Tensor:
-    """sum_l w_l h_l over layers of one feature set, scaled: weights [len(layers)] -> [N, its dim], in their dtype.
+    """sum_l w_l h_l over `layers` of one feature set, scaled: weights [len(layers)] -> [N, its dim], in their dtype.
 
-    Equal to summing `features.layer(l)`, gradients too, but layers are read in blocks that are never all in memory.
+    Equal to summing `weights[l] * features.layer(l)`, gradients too, but in blocks of items instead of all at once.
     """
     return _SumOfLayers.apply(weights, features, layers)
 
@@ -98,7 +102,7 @@ class _SumOfLayers(torch.autograd.Function):
         mean, inverse, present = _scaling(features, layers, weights.dtype)
         scales = weights[:, None] * inverse
         out = -(present * weights) @ (mean * inverse)
-        for rows, values in features.unscaled(layers, weights.dtype):
+        for rows, values in features.unscaled_blocks(layers, weights.dtype):
             out[rows] += values.mul_(scales).sum(1)
         return out
 
@@ -108,8 +112,8 @@ class _SumOfLayers(torch.autograd.Function):
         (gradient,) = gradients
         mean, inverse, present = _scaling(features, layers, gradient.dtype)
         sums = -mean * (present.T @ gradient)
-        for rows, values in features.unscaled(layers, gradient.dtype):
-            if len(values) == 1:  # one pass instead of three, and the largest features come one by one
+        for rows, values in features.unscaled_blocks(layers, gradient.dtype):
+            if len(values) == 1:  # large features come in blocks of one item: one pass instead of three
                 sums.addcmul_(values[0], gradient[rows])
             else:
                 sums += values.mul_(gradient[rows, None]).sum(0)
@@ -117,7 +121,7 @@ class _SumOfLayers(torch.autograd.Function):
 
 
 def _scaling(features: ItemFeatures, layers: range, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """mean and 1 / std [len(layers), D], and 1 where an item has the layer, else 0, [N, len(layers)]."""
+    """mean and 1 / std, each [len(layers), D]; present [N, len(layers)]: 1 where an item has the layer, else 0."""
     chosen, dim = list(layers), features.dim(layers)
     present = (~features.missing[:, chosen]).to(dtype)
     if features.mean is None or features.std is None:

@@ -1,8 +1,8 @@
-"""Training losses, one line each in LOSSES. Each is a sum over the real positions of this worker; the loss of a batch
-is this sum over all workers, divided by the global number of real positions.
+"""Training losses, one line each in LOSSES. Each is a sum over this worker's real positions; the loss of a batch is the
+sum of the workers' sums, divided by the global number of real positions.
 
-Shapes: P real positions of this worker, S inputs of a user at most, E embedding, M items that the loss reads, N
-negatives of a position. s+ is the score h . e of a position's label, s_k that of its negative k.
+Shapes: P real (not padded) positions of this worker, S inputs of a user at most, E embedding, M items that the loss
+reads, N negatives of a position. s+ is the score h . e of a position's label, s_k that of its negative k.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LossInputs:
     num_items: int
 
     def rows(self, item_index: Tensor) -> Tensor:
-        """The rows of `items` that belong to some of `item_index`, any shape."""
+        """Item indices of any shape, all among `self.item_index` -> their rows of `items`, the same shape."""
         return torch.searchsorted(self.item_index, item_index)
 
     def label_items(self) -> Tensor:
@@ -59,27 +59,27 @@ class LossInputs:
         assert self.negatives is not None
         positive = (self.queries * self.label_items()).sum(-1)
         negative = torch.einsum("pe,pne->pn", self.queries, functional.embedding(self.rows(self.negatives), self.items))
-        return _precise(positive), _precise(negative)
+        return _at_least_float32(positive), _at_least_float32(negative)
 
 
 @dataclass(frozen=True)
 class LossConfig(ABC):
     """One entry of LOSSES.
 
-    whole_catalogue  it reads all items that occur in training, not those of the batch alone. An item that never occurs
-                     is nobody's label: a loss that read it could only push it down
-    format           part of the names of runs with this loss, counted up when it comes to learn something else
-    of_others        its negatives are the items of the batch's other users
+    whole_catalogue     it reads all items that occur in training, not only those of the batch. An item that never
+                        occurs is nobody's label: a loss that read it could only lower its scores
+    format              part of the names of runs with this loss, incremented when it learns something else than before
+    in_batch_negatives  its negatives are the items of the batch's other users
     """
 
     name: str
     whole_catalogue: ClassVar[bool] = False
     format: ClassVar[int] = 0
-    of_others: ClassVar[bool] = False
+    in_batch_negatives: ClassVar[bool] = False
 
     @abstractmethod
     def sum(self, inputs: LossInputs) -> Tensor:
-        """The loss, summed over the real positions of `inputs`; zero with a zero gradient when there are none."""
+        """The loss, a scalar summed over the P positions of `inputs`; zero with a zero gradient when P is 0."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class InBatchSoftmaxConfig(LossConfig):
 
     name: str = option("in_batch_softmax", "softmax over the items of the batch, the user's own left out")
     log_popularity_correction: bool = option(True, "subtract log popularity from the logits")
-    of_others: ClassVar[bool] = True
+    in_batch_negatives: ClassVar[bool] = True
 
     def sum(self, inputs: LossInputs) -> Tensor:
         return in_batch_softmax(inputs, self.log_popularity_correction)
@@ -135,8 +135,8 @@ class SampledSoftmaxConfig(SampledLossConfig):
 
     def sum(self, inputs: LossInputs) -> Tensor:
         positive, negative = inputs.sampled_scores()
-        each_stands_for = (inputs.num_items - 1) / self.negatives
-        logits = torch.cat([positive[:, None], negative + math.log(each_stands_for)], dim=1)
+        items_per_negative = (inputs.num_items - 1) / self.negatives
+        logits = torch.cat([positive[:, None], negative + math.log(items_per_negative)], dim=1)
         return (logits.logsumexp(-1) - positive).sum()
 
 
@@ -171,31 +171,30 @@ LOSSES: dict[str, type[LossConfig]] = {
 
 def alignment(inputs: LossInputs) -> Tensor:
     """sum |h / |h| - e+ / |e+||^2 over the real positions (Wang and Isola, 2020)."""
-    pairs = _precise(inputs.queries), _precise(inputs.label_items())
-    queries, labels = (functional.normalize(points, dim=-1) for points in pairs)
+    pairs = _at_least_float32(inputs.queries), _at_least_float32(inputs.label_items())
+    queries, labels = (functional.normalize(vectors, dim=-1) for vectors in pairs)
     return (queries - labels).square().sum()
 
 
-def uniformity(points: Tensor) -> Tensor:
-    """log mean exp(-2 |x - y|^2) over all pairs of two of the points [P, E], each of length 1; 0 for less than two."""
-    directions = functional.normalize(_precise(points), dim=-1)
+def uniformity(vectors: Tensor) -> Tensor:
+    """log mean exp(-2 |x - y|^2) over all pairs of different `vectors` [P, E], normalised to length 1; 0 for P < 2."""
+    directions = functional.normalize(_at_least_float32(vectors), dim=-1)
     count = len(directions)
     if count < 2:
         return directions.sum() * 0.0
-    # |x - y|^2 = 2 - 2 x . y; a point with itself adds exp(0).
+    # |x - y|^2 = 2 - 2 x . y; a vector with itself adds exp(0), which the diagonal takes out.
     kernel = torch.exp(4 * (directions @ directions.T - 1))
     return ((kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1))).log()
 
 
 def in_batch_softmax(inputs: LossInputs, log_popularity_correction: bool) -> Tensor:
-    """MicroLens' in-batch softmax.
+    """MicroLens' in-batch softmax, summed over the P positions.
 
-    MicroLens' columns are the items of all positions of the global batch, one column per occurrence: the label's
-    own column, and every column whose item is neither padding nor in the row user's own sequence. An item that
-    occurs n times is here one column with log n added to its logit, which is the same sum of exponentials; the
-    label counts once.
+    MicroLens has one column per occurrence of an item in the global batch. A position is compared with its label's
+    column and with every column whose item is neither padding nor in its user's sequence. An item that occurs n times
+    is here one column with log n added to its logit, which gives the same sum of exponentials; the label counts once.
 
-    With the correction the log of each item's share of the training interactions is subtracted from its logit
+    log_popularity_correction: subtract the log of each item's share of the training interactions from its logit
     (MicroLens does so for its id models; DFF does not).
     """
     log_counts = inputs.counts.to(inputs.log_popularity.dtype).log()
@@ -206,6 +205,6 @@ def in_batch_softmax(inputs: LossInputs, log_popularity_correction: bool) -> Ten
     return softmax_loss(inputs.queries, inputs.items, labels, log_counts - correction, -correction, excluded)
 
 
-def _precise(scores: Tensor) -> Tensor:
-    """At least float32: a softmax in half precision loses the tail."""
+def _at_least_float32(scores: Tensor) -> Tensor:
+    """The same scores in float32, or wider if they are: a softmax in half precision loses small probabilities."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

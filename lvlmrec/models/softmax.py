@@ -1,4 +1,4 @@
-"""Cross-entropy of queries against items in blocks of queries: the matrix of all logits never exists.
+"""Cross-entropy of queries against items, in blocks of queries: the matrix of all logits is never in memory.
 
 Shapes: P queries, M items, E embedding, X excluded items of a query.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 27}  # numbers: what the cache of a core holds; half a gigabyte
+LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 27}  # a block fits a core's cache (2 MB), half a GB on a GPU
 
 
 def softmax_loss(
@@ -21,19 +21,23 @@ def softmax_loss(
     label_bias: Tensor | None = None,
     excluded: Tensor | None = None,
 ) -> Tensor:
-    """sum_p -log softmax(h_p . e_j + bias_j)[label_p], in float32 or wider, with gradients for queries and items.
+    """sum_p -log softmax(h_p . e_j + bias_j)[label_p]: a scalar in float32 or wider, differentiable by h and e.
 
-    queries [P, E], items [M, E], labels [P] rows of items; bias [M]; label_bias [M] in place of `bias` for the label
-    of a query; excluded [P, X] rows of items that a query is not compared with (its label is, even if named there).
+    queries [P, E]       h
+    items [M, E]         e
+    labels int64 [P]     rows of `items`
+    bias [M]             of each item; None: 0
+    label_bias [M]       in place of `bias` where the item is the query's label
+    excluded int64 [P, X]  rows of `items` that a query is not compared with; its label is, even if named there
     """
     if torch.is_autocast_enabled(queries.device.type):
-        half = torch.get_autocast_dtype(queries.device.type)
-        queries, items = queries.to(half), items.to(half)
+        dtype = torch.get_autocast_dtype(queries.device.type)
+        queries, items = queries.to(dtype), items.to(dtype)
     return _SoftmaxLoss.apply(queries, items, labels, bias, label_bias, excluded)
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """The loss is a sum, so its gradient is known up to the factor that comes from above: it is made on the way."""
+    """Computes the gradient in the forward pass: the loss is a sum, so backward only multiplies it by a scalar."""
 
     @staticmethod
     def forward(
@@ -52,23 +56,23 @@ class _SoftmaxLoss(torch.autograd.Function):
         block = max(1, LOGITS_AT_ONCE.get(queries.device.type, 1 << 27) // max(1, len(items)))
         for start in range(0, len(queries), block):
             rows = slice(start, start + block)
-            asked, label = queries[rows], labels[rows, None]
-            logits = (asked @ items.T).to(dtype)
-            own = logits.gather(1, label)
+            block_queries, label = queries[rows], labels[rows, None]
+            logits = (block_queries @ items.T).to(dtype)
+            label_logits = logits.gather(1, label)
             if bias is not None:
                 logits += bias.to(dtype)
-                own = own + (bias if label_bias is None else label_bias).to(dtype)[label]
+                label_logits = label_logits + (bias if label_bias is None else label_bias).to(dtype)[label]
             if excluded is not None:
                 logits.scatter_(1, excluded[rows], -torch.inf)
-            logits.scatter_(1, label, own)
+            logits.scatter_(1, label, label_logits)
             largest = logits.amax(1, keepdim=True)
             shares = torch.softmax(logits, dim=1, out=logits)
             # The largest share is exp(largest - logsumexp) and at least 1 / M: its log loses nothing.
-            total += (largest - shares.amax(1, keepdim=True).log() - own).sum()
-            shares.scatter_add_(1, label, torch.full_like(own, -1.0))
+            total += (largest - shares.amax(1, keepdim=True).log() - label_logits).sum()
+            shares.scatter_add_(1, label, torch.full_like(label_logits, -1.0))
             gradient = shares.to(queries.dtype)
             torch.mm(gradient, items, out=query_gradient[rows])
-            item_gradient += gradient.T @ asked
+            item_gradient += gradient.T @ block_queries
         ctx.save_for_backward(query_gradient, item_gradient.to(items.dtype))
         return total
 

@@ -225,12 +225,12 @@ def _local_positions(
     drawn = None
     if negatives is not None:  # rows of `negatives` for this worker's positions, in packed order
         real = sequences[:, :-1] > 0
-        places = (real.ravel().cumsum() - 1).reshape(real.shape)[rank::world_size].ravel()[histories.place.numpy()]
+        places = (real.ravel().cumsum() - 1).reshape(real.shape)[rank::world_size].ravel()[histories.grid_index.numpy()]
         drawn = torch.from_numpy(negatives[places]).to(device)
     return LocalPositions(
-        inputs.flatten()[histories.place].to(device),
-        labels.flatten()[histories.place].to(device),
-        local[histories.place // inputs.shape[1]].to(device),
+        inputs.flatten()[histories.grid_index].to(device),
+        labels.flatten()[histories.grid_index].to(device),
+        local[histories.grid_index // inputs.shape[1]].to(device),
         drawn,
         histories.to(device),
     )

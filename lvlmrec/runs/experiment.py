@@ -69,8 +69,8 @@ class TrainingConfig:
     def check(self) -> None:
         if self.min_workers > self.num_workers:
             raise ConfigError(f"min_workers: {self.min_workers} is more than training.num_workers, {self.num_workers}")
-        if self.batch_size == 1 and self.loss.of_others:
-            others = ", ".join(name for name, loss in LOSSES.items() if not loss.of_others)
+        if self.batch_size == 1 and self.loss.in_batch_negatives:
+            others = ", ".join(name for name, loss in LOSSES.items() if not loss.in_batch_negatives)
             raise ConfigError(
                 f"batch_size: 1: {self.loss.name} takes its negatives from the batch's other users, there are none; "
                 f"choices: 2 or more, or training.loss.name of {others}"

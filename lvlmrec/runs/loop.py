@@ -139,7 +139,7 @@ def new_state(config: TrainConfig, data: TrainingData, features: FeatureArray | 
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(data.item_ids), config.dataset.max_length, features).to(device)
     if isinstance(model.item_encoder, Video) and config.model.item_encoder.pretrained:
-        model.item_encoder.start_from(*pretrained.read(config.model.item_encoder.pretrained))
+        model.item_encoder.load_published(*pretrained.read(config.model.item_encoder.pretrained))
     return State(model, _optimizer(model, config.training), {}, Progress())
 
 
@@ -239,7 +239,7 @@ def encode_users(model: Recommender, item_embeddings: Tensor, inputs: np.ndarray
     for start in range(0, len(inputs), USERS_AT_ONCE):
         grid = torch.from_numpy(inputs[start : start + USERS_AT_ONCE].astype(np.int64))
         histories = pack(grid > 0)
-        items = grid.flatten()[histories.place].to(item_embeddings.device)
+        items = grid.flatten()[histories.grid_index].to(item_embeddings.device)
         histories = histories.to(item_embeddings.device)
         queries.append(model.encode_queries(item_embeddings[items], histories, len(grid)))
     return torch.cat(queries)

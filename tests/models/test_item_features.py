@@ -52,7 +52,7 @@ def test_a_layer_is_converted_scaled_and_zero_where_it_is_missing(dtype: torch.d
 def test_the_sum_and_its_gradient_are_those_of_all_layers_in_memory(
     monkeypatch: pytest.MonkeyPatch, layers: range, scaled: bool, at_once: int
 ) -> None:
-    monkeypatch.setitem(item_features.NUMBERS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(item_features.VALUES_PER_BLOCK, "cpu", at_once)
     features = features_of(torch.float16, scaled)
     weights = torch.randn(len(layers), dtype=torch.float64, requires_grad=True)
     every = plain(features, torch.float64)[:, layers.start : layers.stop]

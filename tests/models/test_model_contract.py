@@ -127,7 +127,7 @@ def test_with_a_temperature_a_score_is_the_cosine_divided_by_it(fusion, backbone
     queries = encode(model, features, SEQUENCES)[SEQUENCES > 0]
     torch.testing.assert_close(queries @ items[1:].T, cosines / 0.1)
     histories = pack(SEQUENCES > 0)
-    of_users = model.encode_queries(items[SEQUENCES.flatten()[histories.place]], histories, len(SEQUENCES))
+    of_users = model.encode_queries(items[SEQUENCES.flatten()[histories.grid_index]], histories, len(SEQUENCES))
     torch.testing.assert_close(of_users, encode(model, features, SEQUENCES)[:, -1])
 
     (queries @ items.T).square().sum().backward()

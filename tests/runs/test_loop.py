@@ -231,8 +231,8 @@ def test_alignment_and_uniformity_move_queries_and_items(world: Path, tmp_path: 
             items = encode_catalogue(state.model, len(ITEM_IDS), None, CPU)
             sequences = torch.from_numpy(prepared.data.sequences.astype(np.int64))
             histories = pack(sequences[:, :-1] > 0)
-            read = sequences[:, :-1].flatten()[histories.place]
-            labels = sequences[:, 1:].flatten()[histories.place]
+            read = sequences[:, :-1].flatten()[histories.grid_index]
+            labels = sequences[:, 1:].flatten()[histories.grid_index]
             queries = state.model.encode_sequences(items[read], histories)
             index = torch.arange(1, len(ITEM_IDS) + 1)
             given = LossInputs(queries, labels, labels, items[1:], index, index, index, None, len(ITEM_IDS))

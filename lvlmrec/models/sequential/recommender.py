@@ -3,7 +3,7 @@
 With a temperature t the item embedding e has length 1 and the query h length 1 / t: the score is their cosine, divided
 by t (Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", RecSys 2019).
 
-Shapes: N items asked for, P real positions of all users, E embedding.
+Shapes: N items to encode, P real positions of all users, E embedding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lvlmrec.models.sequential.histories import Histories
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained."""
+    """The recommender that is trained."""
 
     embedding_dim: int = option(64, "width of item embeddings and of the sequence encoder", minimum=1)
     item_encoder: FusionConfig = variant(FUSIONS, "id", "how ids and features become item embeddings")
@@ -33,10 +33,10 @@ class ModelConfig:
     temperature: float = option(0.0, "scores are cosines divided by this, as by 0.1; 0: h . e, as MicroLens", minimum=0)
 
     def build(self, num_items: int, max_length: int, shapes: Sequence[FeatureShape]) -> Recommender:
-        """A fresh recommender for items 1..num_items and histories of up to max_length items.
+        """A newly initialised recommender for items 1..num_items and histories of up to max_length items.
 
-        `shapes` describe the features that `encode_items` will be given, one of each feature set. Raises
-        `ConfigError` when the item encoder does not fit them.
+        `shapes` describe the features that `encode_items` will read, one per feature set. Raises `ConfigError` when
+        the item encoder cannot read them.
         """
         encoder = self.item_encoder
         sizes = [shape.num_layers for shape in shapes]
@@ -55,9 +55,9 @@ class ModelConfig:
 
 
 class Recommender(nn.Module):
-    """Holds no features: the caller hands in the rows it needs, which may lie in a memory-mapped array.
+    """Stores no features: the caller passes those of the items, which may lie in memory-mapped files.
 
-    `reads_frames`: encoding an item is so much work that training workers share it.
+    `reads_frames`: the item encoder encodes frames, which is so much work that training workers share it.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class Recommender(nn.Module):
         self.temperature = temperature
 
     def encode_items(self, item_index: Tensor, features: ItemFeatures | None = None) -> Tensor:
-        """item_index [N], features of the same items -> [N, E]; item 0 is padding: zero, no gradient."""
+        """item_index int64 [N] and the features of the same items -> [N, E]; item 0, padding: zero, no gradient."""
         embeddings = self.item_encoder(item_index, features)
         if self.temperature:
             embeddings = functional.normalize(embeddings, dim=-1)
         return embeddings.masked_fill(item_index[:, None] == 0, 0.0)
 
     def encode_sequences(self, embeddings: Tensor, histories: Histories) -> Tensor:
-        """embeddings [P, E] of the histories' real positions, in packed order -> queries [P, E], one at each."""
+        """Item embeddings [P, E] in packed order -> the query [P, E] at each position, after the items up to it."""
         return self._scaled(self.backbone(embeddings, histories))
 
     def encode_queries(self, embeddings: Tensor, histories: Histories, num_users: int) -> Tensor:
-        """As `encode_sequences`, after each user's last item alone: [num_users, E]; zero for a user without any."""
+        """The query after each user's last item, [num_users, E], from embeddings [P, E]; zero without a history."""
         queries = self._scaled(self.backbone(embeddings, histories, last=True))
         return queries.new_zeros(num_users, queries.shape[1]).index_copy(0, histories.users, queries)
 

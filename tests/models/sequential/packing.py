@@ -15,9 +15,9 @@ def grid_mask(lengths: list[int], width: int) -> Tensor:
 def encode_grid(backbone: nn.Module, embeddings: Tensor, mask: Tensor) -> Tensor:
     """embeddings [B, S, E] -> [B, S, E]: packed, encoded, and put back where they stood; NaN at padding."""
     histories = pack(mask)
-    encoded = backbone(embeddings.flatten(0, 1)[histories.place], histories)
+    encoded = backbone(embeddings.flatten(0, 1)[histories.grid_index], histories)
     grid = encoded.new_full((mask.numel(), encoded.shape[1]), torch.nan)
-    return grid.index_copy(0, histories.place, encoded).unflatten(0, mask.shape)
+    return grid.index_copy(0, histories.grid_index, encoded).unflatten(0, mask.shape)
 
 
 def as_stored(*features: Tensor) -> ItemFeatures:

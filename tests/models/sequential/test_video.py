@@ -17,7 +17,7 @@ from lvlmrec.models.item_features import ItemFeatures
 from lvlmrec.models.sequential.fusions.base import FeatureShape
 from lvlmrec.models.sequential.fusions.video import Video, VideoConfig
 from lvlmrec.models.sequential.video_encoders import VIDEO_ENCODERS
-from lvlmrec.models.sequential.video_encoders.base import to_colours
+from lvlmrec.models.sequential.video_encoders.base import normalise
 from lvlmrec.models.sequential.video_encoders.videomae import VideoMAE, VideoMAEConfig
 from lvlmrec.runs import pretrained
 
@@ -172,13 +172,13 @@ def test_published_weights_give_the_states_of_transformers(
     settings = VideoMAEConfig(**SIZES, use_mean_pooling=mean_pooling)
     module = VideoConfig(encoder=settings).build(NUM_ITEMS, E, [FeatureShape(1, 3072, SHAPE)])
     assert isinstance(module, Video) and isinstance(module.encoder, VideoMAE)
-    module.start_from(*pretrained.read(str(tmp_path)))
+    module.load_published(*pretrained.read(str(tmp_path)))
     frames = torch.randint(0, 256, (3, *SHAPE), dtype=torch.uint8)
-    colours = to_colours(frames, torch.float32)
+    pixels = normalise(frames, torch.float32)
     with torch.inference_mode():
         base = getattr(model, "videomae", model)
-        expected = base(colours.transpose(1, 2)).last_hidden_state
-        torch.testing.assert_close(module.encoder.states(colours), expected, rtol=1e-5, atol=1e-5)
+        expected = base(pixels.transpose(1, 2)).last_hidden_state
+        torch.testing.assert_close(module.encoder.states(pixels), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(module.encoder(frames), expected.mean(1), rtol=1e-5, atol=1e-5)
 
 
@@ -192,11 +192,11 @@ def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
     before = pretrained.digest(str(tmp_path))
     for key, value in {"hidden_size": 48, "model_type": "vivit", "use_mean_pooling": True}.items():
         with pytest.raises(ConfigError, match=f"encoder_weights: {key} is {value!r} there"):
-            module.start_from(config | {key: value}, tensors)
+            module.load_published(config | {key: value}, tensors)
     with pytest.raises(ConfigError, match=r"no tensor there for blocks\.1\.attention_norm\.bias, "):
-        module.start_from(config, {name: value for name, value in tensors.items() if "layer.1" not in name})
+        module.load_published(config, {name: value for name, value in tensors.items() if "layer.1" not in name})
     with pytest.raises(ConfigError, match="'tiny' has no published weights"):
-        build("tiny").start_from(config, tensors)
+        build("tiny").load_published(config, tensors)
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
     assert pretrained.digest(str(tmp_path)) != before
 
@@ -204,6 +204,6 @@ def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
 def test_colours_are_scaled_as_published() -> None:
     frames = torch.full((1, 2, 3, 1, 1), 255, dtype=torch.uint8)
     frames[:, 1] = 0
-    white, black = to_colours(frames, torch.float64)[0, :, :, 0, 0].T
+    white, black = normalise(frames, torch.float64)[0, :, :, 0, 0].T
     torch.testing.assert_close(white, torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], dtype=torch.float64))
     torch.testing.assert_close(black, torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]).double())

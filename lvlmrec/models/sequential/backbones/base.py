@@ -1,4 +1,4 @@
-"""What every sequence encoder's configuration offers."""
+"""The interface of sequence encoders."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ class BackboneConfig(ABC):
     name: str
 
     def check_width(self, embedding_dim: int) -> None:  # noqa: B027  most are of any width
-        """Raises `ConfigError` when there is no such sequence encoder of this width."""
+        """Raises `ConfigError` when the sequence encoder cannot have this width."""
 
     @abstractmethod
     def build(self, embedding_dim: int, max_length: int) -> nn.Module:
         """A module `forward(embeddings [P, E], histories, last=False) -> [P, E]`.
 
         The P rows are the real positions of `histories` in packed order (`models.sequential.histories`), at most
-        max_length of each user. The output at a position depends on that user's items up to it alone. With `last`
-        it gives the outputs at the users' last positions only, `histories.ends`, and does no work for the others
-        that it need not.
+        max_length per user. The output at a position depends only on that user's items up to it. With `last` only the
+        outputs at the users' last positions, `histories.ends`, are computed: [users with a history, E].
         """

@@ -1,4 +1,4 @@
-"""GRU4Rec (Hidasi et al., 2016) in the form of the MicroLens benchmark: no bias, xavier uniform start.
+"""GRU4Rec (Hidasi et al., 2016) as in the MicroLens benchmark: no bias, Xavier uniform initial weights.
 
 Shapes: P real positions of all users, E embedding.
 """
@@ -20,7 +20,7 @@ class GRU4RecConfig(BackboneConfig):
 
     name: str = option("gru4rec", "a gated recurrent network over the history")
     num_blocks: int = option(1, "recurrent blocks, one on top of the other", minimum=1)
-    dropout: float = option(0.1, "dropout of the inputs", minimum=0, below=1)
+    dropout: float = option(0.1, "dropout rate of the inputs", minimum=0, below=1)
 
     def build(self, embedding_dim: int, max_length: int) -> nn.Module:
         return GRU4Rec(embedding_dim, self.num_blocks, self.dropout)
@@ -37,7 +37,7 @@ class GRU4Rec(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, embeddings: Tensor, histories: Histories, last: bool = False) -> Tensor:
-        """embeddings [P, E] -> [P, E], or with `last` [users, E] of the last positions."""
+        """embeddings [P, E] -> [P, E]; with `last` [users, E], of the last positions."""
         runs = split_runs(self.dropout(embeddings), histories.runs)
         states = join_runs([self.gru(run)[0] for run in runs], embeddings)
         return states[histories.ends] if last else states

@@ -1,4 +1,4 @@
-"""NextItNet (Yuan et al., 2019) in the form of the MicroLens benchmark: residual blocks (b), no dropout.
+"""NextItNet (Yuan et al., 2019) as in the MicroLens benchmark: residual blocks (b) of the paper, no dropout.
 
 Shapes: P real positions of all users, E embedding.
 """
@@ -38,7 +38,7 @@ class NextItNet(nn.Module):
         self.blocks = nn.ModuleList(Block(embedding_dim, dilation) for dilation in DILATIONS * num_blocks)
 
     def forward(self, embeddings: Tensor, histories: Histories, last: bool = False) -> Tensor:
-        """embeddings [P, E] -> [P, E], or with `last` [users, E] of the last positions."""
+        """embeddings [P, E] -> [P, E]; with `last` [users, E], of the last positions."""
         x = embeddings
         for block in self.blocks:
             x = block(x, histories.runs)
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 def causal_convolution(convolution: nn.Conv1d, x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-    """x [P, E] -> [P, E]: an output reads the user's inputs up to its own; what lies before the first reads as zero."""
+    """x [P, E] -> [P, E]: an output reads its user's inputs up to its position; zeros stand before the first one."""
     past = (KERNEL_SIZE - 1) * convolution.dilation[0]
     padded = [functional.pad(run.transpose(1, 2), (past, 0)) for run in split_runs(x, runs)]
     return join_runs([convolution(run).transpose(1, 2) for run in padded], x)

@@ -1,4 +1,4 @@
-"""SASRec (Kang and McAuley, 2018) in the form of the MicroLens benchmark: post-LN, xavier normal start.
+"""SASRec (Kang and McAuley, 2018) as in the MicroLens benchmark: post-LN, Xavier normal initial weights.
 
 Shapes: P real positions of all users, E embedding.
 """
@@ -27,7 +27,9 @@ class SASRecConfig(BackboneConfig):
     name: str = option("sasrec", "causal self-attention over the history")
     num_blocks: int = option(2, "attention blocks", minimum=1)
     num_heads: int = option(2, "attention heads per block; divides the embedding dim", minimum=1)
-    dropout: float = option(0.1, "dropout after the input, the attention and each half of a block", minimum=0, below=1)
+    dropout: float = option(
+        0.1, "dropout rate after the input, the attention and each half of a block", minimum=0, below=1
+    )
 
     def check_width(self, embedding_dim: int) -> None:
         if embedding_dim % self.num_heads:
@@ -53,10 +55,12 @@ class SASRec(nn.Module):
         self.apply(xavier_normal)
 
     def forward(self, embeddings: Tensor, histories: Histories, last: bool = False) -> Tensor:
-        """embeddings [P, E] -> [P, E], or with `last` [users, E] of the last positions."""
-        # Positions count from the right end of the window, so the length of the grid changes nothing.
-        places = functional.embedding(self.positions.num_embeddings - 1 - histories.age, self.positions.weight)
-        x = self.dropout(self.norm(embeddings + places))
+        """embeddings [P, E] -> [P, E]; with `last` [users, E], of the last positions."""
+        # Positions count from the end of the history, so that the longest history of a batch changes nothing.
+        position_embeddings = functional.embedding(
+            self.positions.num_embeddings - 1 - histories.age, self.positions.weight
+        )
+        x = self.dropout(self.norm(embeddings + position_embeddings))
         for number, block in enumerate(self.blocks, 1):
             x = block(x, histories, last and number == len(self.blocks))
         return x
@@ -79,21 +83,24 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, histories: Histories, last: bool) -> Tensor:
-        """x [P, E] -> [P, E], or with `last` [users, E]: only keys and values are needed of the other positions."""
+        """x [P, E] -> [P, E]; with `last` [users, E]: of the other positions only keys and values are computed."""
         keys, values = self.key(x), self.value(x)
         x = x[histories.ends] if last else x
-        mixed = self.attend(self.query(x), keys, values, histories.runs, last)
-        x = self.attention_norm(x + self.dropout(self.output(mixed)))
+        outputs = self.attend(self.query(x), keys, values, histories.runs, last)
+        x = self.attention_norm(x + self.dropout(self.output(outputs)))
         return self.feed_forward_norm(x + self.dropout(self.outer(torch.relu(self.inner(x)))))
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, runs: list[tuple[int, int]], last: bool) -> Tensor:
-        """One attention per run of users of one length: no padding, so no mask but the causal one."""
-        asking = [(1, users) for _, users in runs] if last else runs
+        """queries [P, E] (with `last` [users, E]), keys and values [P, E] -> outputs of the queries' shape.
+
+        One attention per run of users of one length: without padding no mask but the causal one is needed.
+        """
+        query_runs = [(1, users) for _, users in runs] if last else runs
         dropout = self.dropout.p if self.training else 0.0
-        mixed = []
-        parts = split_runs(queries, asking), split_runs(keys, runs), split_runs(values, runs)
+        outputs = []
+        parts = split_runs(queries, query_runs), split_runs(keys, runs), split_runs(values, runs)
         for run in zip(*parts, strict=True):
             q_BHSE, k_BHSE, v_BHSE = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in run)
             out = functional.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, dropout_p=dropout, is_causal=not last)
-            mixed.append(out.transpose(1, 2).flatten(-2))
-        return join_runs(mixed, queries)
+            outputs.append(out.transpose(1, 2).flatten(-2))
+        return join_runs(outputs, queries)

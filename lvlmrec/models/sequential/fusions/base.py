@@ -1,7 +1,7 @@
-"""What the fusions share: their configuration, the item table, the projection of features and the gate.
+"""What the fusions share: their configuration, the item embeddings, the projection of features and the gate.
 
-Shapes: N items asked for, K feature sets, L feature layers of all sets, D dim of the widest feature, E embedding dim.
-Features hold the layers of one feature set after the other; behind a narrower feature stand zeros.
+Shapes: N items of the batch, K feature sets, L feature layers of all sets, E embedding dim. Layers are numbered through
+all feature sets, one set after the other.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from lvlmrec.models.item_features import ItemFeatures, sum_of_layers
 
 
 class FeatureShape(NamedTuple):
-    """The features of an item in one feature set: of each layer `tokens` vectors of `dim`, one where it is pooled.
+    """The shape of an item's features in one feature set: `num_layers` x `tokens` vectors of `dim` numbers.
 
-    frames: (F, 3, H, W) where they are stored pixels, each frame a token
+    frames  (F, 3, H, W) where the features are stored pixels; each frame is a token
+    tokens  1 for a pooled vector
     """
 
     num_layers: int
@@ -36,9 +37,9 @@ class FeatureShape(NamedTuple):
 class FusionConfig(ABC):
     """One entry of FUSIONS.
 
-    layers       how many layers of each feature set it reads: none, one or many
-    reads_frames it encodes stored frames, which is so much work that training workers share it
-    reads_tokens it reads the several tokens that a layer may have per item
+    layers        how many layers of each feature set it reads: "none", "one" or "many"
+    reads_frames  it encodes stored frames, which is so much work that training workers share it
+    reads_tokens  it reads layers of several tokens per item
     """
 
     name: str
@@ -48,21 +49,21 @@ class FusionConfig(ABC):
 
     @property
     def pretrained(self) -> str:
-        """The local directory of the weights that its encoder starts from, empty where there are none."""
+        """The directory of the published weights that training starts from; empty without them."""
         return ""
 
     @abstractmethod
     def build(self, num_items: int, embedding_dim: int, shapes: Sequence[FeatureShape]) -> nn.Module:
-        """A module `forward(item_index [N], features or None) -> [N, E]`; items are 1..num_items."""
+        """A module `forward(item_index int64 [N], ItemFeatures or None) -> [N, E]`; items are 1..num_items."""
 
 
 def item_table(num_items: int, embedding_dim: int) -> nn.Embedding:
-    """Learned item embeddings [I + 1, E]; row 0 is padding: zero, and never gets a gradient."""
+    """Learned item embeddings [I + 1, E]; row 0, padding, is zero and gets no gradient."""
     return nn.Embedding(num_items + 1, embedding_dim, padding_idx=0)
 
 
 class FeatureProjection(nn.Module):
-    """v = relu(W [h_1; ...; h_K] + b), W = [W_1 ... W_K]: feature sets side by side, each with its own W_k."""
+    """v = relu(W [h_1; ...; h_K] + b), W = [W_1 ... W_K]: feature sets concatenated, each with its own W_k."""
 
     def __init__(self, shapes: Sequence[FeatureShape], embedding_dim: int) -> None:
         super().__init__()
@@ -72,11 +73,11 @@ class FeatureProjection(nn.Module):
         self.apply(xavier_normal)
 
     def forward(self, features: ItemFeatures) -> Tensor:
-        """The only layer of each feature set -> [N, E]."""
+        """Features with one layer per feature set -> [N, E]."""
         return self.project([features.layer(k, self.linear.weight.dtype) for k in range(len(self.dims))])
 
     def project(self, vectors: Sequence[Tensor]) -> Tensor:
-        """One vector of each feature set, K x [N, D] -> [N, E]."""
+        """One vector per feature set, K x [N, its dim or wider] -> [N, E]."""
         joined = torch.cat([vector[:, :dim] for vector, dim in zip(vectors, self.dims, strict=True)], dim=-1)
         return torch.relu(self.linear(joined))
 
@@ -93,10 +94,10 @@ class FeatureProjection(nn.Module):
     def projected_sum(self, features: ItemFeatures, weights: Tensor) -> Tensor:
         """relu(W [s_1; ...; s_K] + b), s_k = sum_l w_l h_l over the layers of feature set k, weights [L] -> [N, E]."""
         chosen = self._layers()
-        return self.project([sum_of_layers(weights[r.start : r.stop], features, r) for r in chosen])
+        return self.project([sum_of_layers(weights[layers.start : layers.stop], features, layers) for layers in chosen])
 
     def _layers(self) -> list[range]:
-        """The numbers of each feature set's layers."""
+        """The numbers of each feature set's layers, 0..L-1 in all."""
         ends = [0, *itertools.accumulate(self.num_layers)]
         return [range(*pair) for pair in itertools.pairwise(ends)]
 

@@ -1,4 +1,4 @@
-"""The id embedding and the projected feature side by side, projected: MicroLens' VIDRec with a frozen encoder."""
+"""The id embedding and the projected feature, concatenated and projected: MicroLens' VIDRec with a frozen encoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from lvlmrec.models.sequential.fusions.base import FeatureProjection, FeatureSha
 class ConcatenationConfig(FusionConfig):
     """v = relu(W h + b), e = W_c [e_id; v] + b_c; h of several feature sets: [h_1; ...; h_K]."""
 
-    name: str = option("concatenation", "the item embedding and one layer's projected feature side by side, projected")
+    name: str = option(
+        "concatenation", "the item embedding and one layer's projected feature, concatenated and projected"
+    )
     layers: ClassVar[str] = "one"
 
     def build(self, num_items: int, embedding_dim: int, shapes: Sequence[FeatureShape]) -> nn.Module:

@@ -1,9 +1,9 @@
 """A video encoder trained end to end with the recommender: MicroLens' VideoRec (Ni et al., arXiv 2309.15379).
 
 The frames of an item are its only stored feature. Items are encoded in chunks whose activations are not kept: the
-backward pass encodes each chunk again, so that memory grows with a chunk, not with the batch.
+backward pass encodes each chunk again, so that memory depends on the chunk's size, not on the batch's.
 
-Shapes: N items asked for, D width of the encoder, E embedding dim; frames are (F, 3, H, W).
+Shapes: N items of the batch, D width of the encoder, E embedding dim; frames are (F, 3, H, W).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class VideoConfig(FusionConfig):
     )
     frozen_blocks: int = option(0, "first blocks of the encoder that are not trained, its embedding too", minimum=0)
     ids: str = option("none", "whether item embeddings are gated with the video's", choices=("none", "gate"))
-    items_at_once: int = option(32, "items encoded together", minimum=1)
+    items_at_once: int = option(32, "items encoded in one forward pass", minimum=1)
     gradient_checkpointing: bool = option(True, "encode again in the backward pass instead of keeping activations")
     layers: ClassVar[str] = "one"
     reads_frames: ClassVar[bool] = True
@@ -51,7 +51,7 @@ class VideoConfig(FusionConfig):
         return "" if self.encoder_weights == RANDOM else self.encoder_weights
 
     def build(self, num_items: int, embedding_dim: int, shapes: Sequence[FeatureShape]) -> nn.Module:
-        """Raises `ConfigError` when the features are no frames, or not of the encoder's shape."""
+        """Raises `ConfigError` when the features are not one set of frames, or of a shape the encoder cannot read."""
         if len(shapes) != 1 or not shapes[0].frames:
             raise ConfigError(
                 "item_encoder.name: 'video' reads one set of stored frames; extract it with conf/lvlm/frames.yaml "
@@ -61,7 +61,7 @@ class VideoConfig(FusionConfig):
 
 
 class Video(nn.Module):
-    """The published linear map and activation behind the encoder; ids on top are this project's."""
+    """Encoder, linear layer and GELU as published; the gate with item embeddings is an addition of this project."""
 
     def __init__(self, num_items: int, embedding_dim: int, shape: tuple[int, ...], settings: VideoConfig) -> None:
         super().__init__()
@@ -86,16 +86,19 @@ class Video(nn.Module):
             else:
                 vector = self.encode(chunk)
             vectors.append(vector.to(dtype))
-        known = torch.cat(vectors).masked_fill(features.missing[:, :1], 0.0)
-        videos = functional.gelu(self.projection(known)).to(dtype)
+        present_vectors = torch.cat(vectors).masked_fill(features.missing[:, :1], 0.0)
+        videos = functional.gelu(self.projection(present_vectors)).to(dtype)
         if self.ids is None or self.gate is None:
             return videos
         ids = self.ids(item_index)
         gate = torch.sigmoid(self.gate(torch.cat([ids, videos], dim=-1)))
         return (gate * ids + (1 - gate) * videos).to(dtype)
 
-    def start_from(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Give the encoder published weights. Raises `ConfigError` when they are of another encoder."""
+    def load_published(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Load published weights into the encoder: `config` is their config.json, `tensors` their tensors by name.
+
+        Raises `ConfigError` when they are of another encoder.
+        """
         weights = self.settings.encoder.published_weights(config, tensors)
         missing = sorted({*self.encoder.state_dict()} - {*weights})
         if missing:
@@ -103,6 +106,6 @@ class Video(nn.Module):
         self.encoder.load_state_dict(weights)
 
     def encode(self, features: ItemFeatures) -> Tensor:
-        """The encoder's vectors [N, D]; frames are read and moved here, so that none are kept for the backward pass."""
+        """The encoder's vectors [N, D]. Frames are read and copied here, so that backward keeps none."""
         frames = features.as_stored(0).to(self.projection.weight.device, non_blocking=True)
         return self.encoder(frames.reshape(len(frames), *self.frame_shape))

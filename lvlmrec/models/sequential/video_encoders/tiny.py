@@ -1,4 +1,4 @@
-"""A small convolutional encoder, trained from nothing: for the sample and for tests."""
+"""A small convolutional encoder with random initial weights: for the sample and for tests."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError
-from lvlmrec.models.sequential.video_encoders.base import VideoEncoder, VideoEncoderConfig, to_colours
+from lvlmrec.models.sequential.video_encoders.base import VideoEncoder, VideoEncoderConfig, normalise
 
 GROUPS = 4
 
 
 @dataclass(frozen=True)
 class TinyConfig(VideoEncoderConfig):
-    """Convolutions over each frame, each halving it, then one over time; mean over places and time."""
+    """Convolutions that each halve the frames, the last one also over time; mean over pixels and frames."""
 
-    name: str = option("tiny", "a few convolutions, trained from nothing")
+    name: str = option("tiny", "a few convolutions, from random weights")
     channels: int = option(16, "channels of the first convolution; each of the next has twice as many", minimum=GROUPS)
-    num_blocks: int = option(3, "convolutions behind the first", minimum=1)
+    num_blocks: int = option(3, "convolutions after the first", minimum=1)
 
     def check(self) -> None:
         if self.channels % GROUPS:
@@ -30,7 +30,7 @@ class TinyConfig(VideoEncoderConfig):
 
 
 class Tiny(VideoEncoder):
-    """Block: GELU(GroupNorm(Conv 3 x 3, stride 2)), the last one over 3 frames too. No norm crosses items."""
+    """Block: GELU(GroupNorm(Conv 3 x 3, stride 2)), the last one over 3 frames too. No norm is over several items."""
 
     def __init__(self, channels: int, num_blocks: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Tiny(VideoEncoder):
         )
 
     def forward(self, frames: Tensor) -> Tensor:
-        x = self.embedding(to_colours(frames, next(self.parameters()).dtype))
+        x = self.embedding(normalise(frames, next(self.parameters()).dtype))
         for block in self.blocks:
             x = block(x)
         return x.mean(dim=(2, 3, 4))
