@@ -1,4 +1,4 @@
-"""Baselines: what every model has to beat. One file and one line each."""
+"""Baselines, which every model has to beat. One file and one line each."""
 
 from lvlmrec.baselines.base import Baseline
 from lvlmrec.baselines.item_knn import ItemKNN

@@ -1,4 +1,4 @@
-"""First-order Markov chain: what followed the user's last item in training."""
+"""First-order Markov chain: the items that followed the user's last item in training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lvlmrec.baselines.base import item_counts, without_padding
 class Markov:
     """Score = training transitions from the last item of the history to the item, ties broken by popularity.
 
-    The tie-break is the item's share of the most popular item's interactions, scaled below 1, so it never outweighs
-    a transition; it is the whole score of items that never followed the last one, and of users without a history.
+    The tie-break is the item's count over one more than the largest count, below 1, so that it never outweighs a
+    transition. It is the whole score of items that never followed the last one, and for users without a history.
     """
 
     def fit(self, sequences: NDArray[np.int32], num_items: int) -> Self:

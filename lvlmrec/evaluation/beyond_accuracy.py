@@ -1,8 +1,8 @@
-"""What the lists of all users show together: how much of the catalogue, how evenly, how little known.
+"""Beyond-accuracy metrics of the lists of all users: coverage, Gini index, novelty and popularity.
 
-All follows from the exposure of each item, the number of lists that hold it. Items without a training interaction
-count, in the catalogue and in the lists. A popular item is not a bad recommendation; what matters is the difference
-between a model, the baselines and what users chose themselves.
+All follow from each item's exposure, the number of lists that contain it. Items without a training interaction count,
+in the catalogue and in the lists. A popular item is not a bad recommendation: compare a model with the baselines and
+with what users chose themselves.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def beyond_accuracy(
 ) -> dict[str, float]:
     """`target_popularity`, and for every k coverage@k, gini@k, novelty@k and popularity@k.
 
-    lists [U, K] of item indices, best first, 0 in places left empty; targets [U]; train_counts [I + 1] by item index.
+    lists [U, K]: item indices, best first, 0 in empty places. targets [U]. train_counts [I + 1], by item index.
     `target_popularity` is the mean training count of the users' targets: popularity@k above it is popularity bias.
-    Raises `ValueError` when the lists are empty, or for a k beyond them.
+    Raises `ValueError` when all lists are empty, or for a k above K.
     """
     if not lists.any() or max(ks) > lists.shape[1]:
         raise ValueError(f"lists: {lists.shape[1]} places, {(lists > 0).sum()} items; expected {max(ks)} and some")
@@ -38,7 +38,7 @@ def beyond_accuracy(
 
 
 def coverage(exposure_I: NDArray[np.integer]) -> float:
-    """Share of the catalogue that is in any list.
+    """Share of the catalogue that is in at least one list; exposure_I [I].
 
     Catalogue coverage of Ge, Delgado-Battenfeld and Jannach, Beyond accuracy, RecSys 2010.
     """
@@ -46,7 +46,7 @@ def coverage(exposure_I: NDArray[np.integer]) -> float:
 
 
 def gini(exposure_I: NDArray[np.integer]) -> float:
-    """Inequality of exposure: 0 when all items are shown equally often, 1 when one item alone is shown.
+    """Gini index of exposure_I [I]: 0 when all items are shown equally often, 1 when only one item is shown.
 
     sum_j (2 j - I - 1) x_j / ((I - 1) sum_j x_j), exposures x ascending, j = 1..I: Shani and Gunawardana, Evaluating
     recommendation systems, Recommender Systems Handbook, 2011. 0 for a catalogue of one item.
@@ -59,19 +59,20 @@ def gini(exposure_I: NDArray[np.integer]) -> float:
 
 
 def novelty(exposure_I: NDArray[np.integer], train_counts_I: NDArray[np.integer]) -> float:
-    """Mean self-information of what is shown, in bits: -log2 of the item's share of the training interactions.
+    """Mean self-information of the shown items, in bits: -log2 of an item's share of the training interactions.
 
-    Zhou et al., Solving the apparent diversity-accuracy dilemma of recommender systems, PNAS 2010, with interactions
-    in place of users. An item without one counts as if it had one, for its self-information would be infinite.
+    exposure_I and train_counts_I [I]. Zhou et al., Solving the apparent diversity-accuracy dilemma of recommender
+    systems, PNAS 2010, with interactions in place of users. An item without a training interaction counts as if it had
+    one: its self-information would be infinite.
     """
     bits_I = -np.log2(np.maximum(train_counts_I, 1) / train_counts_I.sum())
     return float(exposure_I @ bits_I / exposure_I.sum())
 
 
 def popularity(exposure_I: NDArray[np.integer], train_counts_I: NDArray[np.integer]) -> float:
-    """Mean training count of what is shown.
+    """Mean training count of the shown items; exposure_I and train_counts_I [I].
 
-    Average recommendation popularity of Yin et al., Challenging the long tail recommendation, VLDB 2012; its mean is
-    over users and then places, which is the same where all lists are full.
+    Average recommendation popularity of Yin et al., Challenging the long tail recommendation, VLDB 2012. Theirs is a
+    mean over users of the mean over places, which is equal when all lists are full.
     """
     return float(exposure_I @ train_counts_I / exposure_I.sum())

@@ -1,8 +1,8 @@
-"""The K items that each user would be shown.
+"""The list of K items that each user is recommended.
 
 The rule, the same for every model and baseline: the candidates are all items but padding and the user's history, best
-score first. Ties are broken by the smaller item index, which repeats and says nothing of the items. As in the ranking
-of targets NaN counts as higher than any number. A user with fewer candidates than K has 0 in the places left.
+score first. Ties are broken by the smaller item index, which is reproducible and independent of the model. As in the
+ranking of targets NaN counts as higher than any number. A user with fewer than K candidates has 0 in the last places.
 
 Shapes: U users, E embedding, I items, H history, K cut-off; column 0 of the scores is padding.
 """
@@ -39,7 +39,7 @@ def top_from_scores(scores: Array, histories: Array, k: int) -> NDArray[np.int64
     """The best `k` item indices [U, K] for scores [U, I + 1] and histories [U, H] padded with 0."""
     scores = torch.as_tensor(scores)
     histories = torch.as_tensor(histories, dtype=torch.int64, device=scores.device)
-    lowest = torch.finfo(scores.dtype).min  # a candidate of -inf is one all the same
+    lowest = torch.finfo(scores.dtype).min  # -inf marks items that are no candidates
     scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=lowest)
     scores[:, 0] = -torch.inf
     scores.scatter_(1, histories, -torch.inf)
@@ -47,15 +47,15 @@ def top_from_scores(scores: Array, histories: Array, k: int) -> NDArray[np.int64
     if best.shape[1] > k:
         tied = best[:, k - 1] == best[:, k]
         items = items[:, :k]
-        items[tied] = _first_of_tied(scores[tied], best[tied, k - 1, None], k)
+        items[tied] = _break_ties(scores[tied], best[tied, k - 1, None], k)
     items = items.sort(dim=1).values
     best, order = scores.gather(1, items).sort(dim=1, descending=True, stable=True)
     items = items.gather(1, order).masked_fill(best == -torch.inf, 0)
     return np.pad(items.cpu().numpy(), ((0, 0), (0, k - items.shape[1])))
 
 
-def _first_of_tied(scores: Tensor, threshold: Tensor, k: int) -> Tensor:
-    """Of each row the items above `threshold` [U, 1] and, up to `k`, the first of those equal to it, [U, K]."""
+def _break_ties(scores: Tensor, threshold: Tensor, k: int) -> Tensor:
+    """Item indices [U, K]: of scores [U, I + 1] those above `threshold` [U, 1], and the first of those equal to it."""
     chosen = scores > threshold
     tied = scores == threshold
     chosen |= tied & (tied.cumsum(dim=1) <= k - chosen.sum(dim=1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Metrics of parts of the users, with how many they are."""
+"""Metrics of slices of the users, with the number of users in each."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from lvlmrec.evaluation.metrics import metrics
 
 
 def by_coldness(cold: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
-    """The slices overall, warm and cold; `cold` [U] is True where the target never occurs in training."""
+    """The slices overall, warm and cold as masks [U]; `cold` [U] is True where the target never occurs in training."""
     return {"overall": np.ones_like(cold), "warm": ~cold, "cold": cold}
 
 
 def by_popularity(targets: NDArray[np.integer], train_counts: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:
-    """The slices head, mid and tail by the target's training count; with the cold targets they are all users.
+    """The slices head, mid and tail as masks [U], by the target's training count; cold targets are in none of them.
 
-    targets [U], train_counts [I + 1] by item index. Each holds a third of the training interactions: an item is head
-    when the items more popular than it have less than a third of them together, mid when less than two thirds, else
-    tail. So items of the same count are in the same slice.
+    targets [U], train_counts [I + 1] by item index. Each slice has about a third of the training interactions: an item
+    is head when all more popular items together have less than a third of them, mid when less than two thirds, else
+    tail. Items of the same count are therefore in the same slice.
     """
     counts, items = np.unique(train_counts[1:], return_counts=True)
-    up_to = np.cumsum(counts * items)  # interactions of items of this count or a smaller one
-    above = (up_to[-1] - up_to) / up_to[-1]
-    bucket = np.searchsorted([1 / 3, 2 / 3], above, side="right")  # of each count
+    cumulative = np.cumsum(counts * items)  # interactions of all items of at most this count
+    share_above = (cumulative[-1] - cumulative) / cumulative[-1]
+    bucket = np.searchsorted([1 / 3, 2 / 3], share_above, side="right")  # of each count
     of_users = bucket[np.searchsorted(counts, train_counts[targets])]
     warm = train_counts[targets] > 0
     return {name: warm & (of_users == number) for number, name in enumerate(("head", "mid", "tail"))}
 
 
 def by_history_length(histories: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:
-    """The slices of users with up to 5, 6 to 10 and over 10 items before the target; histories [U, H] padded with 0."""
+    """The slices up to 5, 6 to 10 and over 10 items before the target, as masks [U]; histories [U, H] padded with 0."""
     lengths = (histories > 0).sum(axis=1)
     return {
         "history_upto_5": lengths <= 5,
@@ -47,17 +47,18 @@ def slice_metrics(
     ks: Sequence[int] = (10, 20),
     users: NDArray[np.int64] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """For each named mask [T] over ranks [T]: `users`, and the metrics unless there are none.
+    """For each named mask [T] over ranks [T]: `users`, their number, and their metrics unless it is 0.
 
-    With `users` [T], whose target each rank is, a user's set is its targets in the slice, and `targets` counts them.
+    users [T]: the user of each target, where users have several; a user's set is then its targets in the slice, whose
+    number is `targets`.
     """
     table: dict[str, dict[str, float]] = {}
     for name, mask in slices.items():
-        inside = ranks[mask]
+        slice_ranks = ranks[mask]
         if users is None:
-            table[name] = {"users": len(inside), **(metrics(inside, ks) if len(inside) else {})}
+            table[name] = {"users": len(slice_ranks), **(metrics(slice_ranks, ks) if len(slice_ranks) else {})}
         else:
-            of = users[mask]
-            counts = {"users": len(np.unique(of)), "targets": len(inside)}
-            table[name] = {**counts, **(metrics(inside, ks, of) if len(inside) else {})}
+            slice_users = users[mask]
+            counts = {"users": len(np.unique(slice_users)), "targets": len(slice_ranks)}
+            table[name] = {**counts, **(metrics(slice_ranks, ks, slice_users) if len(slice_ranks) else {})}
     return table
