@@ -55,7 +55,7 @@ ALLOWED = {
     # of the models their table, what they promise, and their files
     "extraction": {"lvlms", "lvlms/protocol", "lvlms/files", "features", "media", *GROUND},
     "data": {"config", "columns", "errors", "storage", "tables"},
-    "report": {"columns", "config", "errors", "evaluation", "runs", "taps"},
+    "report": {"evaluation", "taps"},
 }
 
 

@@ -26,7 +26,7 @@ from lvlmrec import cluster, storage, tracking
 from lvlmrec import config as configs
 from lvlmrec.errors import InputError, JobFailed, one_line
 from lvlmrec.report import study as report
-from lvlmrec.runs import checkpoint, evaluating, experiment
+from lvlmrec.runs import checkpoint, evaluating, experiment, methods
 from lvlmrec.runs.evaluating import EvaluateConfig
 from lvlmrec.runs.experiment import Experiment, TrainConfig
 from lvlmrec.runs.grid import Outcomes, Plan, Step, StudyConfig, Trial, choose, folder, next_steps
@@ -92,7 +92,7 @@ def run(config: StudyConfig, plan: Plan, parent: Run) -> dict[str, Any]:
         raise JobFailed(f"{len(reasons)} steps failed; {files['table']} has the rest. {'; '.join(reasons)}"[:2000])
     trained = list(study.outcomes.trained.values())
     return {
-        "methods": {m.name: _summary(m) for m in report.collect(plan, study.outcomes)},
+        "methods": {m.name: _summary(m) for m in methods.collect(plan, study.outcomes)},
         "baselines": {name: result["test"] for name, result in study.baselines.items()},
         "runs": len(trained),
         "reused": sum(result["reused"] for result in trained),
@@ -245,15 +245,15 @@ def write(study: Study) -> dict[str, str]:
     """The tables and the layer curve of what is known by now; gives their URIs."""
     from lvlmrec.report import layer_curve  # here, for workers that train do without matplotlib
 
-    methods, reference = report.collect(study.plan, study.outcomes), study.plan.reference
-    rows = report.rows(methods, study.baselines, reference)
+    found, reference = methods.collect(study.plan, study.outcomes), study.plan.reference
+    rows = methods.rows(found, study.baselines, reference)
     contents = {
         "table": ("table.txt", report.to_text(rows, reference).encode()),
         "markdown": ("table.md", report.to_markdown(rows, reference).encode()),
         "csv": ("table.csv", report.to_csv(rows).encode()),
         "runs_csv": ("runs.csv", report.to_csv(_runs(study)).encode()),
     }
-    drawn = layer_curve.figure(methods)
+    drawn = layer_curve.figure(found, found[0].shown.tested)
     if drawn is not None:
         contents |= {kind: (f"layers.{kind}", layer_curve.rendered(drawn, kind)) for kind in ("png", "svg")}
     for name, content in contents.values():
@@ -278,10 +278,10 @@ def _runs(study: Study) -> list[dict[str, Any]]:
 
 
 def _name(study: Study, step: Step) -> str:
-    return f"{step.trial.method}, {report.describe(study.plan.settings[step.trial.setting])}, seed {step.trial.seed}"
+    return f"{step.trial.method}, {methods.describe(study.plan.settings[step.trial.setting])}, seed {step.trial.seed}"
 
 
-def _summary(method: report.Method) -> dict[str, Any]:
+def _summary(method: methods.Method) -> dict[str, Any]:
     seeds = list(method.evaluations)
     means = {metric: sum(method.test(metric)) / len(seeds) for metric in method.shown.test} if seeds else {}
     return {"setting": method.setting, "seeds": seeds, "test": means}

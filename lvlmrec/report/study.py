@@ -1,8 +1,6 @@
-"""The tables of a study: what was chosen, what it measured over the seeds, and whether that differs from the reference.
+"""The tables of a study as text: what was chosen, what it measured over the seeds, and its tests against the reference.
 
-A method against the reference, over the seeds that both have: the p value is that of Student's paired t-test over the
-seeds, with Holm's correction over all methods that have one. Beside it stands `p_users`, of the sign-flip permutation
-test over users of each user's mean over the seeds, which takes these runs as given and leaves the seeds out.
+They are made of rows alone, one of each baseline and method (`runs.methods.rows`).
 """
 
 from __future__ import annotations
@@ -10,202 +8,21 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from lvlmrec.columns import ITEM_ID, ITEM_RANK, USER_ID
-from lvlmrec.errors import InputError
-from lvlmrec.evaluation.metrics import per_user
-from lvlmrec.evaluation.significance import LEFT_OUT, holm, paired_t_test, permutation_test
-from lvlmrec.report.comparison import table
-from lvlmrec.runs.evaluating import read_ranks
-from lvlmrec.runs.experiment import TrainConfig
-from lvlmrec.runs.grid import Outcomes, Plan, Step, Trial, choose
-
-
-class Shown(NamedTuple):
-    """The metrics that the tables have; `tested`: against the reference; `sliced`: by parts of the users."""
-
-    validation: tuple[str, ...]
-    test: tuple[str, ...]
-    tested: tuple[str, ...]
-    sliced: str
-
-
-ONE_TARGET = Shown(("hr@10", "ndcg@10"), ("hr@10", "ndcg@10", "hr@20", "ndcg@20"), ("hr@10", "ndcg@10"), "hr@10")
-SEVERAL_TARGETS = Shown(
-    ("recall@20", "ndcg@20"),
-    ("recall@10", "ndcg@10", "map@10", "recall@20", "ndcg@20", "map@20"),
-    ("recall@20", "ndcg@20"),
-    "recall@20",
+from lvlmrec.evaluation.shown import (
+    DIFFERENCE,
+    ONE_TARGET,
+    P_HOLM,
+    P_SEEDS,
+    P_USERS,
+    SEEDS_COMPARED,
+    SEVERAL_TARGETS,
 )
-NUM_RESAMPLES = 10_000  # means over seeds have many distinct differences, and each costs that many draws
+from lvlmrec.report.comparison import table
+
 NONE = "-"
-P_SEEDS, P_HOLM, P_USERS = "p over seeds", "Holm p over seeds", f"p_users ({LEFT_OUT})"
 WHY_NONE = "p over seeds: - with fewer than two seeds, or where all of them differ alike"
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is known of a method by now; `results` and `evaluations` are those of the chosen setting, by seed."""
-
-    name: str
-    config: TrainConfig
-    setting: dict[str, Any] | None
-    status: str
-    trials: int
-    results: dict[int, dict[str, Any]]
-    evaluations: dict[int, dict[str, Any]]
-
-    @property
-    def shown(self) -> Shown:
-        return SEVERAL_TARGETS if self.config.dataset.several_targets else ONE_TARGET
-
-    def test(self, metric: str) -> list[float]:
-        return [evaluation["test"][metric] for evaluation in self.evaluations.values()]
-
-
-def collect(plan: Plan, outcomes: Outcomes) -> list[Method]:
-    """Every method of the study, in its order."""
-    chosen = choose(plan, outcomes)
-    methods = []
-    for name in plan.methods:
-        tried = [trial for trial in plan.trials() if trial.method == name]
-        finals = [Trial(name, chosen[name], seed) for seed in plan.seeds] if name in chosen else []
-        methods.append(
-            Method(
-                name=name,
-                config=plan.configs[name][chosen.get(name, 0)],
-                setting=plan.settings[chosen[name]] if name in chosen else None,
-                status=_status(plan, outcomes, tried, finals),
-                trials=sum(trial in outcomes.trained for trial in tried),
-                results={trial.seed: outcomes.trained[trial] for trial in finals if trial in outcomes.trained},
-                evaluations={trial.seed: outcomes.evaluated[trial] for trial in finals if trial in outcomes.evaluated},
-            )
-        )
-    return methods
-
-
-def _status(plan: Plan, outcomes: Outcomes, tried: list[Trial], finals: list[Trial]) -> str:
-    steps = [Step("train", trial) for trial in dict.fromkeys([*tried, *finals])]
-    steps += [Step("evaluate", trial) for trial in finals if Step("train", trial) not in outcomes.failed]
-    failed = sum(step in outcomes.failed for step in steps)
-    expected = 0 if finals or failed == len(tried) else 2 * len(plan.seeds) - 1  # not known by name yet
-    pending = sum(step not in outcomes.ended for step in steps) + expected
-    parts = [f"{failed} failed"] * bool(failed) + [f"{pending} pending"] * bool(pending)
-    return ", ".join(parts) or "complete"
-
-
-def rows(methods: Sequence[Method], baselines: Mapping[str, Any], reference: str) -> list[dict[str, Any]]:
-    """One row for each baseline and method: numbers, None where there is none yet."""
-    shown = methods[0].shown
-    made = [_baseline_row(name, result, shown) for name, result in baselines.items()]
-    against = tests(methods, reference)
-    for method in methods:
-        results = list(method.results.values())
-        row: dict[str, Any] = {
-            "method": method.name,
-            "status": method.status,
-            "setting": None if method.setting is None else describe(method.setting),
-            "trials": method.trials,
-            "seeds": len(method.evaluations),
-            "parameters": results[0]["parameters"] if results else None,
-            "seconds_per_epoch": float(np.mean([r["seconds_per_epoch"] for r in results])) if results else None,
-        }
-        for metric in shown.validation:
-            row |= _mean_and_sd(f"validation {metric}", [result["validation"][metric] for result in results])
-        for metric in shown.test:
-            row |= _mean_and_sd(f"test {metric}", method.test(metric))
-        row |= _by_slice(list(method.evaluations.values()), shown.sliced)
-        made.append(row | against.get(method.name, {}))
-    return made
-
-
-def tests(methods: Sequence[Method], reference: str) -> dict[str, dict[str, Any]]:
-    """For each other method that shares a tested seed with the reference: differences and p values, by metric.
-
-    The p values over seeds are None with fewer than two seeds, or where all of them differ alike.
-    """
-    base = next(method for method in methods if method.name == reference)
-    found: dict[str, dict[str, Any]] = {}
-    for metric in base.shown.tested:
-        over_seeds = {}
-        for method in methods:
-            seeds = [seed for seed in method.evaluations if seed in base.evaluations]
-            if method.name == reference or not seeds:
-                continue
-            ours, theirs = ([m.evaluations[seed] for seed in seeds] for m in (method, base))
-            compared = compare(*(tuple(e["ranks"] for e in evaluations) for evaluations in (ours, theirs)), metric)
-            values = [[e["test"][metric] for e in evaluations] for evaluations in (ours, theirs)]
-            p_value = paired_t_test(*values)["p_value"] if len(seeds) > 1 else None
-            if p_value is not None:
-                over_seeds[method.name] = p_value
-            found.setdefault(method.name, {"seeds compared": len(seeds)}).update(
-                {
-                    f"difference {metric}": compared["difference"],
-                    f"{P_SEEDS} {metric}": p_value,
-                    f"{P_HOLM} {metric}": None,
-                    f"{P_USERS} {metric}": compared["p_users"],
-                }
-            )
-        for name, p_value in holm(over_seeds).items():
-            found[name][f"{P_HOLM} {metric}"] = p_value
-    return found
-
-
-@cache
-def compare(ours: tuple[str, ...], theirs: tuple[str, ...], metric: str) -> Mapping[str, float | int]:
-    """The permutation test of users' means over seeds; ranks by URI, seed by seed. Raises `InputError`."""
-    if _targets(ours[0]) != _targets(theirs[0]):
-        raise InputError(f"ranks {ours[0]!r}: its users and targets are not those of {theirs[0]!r}")
-    mean, other = (np.mean([_user_metric(uri, metric) for uri in uris], axis=0) for uris in (ours, theirs))
-    return permutation_test(mean, other, NUM_RESAMPLES)
-
-
-@cache
-def _user_metric(uri: str, metric: str) -> np.ndarray:
-    ranks = read_ranks(uri)
-    return per_user(ranks[ITEM_RANK].to_numpy(), metric, ranks[USER_ID].to_numpy())
-
-
-@cache
-def _targets(uri: str) -> int:
-    ranks = read_ranks(uri).sort_values([USER_ID, ITEM_ID])
-    return hash((*ranks[USER_ID], *ranks[ITEM_ID]))
-
-
-def _baseline_row(name: str, result: Mapping[str, Any], shown: Shown) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": name, "status": "complete"}
-    for part, names in (("validation", shown.validation), ("test", shown.test)):
-        for metric in names:
-            row |= _mean_and_sd(f"{part} {metric}", [result[part][metric]])
-    return row | _by_slice([result], shown.sliced)
-
-
-def _by_slice(evaluations: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
-    """Mean over the evaluations of the metric of each part of the users, named with their number."""
-    if not evaluations:
-        return {}
-    return {
-        f"{metric} of {name} ({part['users']:,})": float(np.mean([e["slices"][name][metric] for e in evaluations]))
-        for name, part in evaluations[0]["slices"].items()
-        if name != "overall" and part["users"]
-    }
-
-
-def _mean_and_sd(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    return {
-        name: float(np.mean(values)) if values else None,
-        f"{name} sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-    }
-
-
-def describe(setting: Mapping[str, Any]) -> str:
-    """A setting as text: `lr 0.001, embedding_dim 128`."""
-    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in setting.items()) or "as given"
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -231,11 +48,11 @@ def blocks(rows: Sequence[Mapping[str, Any]], reference: str) -> list[tuple[str,
     compared = [
         [
             row["method"],
-            str(row["seeds compared"]),
+            str(row[SEEDS_COMPARED]),
             *(_cell(row.get(f"{kind} {metric}"), form) for metric in shown.tested for kind, form in KINDS.items()),
         ]
         for row in methods
-        if "seeds compared" in row
+        if SEEDS_COMPARED in row
     ]
     kinds = [f"{metric.upper()} {kind}" for metric in shown.tested for kind in KINDS]
     sliced = shown.sliced.upper()
@@ -257,7 +74,7 @@ def _sliced(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[str], 
 
 
 KINDS: dict[str, Callable[[Any], str]] = {
-    "difference": lambda value: f"{value:+.4f}",
+    DIFFERENCE: lambda value: f"{value:+.4f}",
     P_SEEDS: lambda value: f"{value:.2g}",
     P_HOLM: lambda value: f"{value:.2g}",
     P_USERS: lambda value: f"{value:.2g}",

@@ -12,9 +12,10 @@ from scipy.stats import ttest_rel
 
 from lvlmrec import storage
 from lvlmrec.errors import InputError
+from lvlmrec.evaluation.shown import ONE_TARGET, P_HOLM, P_SEEDS, SEVERAL_TARGETS
 from lvlmrec.report import layer_curve
 from lvlmrec.report import study as report
-from lvlmrec.runs import grid
+from lvlmrec.runs import grid, methods
 from lvlmrec.runs.grid import Outcomes, Plan, Step, Trial
 from tests.runs.test_grid import study_config
 
@@ -47,7 +48,7 @@ def trained(columns: list[str], value: float = 0.5) -> dict[str, Any]:
 
 def evaluated(ranks: str, hr: float) -> dict[str, Any]:
     slices = {"overall": {"users": 40, "hr@10": hr}, "warm": {"users": 40, "hr@10": hr}, "cold": {"users": 0}}
-    return {"ranks": ranks, "test": dict.fromkeys(report.ONE_TARGET.test, hr), "slices": slices, "baselines": {}}
+    return {"ranks": ranks, "test": dict.fromkeys(ONE_TARGET.test, hr), "slices": slices, "baselines": {}}
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def whole(plan: Plan, folder: Path) -> Outcomes:
 
 
 def test_rows_are_means_and_deviations_over_seeds(plan: Plan, tmp_path: Path) -> None:
-    rows = report.rows(report.collect(plan, whole(plan, tmp_path)), {}, "ID")
+    rows = methods.rows(methods.collect(plan, whole(plan, tmp_path)), {}, "ID")
     by_name = {row["method"]: row for row in rows}
     assert by_name["ID"]["test hr@10"] == pytest.approx(4.5 / 40)
     assert by_name["ID"]["test hr@10 sd"] == pytest.approx(1 / 40 / np.sqrt(2))
@@ -91,9 +92,9 @@ def test_rows_are_means_and_deviations_over_seeds(plan: Plan, tmp_path: Path) ->
 
 def test_the_primary_p_value_is_over_the_seeds_that_both_have(plan: Plan, tmp_path: Path) -> None:
     outcomes = whole(plan, tmp_path)
-    outcomes.evaluated[Trial("DFF", 0, 1)]["test"] = dict.fromkeys(report.ONE_TARGET.test, 0.9)
+    outcomes.evaluated[Trial("DFF", 0, 1)]["test"] = dict.fromkeys(ONE_TARGET.test, 0.9)
     del outcomes.evaluated[Trial("mean", 0, 1)]
-    found = report.tests(report.collect(plan, outcomes), "ID")
+    found = methods.tests(methods.collect(plan, outcomes), "ID")
     p_value = ttest_rel([14 / 40, 0.9], [4 / 40, 5 / 40]).pvalue
     assert found["DFF"]["p over seeds hr@10"] == pytest.approx(p_value)
     assert (found["mean"]["seeds compared"], found["mean"]["p over seeds hr@10"]) == (1, None)
@@ -104,15 +105,15 @@ def test_holms_correction_is_over_the_methods_that_have_a_p_value_over_seeds(pla
     """Three of six: the others differ alike with both seeds."""
     outcomes = whole(plan, tmp_path)
     for name, value in (("DFF", 0.9), ("mean", 0.31), ("DFF shuffled", 0.5)):
-        outcomes.evaluated[Trial(name, 0, 1)]["test"] = dict.fromkeys(report.ONE_TARGET.test, value)
-    found = report.tests(report.collect(plan, outcomes), "ID")
+        outcomes.evaluated[Trial(name, 0, 1)]["test"] = dict.fromkeys(ONE_TARGET.test, value)
+    found = methods.tests(methods.collect(plan, outcomes), "ID")
     p_values = {name: row["p over seeds hr@10"] for name, row in found.items() if row["p over seeds hr@10"] is not None}
     assert set(p_values) == {"DFF", "mean", "DFF shuffled"}
     smallest = min(p_values, key=p_values.__getitem__)
     assert found[smallest]["Holm p over seeds hr@10"] == pytest.approx(min(1, 3 * p_values[smallest]))
     for name, row in found.items():
         assert (row["Holm p over seeds hr@10"] is None) == (name not in p_values)
-    _, _, (title, head, body), _ = report.blocks(report.rows(report.collect(plan, outcomes), {}, "ID"), "ID")
+    _, _, (title, head, body), _ = report.blocks(methods.rows(methods.collect(plan, outcomes), {}, "ID"), "ID")
     shown = {row[0]: dict(zip(head, row, strict=True)) for row in body}
     assert shown["fusion llm.0"]["HR@10 p over seeds"] == shown["fusion llm.0"]["HR@10 Holm p over seeds"] == "-"
     assert "p over seeds: - with fewer than two seeds, or where all of them differ alike" in title
@@ -124,13 +125,10 @@ def test_one_seed_has_no_p_value_over_seeds_whatever_the_users_say(plan: Plan, t
     outcomes = whole(plan, tmp_path)
     for trial in [trial for trial in outcomes.evaluated if trial.seed == plan.seeds[1]]:
         del outcomes.evaluated[trial]
-    found = report.tests(report.collect(plan, outcomes), "ID")
+    found = methods.tests(methods.collect(plan, outcomes), "ID")
     assert found["DFF"]["p_users (seeds left out) hr@10"] < 0.05
     assert {
-        row[f"{kind} {metric}"]
-        for row in found.values()
-        for kind in (report.P_SEEDS, report.P_HOLM)
-        for metric in report.ONE_TARGET.tested
+        row[f"{kind} {metric}"] for row in found.values() for kind in (P_SEEDS, P_HOLM) for metric in ONE_TARGET.tested
     } == {None}
 
 
@@ -150,13 +148,13 @@ def test_of_several_targets_the_tables_show_recall_ndcg_and_map_of_users(world: 
             better = 4 + 4 * place + seed  # whole users, and with the second seed one target more
             ranks = [1 + target % 4 if target < better else 50 for target in range(40)]
             uri = write_sets(str(tmp_path / f"{place}-{seed}.parquet"), ranks)
-            measured = dict.fromkeys(report.SEVERAL_TARGETS.test, better / 40)
+            measured = dict.fromkeys(SEVERAL_TARGETS.test, better / 40)
             slices = {"warm": {"users": 10, "targets": 40, "recall@20": better / 40}}
-            validation = dict.fromkeys(("hr@10", *report.SEVERAL_TARGETS.validation), 0.5)
+            validation = dict.fromkeys(("hr@10", *SEVERAL_TARGETS.validation), 0.5)
             outcomes.trained[Trial(name, 0, seed)] = trained([]) | {"validation": validation}
             outcomes.evaluated[Trial(name, 0, seed)] = {"ranks": uri, "test": measured, "slices": slices}
-    methods = report.collect(plan, outcomes)
-    rows = report.rows(methods, {}, "ID")
+    found = methods.collect(plan, outcomes)
+    rows = methods.rows(found, {}, "ID")
     assert {key for key in rows[0] if key.startswith("test ") and not key.endswith(" sd")} == {
         f"test {name}@{k}" for k in (10, 20) for name in ("recall", "ndcg", "map")
     }
@@ -165,7 +163,7 @@ def test_of_several_targets_the_tables_show_recall_ndcg_and_map_of_users(world: 
     assert dff["p_users (seeds left out) recall@20"] == pytest.approx(2**-5, rel=0.3), "2 of the 2^6 signs of six users"
     text = report.to_text(rows, "ID")
     assert "test MAP@20" in text and "Test RECALL@20 by target" in text and "HR@10" not in text
-    drawn = layer_curve.figure(methods)
+    drawn = layer_curve.figure(found, found[0].shown.tested)
     assert drawn is None or all("RECALL" in a.get_ylabel() or "NDCG" in a.get_ylabel() for a in drawn.axes)
 
 
@@ -173,28 +171,28 @@ def test_users_are_compared_by_name_not_by_place(tmp_path: Path) -> None:
     first = write_ranks(str(tmp_path / "a.parquet"), [1, 1, 50])
     shuffled = storage.read_table(first).take([2, 0, 1])
     storage.write_table(str(tmp_path / "b.parquet"), shuffled)
-    assert report.compare((first,), (str(tmp_path / "b.parquet"),), "hr@10")["p_users"] == 1
+    assert methods.compare((first,), (str(tmp_path / "b.parquet"),), "hr@10")["p_users"] == 1
     fewer = write_ranks(str(tmp_path / "c.parquet"), [1, 1])
     with pytest.raises(InputError, match="its users and targets are not those of"):
-        report.compare((first,), (fewer,), "hr@10")
+        methods.compare((first,), (fewer,), "hr@10")
 
 
 def test_a_study_that_has_just_begun_says_what_is_pending(plan: Plan, tmp_path: Path) -> None:
     outcomes = Outcomes({}, {}, {Step("train", Trial("DFF", 0, 0)): "no"})
-    methods = report.collect(plan, outcomes)
-    status = {method.name: method.status for method in methods}
+    found = methods.collect(plan, outcomes)
+    status = {method.name: method.status for method in found}
     assert status["ID"] == "4 pending" and status["DFF"] == "1 failed"  # two runs, two evaluations
-    assert "4 pending" in report.to_text(report.rows(methods, {}, "ID"), "ID")
-    assert layer_curve.figure(methods) is None
+    assert "4 pending" in report.to_text(methods.rows(found, {}, "ID"), "ID")
+    assert layer_curve.figure(found, found[0].shown.tested) is None
     outcomes.trained[Trial("ID", 0, 0)] = trained([])
-    assert report.collect(plan, outcomes)[0].status == "3 pending"
+    assert methods.collect(plan, outcomes)[0].status == "3 pending"
 
 
 def test_the_curve_goes_from_the_first_layer_to_the_deepest(plan: Plan, tmp_path: Path) -> None:
-    methods = report.collect(plan, whole(plan, tmp_path))
-    ((_, curve),) = layer_curve.curves(methods).items()
+    found = methods.collect(plan, whole(plan, tmp_path))
+    ((_, curve),) = layer_curve.curves(found, "hr@10").items()
     assert [method.name for _, method in curve] == ["fusion llm.0", "fusion llm.2", "fusion llm.4"]
-    drawn = layer_curve.figure(methods)
+    drawn = layer_curve.figure(found, found[0].shown.tested)
     assert drawn is not None
     for axis in drawn.axes:
         (bars,) = axis.containers
