@@ -92,7 +92,7 @@ def run(config: StudyConfig, plan: Plan, parent: Run) -> dict[str, Any]:
         raise JobFailed(f"{len(reasons)} steps failed; {files['table']} has the rest. {'; '.join(reasons)}"[:2000])
     trained = list(study.outcomes.trained.values())
     return {
-        "methods": {m.name: _summary(m) for m in methods.collect(plan, study.outcomes)},
+        "methods": methods.summary(methods.collect(plan, study.outcomes), plan.reference),
         "baselines": {name: result["test"] for name, result in study.baselines.items()},
         "runs": len(trained),
         "reused": sum(result["reused"] for result in trained),
@@ -279,9 +279,3 @@ def _runs(study: Study) -> list[dict[str, Any]]:
 
 def _name(study: Study, step: Step) -> str:
     return f"{step.trial.method}, {methods.describe(study.plan.settings[step.trial.setting])}, seed {step.trial.seed}"
-
-
-def _summary(method: methods.Method) -> dict[str, Any]:
-    seeds = list(method.evaluations)
-    means = {metric: sum(method.test(metric)) / len(seeds) for metric in method.shown.test} if seeds else {}
-    return {"setting": method.setting, "seeds": seeds, "test": means}

@@ -32,6 +32,7 @@ from lvlmrec.runs.evaluating import read_ranks
 from lvlmrec.runs.experiment import TrainConfig
 from lvlmrec.runs.grid import Outcomes, Plan, Step, Trial, choose
 
+TESTS = {"difference": DIFFERENCE, "p_seeds": P_SEEDS, "p_seeds_holm": P_HOLM, "p_users": P_USERS}  # JSON key -> column
 NUM_RESAMPLES = 10_000  # means over seeds have many distinct differences, and each costs that many draws
 
 
@@ -185,6 +186,30 @@ def _user_metric(uri: str, metric: str) -> np.ndarray:
 def _targets(uri: str) -> int:
     ranks = read_ranks(uri).sort_values([USER_ID, ITEM_ID])
     return hash((*ranks[USER_ID], *ranks[ITEM_ID]))
+
+
+def summary(methods: Sequence[Method], reference: str) -> dict[str, dict[str, Any]]:
+    """The numbers of `rows` for the JSON result, by method: by metric the mean, the standard deviation and the tests.
+
+    `against` names the reference; of the reference itself, and of a method that shares no seed with it, there is none.
+    """
+    found, compared = {}, tests(methods, reference)
+    for method in methods:
+        results = list(method.results.values())
+        measured = {
+            "validation": {metric: [r["validation"][metric] for r in results] for metric in method.shown.validation},
+            "test": {metric: method.test(metric) for metric in method.shown.test},
+        }
+        made: dict[str, Any] = {"setting": method.setting, "seeds": list(method.evaluations)}
+        for part, metrics in measured.items():
+            spread = {metric: _mean_and_sd("mean", values) for metric, values in metrics.items() if values}
+            made[part] = {metric: each["mean"] for metric, each in spread.items()}
+            made[f"{part}_sd"] = {metric: each["mean sd"] for metric, each in spread.items()}
+        if row := compared.get(method.name):
+            tested = {m: {name: row[f"{kind} {m}"] for name, kind in TESTS.items()} for m in method.shown.tested}
+            made["against"] = {"reference": reference, "seeds": row[SEEDS_COMPARED], **tested}
+        found[method.name] = made
+    return found
 
 
 def _baseline_row(name: str, result: Mapping[str, Any], shown: Shown) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Tables and layer curve of a study, from numbers that were worked out by hand."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,32 @@ def test_rows_are_means_and_deviations_over_seeds(plan: Plan, tmp_path: Path) ->
     assert title.startswith("Test HR@10 by target") and head == ["method", "warm (40)"], "nobody's target is cold"
     assert body[0] == ["ID", "0.1125"], "4 and 5 of 40 users"
     assert report.to_csv(rows).splitlines()[0].startswith("method,status,setting")
+
+
+def test_the_json_result_has_the_numbers_of_the_tables(plan: Plan, tmp_path: Path) -> None:
+    outcomes = whole(plan, tmp_path)
+    outcomes.evaluated[Trial("DFF", 0, 1)]["test"] = dict.fromkeys(ONE_TARGET.test, 0.9)
+    del outcomes.evaluated[Trial("mean", 0, 1)]
+    found = methods.collect(plan, outcomes)
+    rows = {row["method"]: row for row in methods.rows(found, {}, "ID")}
+    made = json.loads(json.dumps(methods.summary(found, "ID")))
+    assert list(made) == plan.methods and "against" not in made["ID"]
+    for name, row in rows.items():
+        for part in ("validation", "test"):
+            for metric, value in made[name][part].items():
+                assert (value, made[name][f"{part}_sd"][metric]) == (
+                    row[f"{part} {metric}"],
+                    row[f"{part} {metric} sd"],
+                )
+        assert set(made[name]["test"]) == set(ONE_TARGET.test)
+    against = made["DFF"]["against"]
+    assert (against["reference"], against["seeds"]) == ("ID", 2)
+    assert against["hr@10"]["p_seeds"] == rows["DFF"]["p over seeds hr@10"] is not None
+    assert against["hr@10"]["p_seeds_holm"] == rows["DFF"]["Holm p over seeds hr@10"]
+    assert against["ndcg@10"]["p_users"] == rows["DFF"]["p_users (seeds left out) ndcg@10"]
+    assert made["mean"]["test_sd"]["hr@10"] is None and made["mean"]["against"]["hr@10"]["p_seeds"] is None
+    outcomes = Outcomes({}, {}, {})
+    assert methods.summary(methods.collect(plan, outcomes), "ID")["DFF"]["test"] == {}
 
 
 def test_the_primary_p_value_is_over_the_seeds_that_both_have(plan: Plan, tmp_path: Path) -> None:
