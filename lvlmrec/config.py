@@ -67,16 +67,19 @@ def option(
     choices: Mapping[str, Any] | Sequence[str] | None = None,
     required: bool = False,
     distinct: bool = False,
+    uri: bool | Callable[[str], bool] = False,
     **bounds: float,
 ) -> Any:
     """A documented dataclass field. A list, a dict or a class as default becomes a default factory.
 
     `bounds` are `minimum`, `maximum`, and without the bound itself `above`, `below`; like `choices` they are those of
     each entry of a list or a dict. A `required` one may not be empty, one that is `distinct` lists nothing twice.
-    Numbers are finite and texts in a list not empty.
+    Numbers are finite and texts in a list not empty. `uri`: the value, or each entry of a list, is a path or URI, or is
+    one where the function says so.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
-    metadata = {"help": help, "choices": choices, "required": required, "distinct": distinct, "bounds": bounds}
+    metadata: dict[str, Any] = {"help": help, "choices": choices, "required": required, "distinct": distinct}
+    metadata |= {"bounds": bounds, "uri": uri}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list | dict):
@@ -140,6 +143,22 @@ def from_arguments(schema: type[T], arguments: Sequence[str], default_layer: str
         if not layer.endswith((".yaml", ".yml")):
             raise ConfigError(f"argument {layer!r}: neither a layer (a path that ends in .yaml) nor dotted.key=value")
     return load(schema, layers or [default_layer], overrides)
+
+
+def with_uris(config: T, change: Callable[[str], str]) -> T:
+    """`config` with `change` applied to every path or URI in it: to what an `option` says is a `uri`."""
+    made: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, config)):
+        value, is_uri = getattr(config, field.name), field.metadata.get("uri", False)
+        if dataclasses.is_dataclass(value):
+            made[field.name] = with_uris(value, change)
+        elif is_uri:
+            changed = [
+                change(each) if each and isinstance(each, str) and (is_uri is True or is_uri(each)) else each
+                for each in (value if isinstance(value, list) else [value])
+            ]
+            made[field.name] = changed if isinstance(value, list) else changed[0]
+    return dataclasses.replace(typing.cast(Any, config), **made)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -323,6 +342,7 @@ def _check_value(
     required: bool = False,
     distinct: bool = False,
     bounds: Mapping[str, float] = MappingProxyType({}),
+    uri: bool | Callable[[str], bool] = False,
 ) -> None:
     """Raises `ConfigError` when a value, or an entry of it, is not as its `option` says."""
     if required and not value:

@@ -114,6 +114,15 @@ def test_an_error_is_put_on_one_line_in_one_place(path: Path) -> None:
     assert not again or path.name == "errors.py", f"{path.name}: {again[0]}; use errors.one_line"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_paths_of_a_configuration_become_absolute_in_one_place(path: Path) -> None:
+    """In `jobs/job.py`. Elsewhere: where a job writes, what is in a file of MLflow, what lies within another value."""
+    of_contents = ("jobs/places.py", "tracking/__init__.py", "tracking/database.py", "runs/grid.py")
+    place = path.relative_to(PACKAGE).as_posix()
+    uses = re.search(r"storage\.absolute\b|import .*\babsolute\b", path.read_text())
+    assert not uses or place.startswith("storage/") or place in ("jobs/job.py", *of_contents)
+
+
 def test_every_folder_of_tests_has_a_room() -> None:
     for folder in (path for path in (ROOT / "tests").rglob("*") if path.is_dir() and path.name != "__pycache__"):
         assert (PACKAGE / folder.relative_to(ROOT / "tests")).is_dir(), f"{folder} mirrors no room"

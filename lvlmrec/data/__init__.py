@@ -26,7 +26,10 @@ class DatasetConfig:
 
     name: str = option("microlens", "format of the interactions", choices=DATASETS)
     path: str = option(
-        "${workspace}/sample/interactions", "the interaction file, or the folder that holds one", required=True
+        "${workspace}/sample/interactions",
+        "the interaction file, or the folder that holds one",
+        required=True,
+        uri=True,
     )
     split: str = option(
         "leave_one_out",

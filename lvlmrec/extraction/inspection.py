@@ -38,7 +38,7 @@ def inspect(lvlm: LVLMConfig, code: Mapping[str, bytes], workspace: str, resourc
         return _inspect_there(lvlm, resources)
     if not lvlm.model or not Path(lvlm.model, "config.json").is_file():
         return inspect_here(lvlm)
-    remembered = storage.join(storage.absolute(workspace), "cache", "models", f"{_name(lvlm, code)}.json")
+    remembered = storage.join(workspace, "cache", "models", f"{_name(lvlm, code)}.json")
     try:
         tree: dict[str, Any] = json.loads(storage.read_bytes(remembered))
     except FileNotFoundError:

@@ -55,7 +55,6 @@ def source_of(row: Mapping[str, str], recipe: Recipe, version: Callable[[str], s
 
 def texts_from(source: str) -> str:
     """The fingerprint of the feature set at `source`, whose generated texts are the manifest; empty for another."""
-    source = storage.absolute(source)
     return store.read_recipe(source).fingerprint if _is_feature_set(source) else ""
 
 
@@ -68,7 +67,6 @@ def read_manifest(source: str, columns: Sequence[str] = (URI,)) -> tuple[pa.Tabl
     are malformed lines and files that are no videos, by kind. Raises `InputError` when nothing is there, columns are
     missing, more than 1 % of the lines are malformed, or one id stands for two things.
     """
-    source = storage.absolute(source)
     if _is_feature_set(source):
         texts = pa.Table.from_pandas(store.read_texts(source), preserve_index=False)
         rows, report = _select(texts, source, columns), Counter[str]()
@@ -202,7 +200,7 @@ def _from_table(source: str, files: Sequence[str], columns: Sequence[str]) -> tu
         incomplete = pc.or_(incomplete, pc.equal(read[URI], ""))
     num_incomplete = pc.sum(incomplete).as_py() or 0
     kept = read.filter(pc.invert(incomplete)) if num_incomplete else read
-    folder = source.rsplit("/", 1)[0]
+    folder = source.rpartition("/")[0] or "."
     for column in sorted({URI, COVER_URI} & {*columns}):
         resolved = [
             pa.array([_resolve(folder, uri) for uri in chunk.to_pylist()], pa.string())

@@ -145,7 +145,7 @@ def missing(plan: Plan, index: pa.Table, sources: pa.Array | None = None) -> pa.
 
 def _sources(plan: Plan) -> pa.Array:
     """The version of the files and texts of each row of the manifest; empty where its files cannot be asked."""
-    etags = {file.uri: file.etag for file in storage.iter_files(storage.absolute(plan.config.input), recursive=True)}
+    etags = {file.uri: file.etag for file in storage.iter_files(plan.config.input, recursive=True)}
 
     def version(uri: str) -> str:
         return etags.get(uri) or storage.version(uri)

@@ -36,15 +36,18 @@ class PoolConfig:
 class ExtractConfig:
     """The extract job."""
 
-    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here", required=True)
+    workspace: str = option(
+        "./workspace", "sample, stores, checkpoints and tracking database live here", required=True, uri=True
+    )
     tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
     seed: int = option(0, "seed of the sample and of everything random", minimum=0, maximum=MAX_SEED)
     input: str = option(
         "${workspace}/sample/videos",
         "item manifest (.csv, .parquet or folder of its parts), folder or prefix of videos",
         required=True,
+        uri=True,
     )
-    store: str = option("${workspace}/features", "folder or prefix that holds feature sets", required=True)
+    store: str = option("${workspace}/features", "folder or prefix that holds feature sets", required=True, uri=True)
     lvlm: LVLMConfig = option(LVLMConfig, "the frozen model")
     recipe: RecipeConfig = option(RecipeConfig, "what to extract")
     decode: DecodeConfig = option(DecodeConfig, "limits of decoding")

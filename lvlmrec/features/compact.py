@@ -108,7 +108,7 @@ def compact(
     if len(tokens) > 1:
         raise InputError(f"features: sets of {' and '.join(map(str, sorted(tokens)))} tokens per item; choose one kind")
     sets = [Chosen(each, names, _find_items(each, item_ids, max_missing)) for each, names in chosen]
-    place = Cache(Path(storage.absolute(cache)), round(cache_gb * GB))
+    place = Cache(Path(cache), round(cache_gb * GB))
     columns = _columns(place, sets, key_of(*item_ids))
     without = [np.concatenate([[True], each.rows[PART].isna().to_numpy()]) for each in sets]
     return FeatureArray(

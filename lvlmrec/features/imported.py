@@ -40,19 +40,22 @@ PART_BYTES = 64 << 20  # of one file of the feature set, in float32
 class ImportConfig:
     """The import_features job."""
 
-    workspace: str = option("./workspace", "the tracking database lives here", required=True)
+    workspace: str = option("./workspace", "the tracking database lives here", required=True, uri=True)
     tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
-    file: str = option("", "the array [items, dim] or [items, layers, dim]: .npy, .safetensors, or .pt without code")
+    file: str = option(
+        "", "the array [items, dim] or [items, layers, dim]: .npy, .safetensors, or .pt without code", uri=True
+    )
     tensor: str = option("", "name of the tensor in a file of several")
     item_ids: str = option(
         "from_zero",
         "from_zero: row k is item k; from_one: item k + 1; else a .csv or .parquet (or folder of its parts) with "
         "item_id, or a .txt of one id per line, in the order of the rows",
+        uri=lambda value: value not in COUNTED,
     )
     name: str = option(IMPORTED, "of the feature set, and first part of its columns' names", required=True)
     layers: list[str] = option([], "taps that the layers are, such as [llm.14, llm.28]; none: llm.0, llm.1, ...")
     dtype: str = option("float16", "dtype of the stored features", choices=DTYPES)
-    store: str = option("${workspace}/features", "folder or prefix that holds feature sets", required=True)
+    store: str = option("${workspace}/features", "folder or prefix that holds feature sets", required=True, uri=True)
 
 
 class Array(NamedTuple):

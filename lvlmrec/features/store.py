@@ -103,7 +103,7 @@ class FeatureSet:
 
 def locate(store: str, name: str, recipe: Recipe) -> str:
     """The URI of the feature set of `recipe` in `store`."""
-    return storage.join(storage.absolute(store), f"{name}-{recipe.fingerprint}")
+    return storage.join(store, f"{name}-{recipe.fingerprint}")
 
 
 def create(uri: str, recipe: Recipe, ids_from: str = "") -> None:
@@ -123,12 +123,11 @@ def create(uri: str, recipe: Recipe, ids_from: str = "") -> None:
 
 def committed(store: str) -> list[str]:
     """The URIs of the committed feature sets in a store."""
-    return [uri for uri in storage.list_folders(storage.absolute(store)) if is_committed(uri)]
+    return [uri for uri in storage.list_folders(store) if is_committed(uri)]
 
 
 def find(uri: str) -> str:
     """The feature set at `uri`, or the only committed one of the store at `uri`. Raises `InputError`."""
-    uri = storage.absolute(uri)
     if storage.exists(storage.join(uri, RECIPE)):
         return uri
     found = committed(uri)

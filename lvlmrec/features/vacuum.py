@@ -13,9 +13,11 @@ from lvlmrec.features import lease, store
 class VacuumConfig:
     """The vacuum job."""
 
-    workspace: str = option("./workspace", "the tracking database lives here", required=True)
+    workspace: str = option("./workspace", "the tracking database lives here", required=True, uri=True)
     tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
-    features: str = option("${workspace}/features", "feature set, or a store that holds exactly one", required=True)
+    features: str = option(
+        "${workspace}/features", "feature set, or a store that holds exactly one", required=True, uri=True
+    )
 
 
 def run(config: VacuumConfig) -> dict[str, Any]:

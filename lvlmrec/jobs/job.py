@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lvlmrec import config, tracking
+from lvlmrec import config, storage, tracking
 from lvlmrec.errors import FULL, InputError, JobFailed, error_number, one_line
 from lvlmrec.jobs import places
 from lvlmrec.tracking import Run
@@ -52,6 +52,7 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
     try:
         resolved: Any = config.from_arguments(schema, arguments, config.CONF / f"{name}.yaml")
         places.check(resolved)
+        resolved = config.with_uris(resolved, storage.absolute)
         with tracking.tracked(resolved.tracking_uri, resolved.workspace, name, config.to_dict(resolved)) as run:
             result = body(resolved, run)
     except (InputError, JobFailed) as error:

@@ -36,8 +36,8 @@ def ensure(workspace: str, *uris: str) -> None:
     """
     if storage.is_remote(workspace):
         return
-    root = Path(storage.absolute(workspace), "sample")
-    paths = [Path(storage.absolute(uri)) for uri in uris if uri and not storage.is_remote(uri)]
+    root = Path(workspace, "sample")
+    paths = [Path(uri) for uri in uris if uri and not storage.is_remote(uri)]
     inside = [path for path in paths if path.is_relative_to(root)]
     if any(path.parent == root / "models" for path in inside) and len(inside) < len(uris):
         print(
@@ -58,13 +58,12 @@ def ensure_features(config: TrainConfig) -> None:
     """Extract the sample's features when a run on the sample reads features and its own store has none yet."""
     from lvlmrec.runs.experiment import feature_uris  # imports torch, which an extraction does without
 
-    own = storage.join(storage.absolute(config.workspace), "features")
-    sample = storage.join(storage.absolute(config.workspace), "sample")
-    on_sample = storage.absolute(config.dataset.path).startswith(f"{sample}/")
+    own, sample = (storage.join(config.workspace, name) for name in ("features", "sample"))
+    on_sample = config.dataset.path.startswith(f"{sample}/")
     if config.model.item_encoder.layers == "none" or not on_sample:
         return
     sets = store.committed(own)
-    if own not in map(storage.absolute, feature_uris(config)) or (sets and not any(map(lease.is_unfinished, sets))):
+    if own not in feature_uris(config) or (sets and not any(map(lease.is_unfinished, sets))):
         return
     extract = configs.load(ExtractConfig, [{"workspace": config.workspace}])
     ensure(extract.workspace, extract.input, extract.lvlm.model)

@@ -166,7 +166,7 @@ def train(config: TrainConfig, run: Run, threads: int, name: str) -> dict[str, A
     done = checkpoint.read_result(prepared.checkpoint)
     if done is not None:
         return done | {"checkpoint": prepared.checkpoint, "reused": True}
-    saved = storage.join(storage.absolute(config.workspace), "runs", f"study-{prepared.key}.tar")
+    saved = storage.join(config.workspace, "runs", f"study-{prepared.key}.tar")
 
     def tell(metrics: dict[str, float], epoch: int) -> None:
         run.log_metrics(metrics, step=epoch)
@@ -226,8 +226,7 @@ def evaluate(
     """The test metrics of a checkpoint; an evaluation of it that is already written is reused."""
     torch.set_num_threads(threads)
     cluster.device()  # without a GPU of its own it sees none
-    workspace = storage.absolute(config.workspace)
-    written = storage.join(workspace, "evaluations", uri.rsplit("/", 1)[-1], "evaluation.json")
+    written = storage.join(config.workspace, "evaluations", uri.rsplit("/", 1)[-1], "evaluation.json")
     try:
         done = json.loads(storage.read_bytes(written))
     except FileNotFoundError:
@@ -236,7 +235,7 @@ def evaluate(
         same = not baselines or done["item_knn_neighbours"] == item_knn_neighbours
         if same and set(baselines) <= set(done["baselines"]):
             return done | {"reused": True}
-    given: dict[str, Any] = {"workspace": workspace, "checkpoint": uri, "baselines": baselines}
+    given: dict[str, Any] = {"workspace": config.workspace, "checkpoint": uri, "baselines": baselines}
     given |= {"item_knn_neighbours": item_knn_neighbours}
     return evaluating.run(configs.load(EvaluateConfig, [given])) | {"reused": False}
 

@@ -100,7 +100,7 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
 
 def _runs(experiment: Experiment) -> str:
     """Where Ray Train keeps the checkpoints of runs that are not finished."""
-    return storage.join(storage.absolute(experiment.config.workspace), "runs")
+    return storage.join(experiment.config.workspace, "runs")
 
 
 def _reason(error: Exception) -> str:

@@ -76,7 +76,7 @@ class TuneConfig(TrainConfig):
 def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, Any]:
     """Search, and give the best configuration by its best validation epoch. Raises `JobFailed` if no trial ended."""
     search, selected_by = config.search, config.dataset.selected_by
-    runs = storage.join(storage.absolute(config.workspace), "runs")
+    runs = storage.join(config.workspace, "runs")
     storage.check_writable(runs)
     trial_runs = TrialRuns(parent, config.workspace, config.training.epochs, selected_by)
     param_space = space(search, experiment)

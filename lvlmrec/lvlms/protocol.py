@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu|hpu|npu)(:\d+)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `lvlm.model` names a model of the hub, owner/name, and no local directory."""
+    return bool(HUB_ID.fullmatch(model)) and not Path(model).is_dir()
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,11 @@ class ModelConfig:
     """Where a model's files lie and how its forward runs."""
 
     name: str = option("llava_onevision", "model family")
-    model: str = option("${workspace}/sample/models/${.name}", "local directory or hub id (owner/name)")
+    model: str = option(
+        "${workspace}/sample/models/${.name}",
+        "local directory or hub id (owner/name)",
+        uri=lambda value: not is_hub_id(value),
+    )
     revision: str = option("", "branch, tag or commit of a hub id; empty is the default branch")
     dtype: str = option("float32", "dtype of weights and activations", choices=COMPUTE_DTYPES)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is cuda when there is one")
@@ -38,7 +48,9 @@ class ModelConfig:
     trust_remote_code: bool = option(
         False, "of lvlm.name=auto: run the code in the model's repository, a directory or a hub id at a pinned commit"
     )
-    code: str = option("", "the authors' repository, for families that run it: folder, or zip by URL with its commit")
+    code: str = option(
+        "", "the authors' repository, for families that run it: folder, or zip by URL with its commit", uri=True
+    )
     environment: dict[str, Any] = option(
         {}, "Ray runtime_env of the processes that hold the model, such as {pip: [...]}, {py_executable: ...}"
     )

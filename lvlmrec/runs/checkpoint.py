@@ -81,7 +81,6 @@ def read_result(uri: str) -> dict[str, Any] | None:
 
 def latest(uri: str) -> str:
     """`uri` itself if it is a checkpoint, else the newest checkpoint below that folder. Raises `InputError`."""
-    uri = storage.absolute(uri)
     if storage.exists(storage.join(uri, RESULT)):
         return uri
     results = [f for f in storage.list_files(uri, recursive=True) if f.uri.endswith(f"/{RESULT}")]

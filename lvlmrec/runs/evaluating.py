@@ -39,18 +39,24 @@ FORMAT = 2  # of evaluation.json: 1 had metrics of single targets where users ha
 class EvaluateConfig:
     """The evaluate job."""
 
-    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here", required=True)
+    workspace: str = option(
+        "./workspace", "sample, stores, checkpoints and tracking database live here", required=True, uri=True
+    )
     tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
     seed: int = option(0, "seed of the permutation tests", minimum=0, maximum=MAX_SEED)
-    checkpoint: str = option("${workspace}/checkpoints", "a checkpoint, or a folder: its newest one", required=True)
-    dataset_path: str = option("", "where the dataset is now, if not where the checkpoint was trained")
-    features: Any = option("", "where the feature set is now, or the list of them, if not where it was trained")
+    checkpoint: str = option(
+        "${workspace}/checkpoints", "a checkpoint, or a folder: its newest one", required=True, uri=True
+    )
+    dataset_path: str = option("", "where the dataset is now, if not where the checkpoint was trained", uri=True)
+    features: Any = option(
+        "", "where the feature set is now, or the list of them, if not where it was trained", uri=True
+    )
     ks: list[int] = option([10, 20], "cut-offs K of the metrics", minimum=1)
     baselines: list[str] = option(
         ["popularity", "item_knn", "markov"], "fitted and ranked on the same split", choices=BASELINES, distinct=True
     )
     item_knn_neighbours: int = option(NUM_NEIGHBOURS, NEIGHBOURS_HELP, minimum=1)
-    against: Any = option("", "ranks of another evaluation, or a list of them: compared user by user")
+    against: Any = option("", "ranks of another evaluation, or a list of them: compared user by user", uri=True)
 
     def check(self) -> None:
         if not self.ks:
@@ -68,7 +74,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         read_ranks(other)  # before the work, not after it
     checkpoint, split = _load(config)
     holdout = split.test()
-    folder = storage.join(storage.absolute(config.workspace), "evaluations", checkpoint.uri.rsplit("/", 1)[-1])
+    folder = storage.join(config.workspace, "evaluations", checkpoint.uri.rsplit("/", 1)[-1])
     storage.check_writable(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = checkpoint.model.to(device)
@@ -103,7 +109,7 @@ def _others(against: Any) -> list[str]:
     others = against if isinstance(against, list) else [against] if against else []
     if not all(isinstance(uri, str) and uri for uri in others):
         raise ConfigError(f"against: {against!r} is neither the URI of ranks nor a list of URIs")
-    return list(dict.fromkeys(storage.absolute(uri) for uri in others))
+    return list(dict.fromkeys(others))
 
 
 def _load(config: EvaluateConfig) -> tuple[Checkpoint, Split]:

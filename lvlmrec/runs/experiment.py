@@ -81,9 +81,13 @@ class TrainingConfig:
 class TrainConfig:
     """The train job."""
 
-    workspace: str = option("./workspace", "sample, stores, checkpoints and tracking database live here", required=True)
+    workspace: str = option(
+        "./workspace", "sample, stores, checkpoints and tracking database live here", required=True, uri=True
+    )
     tracking_uri: str = option("sqlite:///${workspace}/mlflow.db", "MLflow tracking server or database", required=True)
-    cache: str = option("${workspace}/cache", "local folder for memory-mapped features, one per machine", required=True)
+    cache: str = option(
+        "${workspace}/cache", "local folder for memory-mapped features, one per machine", required=True, uri=True
+    )
     cache_gb: float = option(
         0.0,
         "GB that the cache may take: features used least recently, that no running job reads, make room; 0: any number",
@@ -91,7 +95,9 @@ class TrainConfig:
     )
     seed: int = option(0, "seed of initialisation, order and dropout", minimum=0, maximum=MAX_SEED)
     dataset: DatasetConfig = option(DatasetConfig, "interactions")
-    features: Any = option("${workspace}/features", "feature set, or a store that holds exactly one; or a list of them")
+    features: Any = option(
+        "${workspace}/features", "feature set, or a store that holds exactly one; or a list of them", uri=True
+    )
     feature_columns: list[str] = option([], "patterns of columns, as describe/llm.*/visual_mean; none: see README")
     max_missing_features: float = option(
         compact.MAX_MISSING, "share of the items that may have no features", minimum=0, maximum=1
@@ -158,7 +164,7 @@ class Experiment:
     def checkpoint(self) -> str:
         """Where the finished run is published."""
         name = f"{self.config.model.backbone.name}-{self.config.model.item_encoder.name}-{self.key}"
-        return storage.join(storage.absolute(self.config.workspace), "checkpoints", name)
+        return storage.join(self.config.workspace, "checkpoints", name)
 
 
 def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
@@ -250,7 +256,7 @@ def feature_uris(config: TrainConfig) -> list[str]:
     uris = config.features if isinstance(config.features, list) else [config.features]
     if not uris or not all(isinstance(uri, str) and uri for uri in uris):
         raise ConfigError(f"features: {config.features!r} is neither the URI of a feature set nor a list of URIs")
-    if len({*map(storage.absolute, uris)}) < len(uris):
+    if len({uri.rstrip("/") for uri in uris}) < len(uris):
         raise ConfigError(f"features: {config.features!r}: a feature set is given twice")
     return uris
 

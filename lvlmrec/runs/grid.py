@@ -205,7 +205,7 @@ def folder(config: StudyConfig) -> str:
     flat = dict(configs.flatten(configs.to_dict(config)))
     deciding = {key: value for key, value in flat.items() if key not in NOT_DECIDING}
     key = hashlib.blake2b(json.dumps(deciding).encode(), digest_size=6).hexdigest()
-    return storage.join(storage.absolute(config.workspace), "studies", f"{config.study.name}-{key}")
+    return storage.join(config.workspace, "studies", f"{config.study.name}-{key}")
 
 
 def _search(given: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -257,6 +257,6 @@ def _configured(config: StudyConfig, name: str, overrides: Mapping[str, Any], se
         else:
             node[last] = overrides[key]
     try:
-        return configs.load(TrainConfig, [tree])
+        return configs.with_uris(configs.load(TrainConfig, [tree]), storage.absolute)  # a method may name features
     except ConfigError as error:
         raise ConfigError(f"study.methods.{name}: {error}") from error

@@ -135,7 +135,7 @@ class Run:
 
 def start(tracking_uri: str, workspace: str, name: str, tags: Mapping[str, str], parent: Run | None = None) -> Run:
     """Open a run. Raises `InputError` when the tracking server or database cannot be reached, but not for a child."""
-    tracking_uri, workspace = _absolute(tracking_uri), storage.absolute(workspace)
+    tracking_uri = _absolute(tracking_uri)
     labels = {"mlflow.source.git.commit": git_revision(), **tags}
     if parent is not None:
         labels["mlflow.parentRunId"] = parent.id

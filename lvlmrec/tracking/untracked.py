@@ -44,7 +44,7 @@ def attempt(tracker: str, call: Callable[[], None], urgent: bool = False) -> Exc
 
 def keep(tracker: str, workspace: str, run_id: str, kind: str, content: str, reason: str, sort: str) -> None:
     """Write down what could not be sent, `content` as JSON, and say so once for each sort of reason. Raises nothing."""
-    uri = storage.join(storage.absolute(workspace), FOLDER, f"{run_id}.jsonl")
+    uri = storage.join(workspace, FOLDER, f"{run_id}.jsonl")
     line = f'{{"time": {time.time():.3f}, "kind": "{kind}", "content": {content}, "reason": {json.dumps(reason)}}}\n'
     kept = f"it is kept in {uri}"
     try:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from lvlmrec.errors import ConfigError, one_line
 from lvlmrec.features.recipe import LVLMInfo, Recipe
 from lvlmrec.lvlms.files import hub, torchvision_shim, weight_files
-from lvlmrec.lvlms.protocol import ModelConfig
+from lvlmrec.lvlms.protocol import ModelConfig, is_hub_id
 
 QUOTED = 300  # characters of what a library raises
 WHOLE_FILE_BYTES = 64 * 2**20
@@ -28,7 +28,6 @@ NEEDS_CODE = (
 # a text configuration's keys; where one is not 0, layers share weights whose shape depends on how many layers there are
 DEPTH_KEYS = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 ModelConfigT = TypeVar("ModelConfigT", bound=ModelConfig)
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # of transformers' GenerationConfig: what acts without sampling, and the value with which it does not
 _NEUTRAL = {
     "num_beams": 1,
@@ -172,7 +171,7 @@ def pin(config: ModelConfigT) -> ModelConfigT:
 
     The one place where a branch is asked for. Raises `ConfigError`.
     """
-    if not _HUB_ID.fullmatch(config.model) or Path(config.model).is_dir():
+    if not is_hub_id(config.model):
         return config
     return replace(config, revision=_commit(config, "a model"))
 
@@ -247,7 +246,7 @@ def check(config: ModelConfig, expected: str = "a model") -> None:
     if not config.model:  # the path of which is the directory that the job was started in
         raise ConfigError(f"lvlm.model is empty; {_expectation(expected)}")
     where = Path(config.model)
-    if not where.is_dir() and not _HUB_ID.fullmatch(config.model):
+    if not where.is_dir() and not is_hub_id(config.model):
         raise ConfigError(f"lvlm.model: {config.model!r}: no such directory; {_expectation(expected)}")
     folder = directory(config, expected=expected)
     try:

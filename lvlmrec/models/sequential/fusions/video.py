@@ -38,6 +38,7 @@ class VideoConfig(FusionConfig):
         RANDOM,
         "what the encoder starts from: a local directory with config.json and safetensors, or random",
         required=True,
+        uri=lambda value: value != RANDOM,
     )
     frozen_blocks: int = option(0, "first blocks of the encoder that are not trained, its embedding too", minimum=0)
     ids: str = option("none", "whether item embeddings are gated with the video's", choices=("none", "gate"))
