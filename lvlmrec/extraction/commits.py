@@ -14,7 +14,7 @@ from lvlmrec.errors import JobFailed
 from lvlmrec.features import index
 from lvlmrec.features.lease import Lease
 
-SECONDS = 30.0  # between two commits, at first
+SECONDS = 5.0  # between two commits, at first
 GROWTH = 0.05  # of the time since the start: a long run makes a hundred segments, not thousands
 
 

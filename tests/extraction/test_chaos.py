@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -24,10 +25,12 @@ from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.protocol import Item
 from tests import chaos
 from tests.chaos import Driver
+from tests.extraction.reader import Reader
 from tests.faults import Faults, Proxy, faulty
 
 ITEMS = 500
 PART = 50  # items
+READS = 200  # of the set while it is written
 IN_FLIGHT = 2  # parts that the store takes of a driver before one of its nodes dies
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -72,8 +75,14 @@ def assert_undisturbed(arguments: list[str], result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("s3_server", ["moto", "s3rver"], indirect=True)
-def test_actor_node_and_driver_die_while_the_store_throttles(tmp_path: Path, bucket: str, proxy: Proxy) -> None:
+def test_actor_node_and_driver_die_while_the_store_throttles(
+    tmp_path: Path, bucket: str, proxy: Proxy, request: pytest.FixtureRequest
+) -> None:
+    """A reader opens the set all the while."""
     arguments = chaos.titles_job(tmp_path, bucket, ITEMS)
+    environment = os.environ | {"AWS_ENDPOINT_URL": proxy.upstream}  # faults are for those who write
+    reader = Reader(f"{bucket}/features", tmp_path, environment)
+    request.addfinalizer(reader.kill)
     proxy.take_parts(3)  # nobody is through before it has been killed, however fast the machine is
     with chaos.raylets() as cluster:
         *_, node, victim = cluster.list_all_nodes()
@@ -92,8 +101,11 @@ def test_actor_node_and_driver_die_while_the_store_throttles(tmp_path: Path, buc
             wait_for_parts(bucket, proxy, 4, third)
             cluster.remove_node(victim, allow_graceful=False)
             cluster.add_node(num_cpus=1)
+            chaos.wait_for(lambda: reader.counts()["reads"] >= READS, timeout_s=300)
             proxy.take_parts(None)
             result = third.result(timeout_s=400)
+    seen = reader.end()
+    assert seen["items"] == ITEMS and seen["snapshots"] >= 3 and seen["committed"] > READS / 10
     assert_undisturbed(arguments, result)
     assert result["skipped"] >= PART * 2 + 1  # the last part may be smaller
     written = Counter[str]()
