@@ -1,4 +1,4 @@
-"""Column names that files and tables of every room share."""
+"""Column names of files and tables that several packages share."""
 
 USER_ID = "user_id"
 ITEM_ID = "item_id"

@@ -20,11 +20,11 @@ class ConfigError(InputError):
 
 
 class JobFailed(RuntimeError):
-    """A job ran and could not reach its result; it ends with exit status 1 and one line."""
+    """A job started and could not finish; it ends with exit status 1 and one line."""
 
 
 class StorageError(OSError, JobFailed):
-    """A store did not do what was asked, however often, or is full; the message names the URI and the cause."""
+    """A store failed after all retries, or is full; the message names the URI and the cause."""
 
 
 class StorageRefused(OSError, InputError):
@@ -32,13 +32,13 @@ class StorageRefused(OSError, InputError):
 
 
 def one_line(error: object, most: int | None = None) -> str:
-    """What an error, or a text, says, its lines joined by spaces: the first `most` characters of it, all without."""
+    """The message of an error, or a text, on one line: line ends become spaces; at most `most` characters, if given."""
     return " ".join(str(error).split())[:most]
 
 
 @contextmanager
 def writing(place: str) -> Iterator[None]:
-    """Turns what a full disk raises into `StorageError`, and a place that cannot be written into `StorageRefused`."""
+    """Raises `StorageError` for a full disk and `StorageRefused` for a `place` that cannot be written, in one line."""
     try:
         yield
     except (InputError, JobFailed):
@@ -54,7 +54,7 @@ def writing(place: str) -> Iterator[None]:
 
 
 def error_number(error: Exception) -> int:
-    """The errno of what went wrong, 0 for none. Libraries that are not written in Python only quote what it means."""
+    """The errno of an error, 0 without one; of libraries that only quote its text, that of a full disk."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
     return next((number for number in FULL if os.strerror(number) in str(error)), 0)

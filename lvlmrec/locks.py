@@ -1,4 +1,4 @@
-"""Locks between processes that share a folder: the operating system frees one when its holder dies."""
+"""File locks between processes that share a folder: the operating system releases a lock when its process dies."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import IO
 
 from lvlmrec.errors import InputError
 
-WAIT_SECONDS = 600.0  # for one that lives but does not move
+WAIT_SECONDS = 600.0  # for a process that is alive but makes no progress
 POLL_SECONDS = 0.05
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Hold the lock file `path`, made where it is missing; others wait.
+    """Within the block this process holds the lock file `path`, created where it is missing; others wait.
 
-    Gives False where the file system has no locks: what is guarded must come out right without, if not as fast.
-    Raises `InputError` when another process holds it for `WAIT_SECONDS`.
+    Yields False where the file system has no locks: the block must be correct without one.
+    Raises `InputError` when another process holds the lock for `WAIT_SECONDS`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

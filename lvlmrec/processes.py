@@ -1,4 +1,4 @@
-"""Which process is meant by a number, on which host, and whether it still lives."""
+"""Processes by host, PID and start time, and whether one is still alive."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import psutil
 
-CLOCK_SECONDS = 1.0  # by which the start of one process may seem to move when the host's clock is set
+CLOCK_SECONDS = 1.0  # start times of one process may differ by less, when the host's clock is set
 
 
 def host() -> str:
-    """The host as far as its process numbers mean the same: two containers of one host have different ones."""
+    """Host name and PID namespace: two containers of one host differ, as a PID means another process in each."""
     try:
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
@@ -19,7 +19,7 @@ def host() -> str:
 
 
 def born(pid: int) -> float:
-    """When a process began, which tells it from a later one with its number; 0 when there is none or it is dead."""
+    """Start time of a process in seconds since 1970, which tells it from a later one of its PID; 0 for a dead one."""
     try:
         process = psutil.Process(pid)
         return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -28,5 +28,5 @@ def born(pid: int) -> float:
 
 
 def is_alive(pid: int, born_at: float) -> bool:
-    """Whether the process that had this number and began then still lives, on this host."""
+    """Whether the process of this PID that started at `born_at` is still alive, on this host."""
     return abs(born(pid) - born_at) < CLOCK_SECONDS

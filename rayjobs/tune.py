@@ -20,7 +20,7 @@ def tune(config: TuneConfig, run: Run) -> dict[str, Any]:
     prepared = experiment.prepare(config, every_layer=True)
     run.set_tags(prepared.tags)
     result = tuning.run(config, prepared, run)
-    run.log_chosen(result["best"]["validation"], result["best"]["epoch"])
+    run.log_best_epoch(result["best"]["validation"], result["best"]["epoch"])
     run.log_json("best.json", result["best"])
     return result
 

@@ -147,7 +147,7 @@ def _take(study: Study, task: ObjectRef) -> None:
         kind = "validation" if step.action == "train" else "test"
         (outcomes.trained if step.action == "train" else outcomes.evaluated)[step.trial] = result
         if kind == "validation":
-            child.log_chosen(result[kind], result["best_epoch"], 0 if result["reused"] else result["epochs"])
+            child.log_best_epoch(result[kind], result["best_epoch"], 0 if result["reused"] else result["epochs"])
         else:
             child.log_metrics({f"{kind}/{name}": value for name, value in result[kind].items()})
         child.finish("FINISHED")

@@ -45,7 +45,7 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
     done = checkpoint.read_result(experiment.checkpoint)
     if done is not None:
         print(f"train: {experiment.checkpoint} is finished; nothing to do", file=sys.stderr)
-        tracking.log_chosen(done["validation"], done["best_epoch"])
+        tracking.log_best_epoch(done["validation"], done["best_epoch"])
         return done | {"checkpoint": experiment.checkpoint, "reused": True}
     for folder in (experiment.checkpoint.rpartition("/")[0], _runs(experiment)):
         storage.check_writable(folder)
@@ -53,7 +53,7 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
         cluster.require_gpus("training.use_gpu", float(experiment.config.training.use_gpu))
         trained = _fit(experiment, tracking)
         result = _publish(experiment, trained)
-    tracking.log_chosen(result["validation"], result["best_epoch"], result["epochs"])
+    tracking.log_best_epoch(result["validation"], result["best_epoch"], result["epochs"])
     return result | {"checkpoint": experiment.checkpoint, "reused": False}
 
 

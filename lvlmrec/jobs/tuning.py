@@ -229,7 +229,7 @@ class TrialRuns(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         result = trial.last_result
         if best := _best(result):
-            self._run(trial).log_chosen(best, result["best_epoch"], int(result["epoch"]))
+            self._run(trial).log_best_epoch(best, result["best_epoch"], int(result["epoch"]))
         self._finish(trial, "FINISHED")
         ended = sum(t.is_finished() for t in trials) + (not trial.is_finished())
         print(

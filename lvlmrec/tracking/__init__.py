@@ -1,4 +1,4 @@
-"""Experiment tracking; nothing else imports mlflow, and this only where it is used: it takes seconds in every worker.
+"""Experiment tracking in MLflow. Only this package imports mlflow, inside functions: the import takes seconds.
 
 A job is an MLflow run of the experiment `lvlmrec`. Metrics are written by client calls with an explicit run id,
 so that workers of a cluster and trials of a sweep can write to runs that another process opened.
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlmrec import storage
 from lvlmrec.config import flatten
-from lvlmrec.errors import InputError
+from lvlmrec.errors import InputError, one_line
 from lvlmrec.tracking import database, owner, untracked
 from lvlmrec.tracking.names import encoded
 
@@ -35,19 +35,19 @@ EXPERIMENT = "lvlmrec"
 MAX_PARAMS_PER_CALL = 100
 MAX_METRICS_PER_CALL = 1000
 MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_NAME_LENGTH = 6000, 8000, 250
-# A server that does not answer must not hold up a run; MLflow itself asks it for minutes.
+# Without these MLflow waits minutes for a server that does not answer, and the run with it.
 LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 SECRETS = re.compile(r"(?<=://)([^/\s:@]*:)[^/\s@]+(?=@)|([?&](?:password|token|secret)=)[^&\s]+", re.IGNORECASE)
 
-_ends_to_send: dict[Run, str] = {}  # runs that ended while the tracker did not answer, and how
+_unsent_statuses: dict[Run, str] = {}  # final statuses of runs that ended while the tracker did not answer
 
 
 @dataclass(frozen=True)
 class Run:
-    """A tracked run, by its id; picklable, so that it travels to workers.
+    """A tracked run, by its id; picklable, so that it can be sent to workers.
 
-    Nothing that it does raises: what the tracker does not take is kept in the workspace (untracked.py). A run that
-    could not be opened, because the tracker was gone by then, is not `in_tracker` and keeps everything there.
+    Its methods raise nothing: what the tracker does not accept is written to the workspace (untracked.py). A run that
+    could not be opened, because the tracker did not answer, is not `in_tracker` and writes everything there.
     """
 
     tracking_uri: str
@@ -57,7 +57,7 @@ class Run:
     in_tracker: bool = True
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Numbers at a step, in one call."""
+        """Log metrics at a step, in one call."""
 
         def send(client: mlflow.MlflowClient) -> None:
             from mlflow.entities import Metric
@@ -69,11 +69,12 @@ class Run:
 
         self._send("metrics", {"step": step, "metrics": dict(metrics)}, send)
 
-    def log_chosen(self, validation: Mapping[str, float], epoch: int, last: int = 0) -> None:
-        """The metrics of the epoch that was chosen: `best/...` at its step, and what tables show of `validation/...`.
+    def log_best_epoch(self, validation: Mapping[str, float], epoch: int, last: int = 0) -> None:
+        """Log the best epoch's metrics as `best/...` at its step, and as the value of `validation/...` in tables.
 
         `last` is the last epoch whose `validation/...` this run logged, 0 for none. MLflow's tables show the value of
-        the largest step, of several the latest: where another epoch was the last, the chosen one's stands behind it.
+        the largest step, and of several values at one step the latest: where the best epoch is not the last, its
+        metrics are logged once more at the last step.
         """
         self.log_metrics({f"best/{name}": value for name, value in validation.items()}, step=epoch)
         if last != epoch:
@@ -81,7 +82,7 @@ class Run:
             self.log_metrics(shown, step=max(last, epoch))
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Every key of a resolved configuration as a parameter, the first characters of it, and the whole as a file."""
+        """Log a resolved configuration: each key as a parameter, cut to MLflow's limit; the whole as config.json."""
         values = {key: masked(str(value))[:MAX_PARAM_LENGTH] for key, value in flatten(config)}
 
         def send(client: mlflow.MlflowClient) -> None:
@@ -95,7 +96,7 @@ class Run:
         self.log_json("config.json", config)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Labels of the run: fingerprints, URIs, why it stopped."""
+        """Set tags of the run: fingerprints, URIs, errors."""
         values = {key: masked(str(value)) for key, value in tags.items()}
 
         def send(client: mlflow.MlflowClient) -> None:
@@ -109,18 +110,18 @@ class Run:
         self._send("tags", values, send)
 
     def log_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """A JSON artifact."""
+        """Log `content` as a JSON artifact called `name`."""
         text = masked(json.dumps(content, indent=2, default=str))
         self._send(name, content, lambda client: client.log_text(self.id, text, name))
 
     def finish(self, status: str, urgent: bool = False) -> None:
-        """Close the run: FINISHED, FAILED or KILLED. When it is urgent, also a tracker that just failed is asked."""
+        """Close the run as FINISHED, FAILED or KILLED. `urgent`: try even while a failed tracker is paused."""
         sent = self._send("end", status, lambda client: client.set_terminated(self.id, status), urgent)
         if self.in_tracker and not sent:
-            _ends_to_send[self] = status
+            _unsent_statuses[self] = status
 
     def _send(self, kind: str, content: Any, call: Callable[[mlflow.MlflowClient], None], urgent: bool = False) -> bool:
-        error: Exception | None = untracked.LeftAlone("the run could not be opened")
+        error: Exception | None = untracked.TrackerPaused("the run could not be opened")
         if self.in_tracker:
             error = untracked.attempt(self.tracking_uri, lambda: call(_client(self.tracking_uri)), urgent)
         if error:
@@ -129,12 +130,14 @@ class Run:
 
     def _keep(self, kind: str, content: Any, error: Exception) -> None:
         text = masked(json.dumps(content, default=str))
-        sort = getattr(error, "error_code", type(error).__name__)
-        untracked.keep(masked(self.tracking_uri), self.workspace, self.id, kind, text, _reason(error), sort)
+        error_kind = getattr(error, "error_code", type(error).__name__)
+        untracked.save_locally(
+            masked(self.tracking_uri), self.workspace, self.id, kind, text, _reason(error), error_kind
+        )
 
 
 def start(tracking_uri: str, workspace: str, name: str, tags: Mapping[str, str], parent: Run | None = None) -> Run:
-    """Open a run. Raises `InputError` when the tracking server or database cannot be reached, but not for a child."""
+    """Open a run. Raises `InputError` when the tracking server or database cannot be reached; a child's never does."""
     tracking_uri = _absolute(tracking_uri)
     labels = {"mlflow.source.git.commit": git_revision(), **tags}
     if parent is not None:
@@ -156,7 +159,7 @@ def start(tracking_uri: str, workspace: str, name: str, tags: Mapping[str, str],
         return run
     file, _ = database.file_of(tracking_uri)
     try:
-        with database.guarded(file) if file else nullcontext():
+        with database.prepared(file) if file else nullcontext():
             open_()
     except Exception as error:  # MLflow lets through what SQLAlchemy, requests or the file system raised
         raise InputError(f"tracking_uri {masked(tracking_uri)!r}: {_reason(error)}{_remedy(file)}") from error
@@ -167,49 +170,51 @@ def start(tracking_uri: str, workspace: str, name: str, tags: Mapping[str, str],
 def tracked(tracking_uri: str, workspace: str, job: str, config: Mapping[str, Any]) -> Iterator[Run]:
     """A run around a job: FINISHED when the block ends, KILLED on interruption, FAILED on any other error.
 
-    It closes what killed jobs of the same name and configuration left open.
+    Runs that killed jobs of the same name and configuration left open are closed first.
     """
     this_process = owner.tags({"job": job, "config": {k: v for k, v in config.items() if k != "tracking_uri"}})
     run = start(tracking_uri, workspace, job, {"job": job, **this_process})
     try:
-        untracked.attempt(run.tracking_uri, lambda: _close_left_open(run, this_process))
+        untracked.attempt(run.tracking_uri, lambda: _close_abandoned(run, this_process))
         run.log_config(config)
-        with owner.beating(lambda tags: _beat(run, tags)):
+        with owner.heartbeat(lambda tags: _write_heartbeat(run, tags)):
             yield run
     except (KeyboardInterrupt, SystemExit):
-        _end(run, "KILLED")
+        _close(run, "KILLED")
         raise
     except BaseException as error:
         run.set_tags({"error": f"{type(error).__name__}: {error}"[:500]})
-        _end(run, "FAILED")
+        _close(run, "FAILED")
         raise
-    _end(run, "FINISHED")
+    _close(run, "FINISHED")
 
 
-def _end(run: Run, status: str) -> None:
-    """Close a job's run, and those of its children that ended while the tracker did not answer."""
+def _close(run: Run, status: str) -> None:
+    """Close a job's run, and its children's that ended while the tracker did not answer."""
     run.finish(status, urgent=True)
-    while _ends_to_send:
-        child, how = _ends_to_send.popitem()
-        untracked.attempt(child.tracking_uri, partial(_client(child.tracking_uri).set_terminated, child.id, how))
+    while _unsent_statuses:
+        child, status_of_child = _unsent_statuses.popitem()
+        untracked.attempt(
+            child.tracking_uri, partial(_client(child.tracking_uri).set_terminated, child.id, status_of_child)
+        )
 
 
-def _close_left_open(run: Run, this_process: Mapping[str, str]) -> None:
+def _close_abandoned(run: Run, this_process: Mapping[str, str]) -> None:
     """End, as KILLED, the runs of the same job and configuration whose process is dead, and their children."""
     client = _client(run.tracking_uri)
 
-    def running(tag: str, value: str) -> list[mlflow.entities.Run]:
+    def running_runs(tag: str, value: str) -> list[mlflow.entities.Run]:
         of = f"attributes.status = 'RUNNING' and tags.`{tag}` = '{value}'"
         return list(client.search_runs([run.experiment_id], of))
 
-    for left in running(owner.KEY, this_process[owner.KEY]):
-        if left.info.run_id != run.id and owner.is_dead(left.data.tags):
-            for each in [*running("mlflow.parentRunId", left.info.run_id), left]:
+    for abandoned in running_runs(owner.KEY, this_process[owner.KEY]):
+        if abandoned.info.run_id != run.id and owner.is_dead(abandoned.data.tags):
+            for each in [*running_runs("mlflow.parentRunId", abandoned.info.run_id), abandoned]:
                 client.set_tag(each.info.run_id, "error", "its process was killed")
                 client.set_terminated(each.info.run_id, "KILLED")
 
 
-def _beat(run: Run, tags: Mapping[str, str]) -> None:
+def _write_heartbeat(run: Run, tags: Mapping[str, str]) -> None:
     for key, value in tags.items():
         _client(run.tracking_uri).set_tag(run.id, key, value)
 
@@ -236,25 +241,27 @@ def git_revision() -> str:
 
 
 def _experiment(client: mlflow.MlflowClient, tracking_uri: str, workspace: str) -> str:
-    """The id of the experiment; a database keeps its artifacts in the workspace, a server where it was told to.
+    """The id of the experiment `lvlmrec`; where it was deleted, of `lvlmrec-2` and so on.
 
-    A deleted one stays deleted, and the next one is named after it.
+    Artifacts of a database lie in the workspace, those of a server where it is configured to keep them.
     """
     for number in itertools.count(1):
         name = EXPERIMENT if number == 1 else f"{EXPERIMENT}-{number}"
-        experiment = client.get_experiment_by_name(name) or _made(client, name, tracking_uri, workspace)
+        experiment = client.get_experiment_by_name(name) or _create_experiment(client, name, tracking_uri, workspace)
         if experiment.lifecycle_stage == "active":
             if number > 1:
                 said = f"experiment {EXPERIMENT!r} in {masked(tracking_uri)} is deleted; runs are in {name!r}"
-                untracked.tell(tracking_uri, name, said)
+                untracked.warn_once(tracking_uri, name, said)
             file, _ = database.file_of(tracking_uri)
             if file and file.is_relative_to(workspace):
                 database.move_artifacts(file, experiment.artifact_location, Path(workspace, "artifacts"))
             return str(experiment.experiment_id)
-    raise AssertionError("no end of numbers")
+    raise AssertionError("itertools.count does not end")
 
 
-def _made(client: mlflow.MlflowClient, name: str, tracking_uri: str, workspace: str) -> mlflow.entities.Experiment:
+def _create_experiment(
+    client: mlflow.MlflowClient, name: str, tracking_uri: str, workspace: str
+) -> mlflow.entities.Experiment:
     location = artifacts(tracking_uri, workspace)
     try:
         return client.get_experiment(client.create_experiment(name, artifact_location=location))
@@ -266,7 +273,10 @@ def _made(client: mlflow.MlflowClient, name: str, tracking_uri: str, workspace: 
 
 
 def artifacts(tracking_uri: str, workspace: str) -> str | None:
-    """Where a database's artifacts lie: in the workspace, and beside a file where that is remote. A server knows."""
+    """URI of a database's artifacts: in the workspace, or beside the database file where the workspace is remote.
+
+    None for a server, which decides itself.
+    """
     if not _is_database(tracking_uri):
         return None
     file, _ = database.file_of(tracking_uri)
@@ -276,11 +286,11 @@ def artifacts(tracking_uri: str, workspace: str) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(masked(str(error)).split())[:200]
+    return one_line(masked(str(error)), 200)
 
 
 def _remedy(file: Path | None) -> str:
-    """What to do with a database that does not open."""
+    """Advice for a database that cannot be opened, empty without any."""
     try:
         if file and database.is_outdated(file):
             return f"; a copy of it made first, try 'mlflow db upgrade sqlite:///{file}', or move it away for a new one"
@@ -290,7 +300,7 @@ def _remedy(file: Path | None) -> str:
 
 
 def _absolute(tracking_uri: str) -> str:
-    """A database file by its absolute path: the workers of a run have other working directories."""
+    """The tracking URI with a database file's path made absolute: workers have other working directories."""
     file, options = database.file_of(tracking_uri)
     return f"{database.SQLITE}{file.absolute()}{options}" if file else tracking_uri
 
@@ -300,7 +310,7 @@ def _client(tracking_uri: str) -> mlflow.MlflowClient:
         os.environ.setdefault(name, value)
     import mlflow
 
-    for noisy in ("mlflow.store.db.utils", "mlflow.tracking"):  # they print the stack of what is said in one line here
+    for noisy in ("mlflow.store.db.utils", "mlflow.tracking"):  # they print stacks of errors that are one line here
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     file, options = database.file_of(tracking_uri)
     return mlflow.MlflowClient(database.uri_of(file) + options if file else tracking_uri)

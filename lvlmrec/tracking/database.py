@@ -1,7 +1,7 @@
-"""The SQLite database of a workspace: made by one process, whole or not at all, while the others wait.
+"""The SQLite database of a workspace: created by one process, completely or not at all, while the others wait.
 
-MLflow makes its tables in some fifty migrations, each committed by itself: two processes that do it at once, or one
-that is killed on the way, leave a database that no process can open again.
+MLflow creates its tables in some fifty migrations, each committed by itself: two processes that do so at once, or one
+that is killed meanwhile, leave a database that no process can open again.
 """
 
 from __future__ import annotations
@@ -20,76 +20,79 @@ from lvlmrec import storage
 from lvlmrec.locks import locked
 
 SQLITE = "sqlite:///"
-OPTIONS = re.compile(r"\?\w+=[^/]*$")  # of a URI; any other question mark is the path's
-MLFLOW = {"alembic_version", "experiments"}  # one of these is there from the first migration on
-SEEDED = {"alembic_version", "experiments", "workspaces"}  # tables in which MLflow itself writes rows
-MOVING = "_alembic_tmp_"  # prefix of a table that a migration is rewriting
-BESIDE = ("-journal", "-wal", "-shm")  # what SQLite keeps of a database in files of their own
-BUSY_SECONDS = 20.0  # as MLflow waits for a writer
+OPTIONS = re.compile(r"\?\w+=[^/]*$")  # at the end of a URI; any other question mark belongs to the path
+MLFLOW_TABLES = {"alembic_version", "experiments"}  # at least one exists from the first migration on
+SEEDED_TABLES = {"alembic_version", "experiments", "workspaces"}  # tables to which migrations add rows
+MIGRATING_PREFIX = "_alembic_tmp_"  # prefix of a table that a migration is rewriting
+SIDE_FILES = ("-journal", "-wal", "-shm")  # of the files that SQLite keeps beside a database
+BUSY_SECONDS = 20.0  # how long to wait for another writer, as MLflow does
 
 
 @contextmanager
-def guarded(file: Path) -> Iterator[None]:
-    """Inside, the database `file` is there, and no other process makes or migrates it.
+def prepared(file: Path) -> Iterator[None]:
+    """Within the block the database `file` exists, and no other process creates or migrates it.
 
-    One that was left half-made, and in which nothing is recorded, is made anew.
+    An incomplete one in which nothing is recorded is created anew.
     """
-    with locked(file.with_name(f"{file.name}.lock")) as alone:
-        if alone:
-            for left in file.parent.glob(f".{file.name}.*.making*"):  # by a process that was killed
-                left.unlink(missing_ok=True)
-        is_half_made = file.exists() and _is_half_made(file)
-        if is_half_made and file.stat().st_size:
+    with locked(file.with_name(f"{file.name}.lock")) as is_alone:
+        if is_alone:
+            for leftover in file.parent.glob(f".{file.name}.*.making*"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
+        is_incomplete = file.exists() and _is_incomplete(file)
+        if is_incomplete and file.stat().st_size:
             print(f"tracking: {file} was left half-made and holds no run: made anew", file=sys.stderr)
-        if is_half_made or not file.exists():
-            _make(file, replace=is_half_made)
+        if is_incomplete or not file.exists():
+            _create(file, replace=is_incomplete)
         yield
 
 
-def _make(file: Path, replace: bool) -> None:
-    """Make the database under another name, and give it its own when it is whole; the first of several counts."""
+def _create(file: Path, replace: bool) -> None:
+    """Create the database under a temporary name, then rename it. Of several processes the first one's counts."""
     import mlflow
 
-    making = file.with_name(f".{file.name}.{uuid.uuid4().hex}.making")
-    mlflow.MlflowClient(uri_of(making)).search_experiments(max_results=1)
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.making")
+    mlflow.MlflowClient(uri_of(temporary)).search_experiments(max_results=1)
     if replace:
-        for ending in BESIDE:
-            file.with_name(file.name + ending).unlink(missing_ok=True)
-        making.replace(file)
+        for suffix in SIDE_FILES:
+            file.with_name(file.name + suffix).unlink(missing_ok=True)
+        temporary.replace(file)
         return
     try:
-        os.link(making, file)
+        os.link(temporary, file)
     except FileExistsError:
         pass
     except OSError:  # a file system without links
-        making.rename(file)
-    making.unlink(missing_ok=True)
+        temporary.rename(file)
+    temporary.unlink(missing_ok=True)
 
 
 def file_of(tracking_uri: str) -> tuple[Path | None, str]:
-    """The database file that a tracking URI names, None for any other tracker, and its options (`?timeout=60`)."""
+    """The database file of a tracking URI and the URI's options (`?timeout=60`); (None, "") for other trackers."""
     rest = tracking_uri.removeprefix(SQLITE)
     path = OPTIONS.sub("", rest)
     return (Path(path), rest.removeprefix(path)) if rest != tracking_uri and path else (None, "")
 
 
 def uri_of(file: Path) -> str:
-    """The URI of a database file: SQLAlchemy decodes percent signs, and takes what follows a question mark for options.
+    """The URI of a database file, with percent and question marks in its path quoted as SQLAlchemy expects.
 
-    Of `sqlite:///` MLflow itself would make the parent folder, as it is spelled there.
+    A path that needs quoting has the scheme `sqlite+pysqlite`: for `sqlite` MLflow creates the folder as it is quoted.
     """
     quoted = str(file).replace("%", "%25").replace("?", "%3F")
     return f"{SQLITE}{file}" if quoted == str(file) else f"sqlite+pysqlite:///{quoted}"
 
 
 def move_artifacts(file: Path, location: str, artifacts: Path) -> None:
-    """Have the artifacts of experiment and runs at `location` in `artifacts`: the workspace was moved or copied.
+    """Change the artifact paths of experiment and runs from `location` to `artifacts`, after the workspace was moved.
 
-    MLflow keeps absolute paths, and has no call that changes them.
+    MLflow stores absolute paths, and has no call that changes them.
     """
-    was = Path(storage.absolute(location))
-    is_ours = location.startswith(("/", "file:///")) and was.name == artifacts.name
-    if not is_ours or was == artifacts or (was.parent.exists() and was.parent.samefile(artifacts.parent)):
+    old_location = Path(storage.absolute(location))
+    is_workspace = location.startswith(("/", "file:///")) and old_location.name == artifacts.name
+    old_workspace = old_location.parent
+    if not is_workspace or old_location == artifacts:
+        return
+    if old_workspace.exists() and old_workspace.samefile(artifacts.parent):
         return
     with closing(_connect(file)) as database:
         for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
@@ -98,22 +101,24 @@ def move_artifacts(file: Path, location: str, artifacts: Path) -> None:
                 [artifacts.as_uri(), len(location) + 1, len(location) + 1, f"{location}/"],
             )
         database.commit()
-    print(f"tracking: the workspace was at {was.parent}; its artifacts are now those in {artifacts}", file=sys.stderr)
+    print(
+        f"tracking: the workspace was at {old_workspace}; its artifacts are now those in {artifacts}", file=sys.stderr
+    )
 
 
 def is_outdated(file: Path) -> bool:
-    """Whether a database has tables of MLflow, but not those of the installed MLflow or a later one."""
+    """Whether a database has tables of an MLflow that is older than the installed one."""
     with closing(_connect(file)) as database:
-        return bool(_tables(database) & MLFLOW) and not _is_current(_version(database))
+        return bool(_tables(database) & MLFLOW_TABLES) and not _is_current(_version(database))
 
 
-def _is_half_made(file: Path) -> bool:
-    """Whether it is empty, or has not all of MLflow's tables and nothing was ever recorded in it."""
+def _is_incomplete(file: Path) -> bool:
+    """Whether a database is empty, or lacks tables of MLflow and has nothing recorded in the others."""
     with closing(_connect(file)) as database:
         tables = _tables(database)
-        if not tables & MLFLOW:
+        if not tables & MLFLOW_TABLES:
             return not tables
-        recorded = [name for name in tables if name.removeprefix(MOVING) not in SEEDED]
+        recorded = [name for name in tables if name.removeprefix(MIGRATING_PREFIX) not in SEEDED_TABLES]
         if any(database.execute(f'select 1 from "{name}" limit 1').fetchone() for name in recorded):
             return False
         return not _is_current(_version(database))
@@ -128,14 +133,14 @@ def _tables(database: sqlite3.Connection) -> set[str]:
 
 
 def _version(database: sqlite3.Connection) -> str:
-    """The last migration that it went through; empty when it went through none."""
+    """The id of the database's last migration; empty before the first one."""
     if "alembic_version" not in _tables(database):
         return ""
     return next(iter(database.execute("select version_num from alembic_version")), ("",))[0]
 
 
 def _is_current(version: str) -> bool:
-    """Whether a database at this migration has all tables; a migration that is not known is of a later MLflow."""
+    """Whether a database at this migration has all tables; an unknown migration is of a later MLflow."""
     import mlflow
     from alembic.script import ScriptDirectory
     from alembic.util import CommandError

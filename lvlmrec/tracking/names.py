@@ -1,6 +1,6 @@
-"""Names as MLflow takes them: any name becomes one that it takes, another name another one.
+"""Names that MLflow accepts: every name is encoded as one, different names as different ones.
 
-MLflow takes letters, digits, blanks and `_ - . : /`, at most 250 of them, and no name that is not a plain path.
+MLflow accepts letters, digits, blanks and `_ - . : /`, at most 250 of them, and only normalised relative paths.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ CODE = re.compile(r"_at_(?=\d)|_x([0-9a-f]*)_")
 
 
 def encoded(name: str) -> str:
-    """`name` with what MLflow refuses as `_x<code point>_`, and as ever `hr@10` as `hr_at_10`.
+    """`name` with each character that MLflow refuses as `_x<code point>_`, but `hr@10` as `hr_at_10`.
 
-    One that is too long ends with a digest of the whole instead.
+    The end of a name that is too long is replaced by a digest of the whole.
 
     >>> encoded("SASRec+ID/hr@10")
     'SASRec_x2b_ID/hr_at_10'
     """
     made = REFUSED.sub(_code, re.sub(r"@(?=\d)", "_at_", name))
-    if decoded(made) != name:  # it had something that looks like a code
+    if decoded(made) != name:  # the name contains what looks like an encoded character
         made = re.sub(r"[_\W]", _code, name)
     if posixpath.normpath(made) != made or made.startswith(("/", "..")) or made == ".":
         made = re.sub(r"[_/.]|^$", _code, name)
@@ -35,7 +35,7 @@ def encoded(name: str) -> str:
 
 
 def decoded(name: str) -> str:
-    """What `encoded` made a name of, unless it was cut."""
+    """The name that `encoded` encoded, unless it was too long."""
     return CODE.sub(lambda match: "@" if match[1] is None else chr(int(match[1], 16)) if match[1] else "", name)
 
 

@@ -1,10 +1,10 @@
-"""What a tracker does not take: said once, kept in the workspace, and the run goes on.
+"""What could not be sent to the tracker: reported once, written to the workspace, and the run goes on.
 
-    <workspace>/untracked/<run id>.jsonl    {"time", "kind", "content", "reason"} a line; in an object store a folder of
-                                            that name with an object each
+    <workspace>/untracked/<run id>.jsonl    one line {"time", "kind", "content", "reason"} each; in an object store a
+                                            folder of that name with one object each
 
-A tracker that failed is left alone for `PATIENCE` times as long as its failure took, so that one which hangs costs a
-run a few percent and not its epochs, and one that refuses a single name misses nothing else.
+After a failure the tracker is paused for `PAUSE_FACTOR` times as long as the failure took: a tracker that hangs slows a
+run by a few percent, and one that refuses a single name still gets nearly everything else.
 """
 
 from __future__ import annotations
@@ -17,36 +17,38 @@ from pathlib import Path
 
 from lvlmrec import storage
 
-PATIENCE = 20.0
+PAUSE_FACTOR = 20.0
 FOLDER = "untracked"
 
-_asked_again_at: dict[str, float] = {}  # tracker -> when, by this process's clock
-_told: set[tuple[str, str]] = set()
+_retry_at: dict[str, float] = {}  # tracker -> end of its pause, by time.monotonic()
+_warned: set[tuple[str, str]] = set()
 
 
-class LeftAlone(RuntimeError):
-    """The tracker was not asked."""
+class TrackerPaused(RuntimeError):
+    """The tracker failed a moment ago and was not tried."""
 
 
 def attempt(tracker: str, call: Callable[[], None], urgent: bool = False) -> Exception | None:
-    """Do `call`, and give what it raised; nothing is tried while the tracker is left alone, unless it is urgent."""
+    """Do `call`; returns what it raised, None on success. A paused tracker is only tried if the call is `urgent`."""
     started = time.monotonic()
-    if not urgent and started < _asked_again_at.get(tracker, 0.0):
-        return LeftAlone("it failed a moment ago")
+    if not urgent and started < _retry_at.get(tracker, 0.0):
+        return TrackerPaused("it failed a moment ago")
     try:
         call()
     except Exception as error:  # MLflow lets through what SQLAlchemy, requests or the file system raised
         ended = time.monotonic()
-        _asked_again_at[tracker] = ended + PATIENCE * (ended - started)
+        _retry_at[tracker] = ended + PAUSE_FACTOR * (ended - started)
         return error
     return None
 
 
-def keep(tracker: str, workspace: str, run_id: str, kind: str, content: str, reason: str, sort: str) -> None:
-    """Write down what could not be sent, `content` as JSON, and say so once for each sort of reason. Raises nothing."""
+def save_locally(
+    tracker: str, workspace: str, run_id: str, kind: str, content: str, reason: str, error_kind: str
+) -> None:
+    """Write what could not be sent, `content` as JSON, to the workspace; warn once per error_kind. Raises nothing."""
     uri = storage.join(workspace, FOLDER, f"{run_id}.jsonl")
     line = f'{{"time": {time.time():.3f}, "kind": "{kind}", "content": {content}, "reason": {json.dumps(reason)}}}\n'
-    kept = f"it is kept in {uri}"
+    outcome = f"it is kept in {uri}"
     try:
         if storage.is_remote(uri):
             storage.write_bytes(f"{uri}/{time.time_ns()}.jsonl", line.encode())
@@ -55,13 +57,13 @@ def keep(tracker: str, workspace: str, run_id: str, kind: str, content: str, rea
             with Path(uri).open("a") as file:
                 file.write(line)
     except OSError as error:
-        kept = f"and it could not be kept in {uri}: {error}"
-    if sort != LeftAlone.__name__:
-        tell(tracker, sort, f"{kind} not sent to {tracker}: {reason}; {kept}; the run goes on")
+        outcome = f"and it could not be kept in {uri}: {error}"
+    if error_kind != TrackerPaused.__name__:
+        warn_once(tracker, error_kind, f"{kind} not sent to {tracker}: {reason}; {outcome}; the run goes on")
 
 
-def tell(tracker: str, about: str, message: str) -> None:
-    """Say something about a tracker, once."""
-    if (tracker, about) not in _told:
-        _told.add((tracker, about))
+def warn_once(tracker: str, topic: str, message: str) -> None:
+    """Print `message` to stderr, once per tracker and topic."""
+    if (tracker, topic) not in _warned:
+        _warned.add((tracker, topic))
         sys.stderr.write(f"tracking: {message}\n")

@@ -9,18 +9,18 @@ import pytest
 
 from lvlmrec import processes
 from lvlmrec.tracking import owner
-from lvlmrec.tracking.owner import BEAT, BORN, EXPIRY_SECONDS, HOST, KEY, PID
+from lvlmrec.tracking.owner import EXPIRY_SECONDS, HEARTBEAT, HOST, KEY, PID, STARTED
 
 
 @pytest.mark.parametrize(
     ("changed", "dead"),
     [
         ({}, False),
-        ({BORN: "12.5"}, True),  # another process with its number
+        ({STARTED: "12.5"}, True),  # another process with its number
         ({HOST: "elsewhere"}, False),
-        ({HOST: "elsewhere", BEAT: f"{time.time() - EXPIRY_SECONDS - 60:.0f}"}, True),
+        ({HOST: "elsewhere", HEARTBEAT: f"{time.time() - EXPIRY_SECONDS - 60:.0f}"}, True),
         ({HOST: "elsewhere", PID: "0"}, False),
-        ({HOST: "elsewhere", BEAT: "now"}, False),
+        ({HOST: "elsewhere", HEARTBEAT: "now"}, False),
     ],
 )
 def test_a_run_is_dead_with_its_process_or_its_beat(changed: dict[str, str], dead: bool) -> None:
@@ -30,7 +30,7 @@ def test_a_run_is_dead_with_its_process_or_its_beat(changed: dict[str, str], dea
 def test_a_process_that_ended_is_dead() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         born = str(processes.born(process.pid))
-        tags = owner.tags({}) | {PID: str(process.pid), BORN: born}
+        tags = owner.tags({}) | {PID: str(process.pid), STARTED: born}
         assert not owner.is_dead(tags)
     assert owner.is_dead(tags)
 
@@ -45,16 +45,16 @@ def test_the_key_is_that_of_what_is_done_whoever_does_it() -> None:
 
 
 def test_the_beat_goes_on_although_the_tracker_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(owner, "HEARTBEAT_SECONDS", 0.001)
     beats: list[float] = []
     enough = threading.Event()
 
     def write(tags: object) -> None:
-        beats.append(float(tags[BEAT]))  # type: ignore[index]
+        beats.append(float(tags[HEARTBEAT]))  # type: ignore[index]
         if len(beats) == 3:
             enough.set()
         raise ConnectionError("no tracker")
 
-    with owner.beating(write):
+    with owner.heartbeat(write):
         assert enough.wait(20)
     assert beats == sorted(beats)

@@ -76,7 +76,7 @@ def test_tables_show_the_chosen_epoch_and_curves_every_epoch(tracking_uri: str, 
     run, rates = tracking.start(tracking_uri, str(tmp_path), "test", {}), {1: 0.1, 2: 0.3, 3: 0.2}
     for epoch, rate in rates.items():
         run.log_metrics({"validation/hr@10": rate, "validation/ndcg@10": rate / 2}, step=epoch)
-    run.log_chosen({"hr@10": rates[chosen], "ndcg@10": rates[chosen] / 2}, chosen, last=3)
+    run.log_best_epoch({"hr@10": rates[chosen], "ndcg@10": rates[chosen] / 2}, chosen, last=3)
     shown = stored(run).data.metrics
     assert shown["validation/hr_at_10"] == shown["best/hr_at_10"] == rates[chosen]
     assert shown["validation/ndcg_at_10"] == shown["best/ndcg_at_10"] == rates[chosen] / 2
@@ -87,7 +87,7 @@ def test_tables_show_the_chosen_epoch_and_curves_every_epoch(tracking_uri: str, 
 
 
 def test_tables_show_a_run_that_was_found_finished(run: Run) -> None:
-    run.log_chosen({"hr@10": 0.3}, 2)
+    run.log_best_epoch({"hr@10": 0.3}, 2)
     assert stored(run).data.metrics["validation/hr_at_10"] == stored(run).data.metrics["best/hr_at_10"] == 0.3
 
 

@@ -77,7 +77,7 @@ def whole(tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     file = tmp_path / "whole.db"
     shutil.copy(tracking_uri.removeprefix("sqlite:///"), file)
     with closing(sqlite3.connect(file)) as connection:
-        for name in database._tables(connection) - database.SEEDED:
+        for name in database._tables(connection) - database.SEEDED_TABLES:
             connection.execute(f'delete from "{name}"')
         connection.execute("delete from experiments where name = ?", [tracking.EXPERIMENT])
         connection.commit()
@@ -157,14 +157,14 @@ def test_what_is_no_half_made_database_of_mlflow_stays(tmp_path: Path, foreign: 
         name = foreign.split()[2]
         connection.execute(f"insert into {name} values ('7')")
         connection.commit()
-    assert not database._is_half_made(file)
+    assert not database._is_incomplete(file)
 
 
 def test_a_database_of_a_later_mlflow_stays(whole: Path) -> None:
     with closing(sqlite3.connect(whole)) as connection:
         connection.execute("update alembic_version set version_num = 'ffffffffffff'")
         connection.commit()
-    assert not database._is_half_made(whole) and not database.is_outdated(whole)
+    assert not database._is_incomplete(whole) and not database.is_outdated(whole)
 
 
 def test_two_jobs_that_make_the_experiment_at_once_use_one(

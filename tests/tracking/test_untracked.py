@@ -23,9 +23,9 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(untracked, "_asked_again_at", {})
-    monkeypatch.setattr(untracked, "_told", set())
-    monkeypatch.setattr(tracking, "_ends_to_send", {})
+    monkeypatch.setattr(untracked, "_retry_at", {})
+    monkeypatch.setattr(untracked, "_warned", set())
+    monkeypatch.setattr(tracking, "_unsent_statuses", {})
 
 
 def kept(run: Run) -> list[tuple[str, Any]]:
@@ -85,7 +85,7 @@ def test_a_server_that_comes_back_is_used_again(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is told how those children ended that ended while it was away."""
-    monkeypatch.setattr(untracked, "PATIENCE", 0.0)
+    monkeypatch.setattr(untracked, "PAUSE_FACTOR", 0.0)
     with server(database) as (uri, _):
         opened = tracking.tracked(uri, str(tmp_path), "tune", {})
         run = opened.__enter__()
@@ -114,7 +114,7 @@ def test_a_tracker_that_hangs_is_left_alone(
         for step in range(5):
             run.log_metrics({"loss": 1.0}, step)
             asked.append(connections(silent))
-        untracked._asked_again_at[run.tracking_uri] = 0.0
+        untracked._retry_at[run.tracking_uri] = 0.0
         run.log_metrics({"loss": 1.0}, 5)
         asked.append(connections(silent))
     assert [bool(times) for times in asked] == [True, False, False, False, False, True]
@@ -137,7 +137,7 @@ def test_an_experiment_that_is_deleted_while_a_run_goes_on(database: Path, tmp_p
     with tracking.tracked(uri, str(tmp_path), "train", {}) as run:
         mlflow.MlflowClient(uri).delete_experiment(run.experiment_id)
         run.log_metrics({"loss": 2.0}, step=2)
-        untracked._asked_again_at.clear()
+        untracked._retry_at.clear()
         child = tracking.start(uri, str(tmp_path), "trial", {}, run)
     assert kept(run) == [("metrics", {"step": 2, "metrics": {"loss": 2.0}}), ("end", "FINISHED")]
     assert kept(child) == []
