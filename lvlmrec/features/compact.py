@@ -217,8 +217,8 @@ def _fill(each: Chosen, arrays_of: Mapping[str, np.ndarray]) -> None:
 
     def copy(part: tuple[str, pd.DataFrame]) -> None:
         name, rows = part
-        table = storage.read_table(storage.join(each.feature_set.uri, store.PARTS, name), [*arrays_of])
-        index, picked = rows["item_index"].to_numpy(), table.take(rows[ROW].astype("int64").to_numpy())
+        at, wanted = storage.join(each.feature_set.uri, store.PARTS, name), rows[ROW].astype("int64").tolist()
+        index, picked = rows["item_index"].to_numpy(), storage.read_table(at, [*arrays_of], wanted)
         for column, array in arrays_of.items():
             flat = picked[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             array[index] = flat.reshape(len(index), *array.shape[1:])

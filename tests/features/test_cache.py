@@ -133,10 +133,10 @@ def test_every_choice_of_columns_reads_the_same_files(
     read: list[list[str]] = []
     read_table = store.storage.read_table
 
-    def counted(uri: str, columns: Sequence[str] | None = None) -> object:
+    def counted(uri: str, columns: Sequence[str] | None = None, *rows: Sequence[int]) -> object:
         if columns:
             read.append(list(columns))
-        return read_table(uri, columns)
+        return read_table(uri, columns, *rows)
 
     monkeypatch.setattr(store.storage, "read_table", counted)
     two = compact([(feature_set, LLM[:2])], ITEMS, cache)
