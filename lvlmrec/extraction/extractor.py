@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 import threading
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lvlmrec import cluster
-from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE, URI
+from lvlmrec.columns import ERROR, ITEM_ID, MADE_WITH, MESSAGE, SOURCE, STAGE, URI
 from lvlmrec.extraction import device, stages
 from lvlmrec.extraction.failures import (
     DECODED_ON,
@@ -64,6 +65,7 @@ class Extractor:
         if lvlm.device == "auto":
             lvlm = dataclasses.replace(lvlm, device=cluster.device())
         self.lvlm = LVLMS[lvlm.name].load(lvlm, recipe)
+        self.made_with = device.made_with(lvlm)
         self._fitted = 0  # items of the largest forward that went through
         self._preparing, self._extracting, self._deciding = threading.RLock(), threading.RLock(), threading.Lock()
 
@@ -77,7 +79,9 @@ class Extractor:
         except DeviceFailed as error:
             tables = [self._failed(decoded, stages.DEVICE, "device_failed", str(error))]
         table = pa.concat_tables([stages.extracted(self.recipe).empty_table(), *tables], promote_options="default")
-        table = pa.concat_tables([stages.filled(table, EXTRACTED_ON, self.worker), failed], promote_options="default")
+        made_with = json.dumps(self.made_with | {"batch_size": self.lvlm.batch_size}, sort_keys=True)
+        table = stages.filled(stages.filled(table, EXTRACTED_ON, self.worker), MADE_WITH, made_with)
+        table = pa.concat_tables([table, failed], promote_options="default")
         for name, seconds in spent.items():
             table = stages.filled(table, name, seconds / max(len(rows), 1))
         return table

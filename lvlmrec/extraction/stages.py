@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lvlmrec import cluster, storage
-from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, PART, ROW, SOURCE, STAGE, URI
+from lvlmrec.columns import ERROR, ITEM_ID, MADE_WITH, MESSAGE, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.config import option
 from lvlmrec.errors import one_line
 from lvlmrec.extraction.failures import DECODED_ON, EXTRACTED_ON
@@ -66,7 +66,7 @@ DECODED = pa.schema(
     | {f"{kind}.{name}": column for kind in MEDIA for name, column in CLIP.items()}
     | {f"{MOTION}.{name}": column for name, column in MOTION_CLIPS.items()}
 )
-PLACES = {DECODED_ON: pa.string(), EXTRACTED_ON: pa.string()}
+PLACES = {DECODED_ON: pa.string(), EXTRACTED_ON: pa.string(), MADE_WITH: pa.string()}  # where and with what
 WRITTEN = pa.schema(
     {ITEM_ID: pa.string(), SOURCE: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, **MEASURED, **PLACES}
 )
@@ -152,7 +152,8 @@ def write(rows: pa.Table, uri: str, recipe: Recipe, generation: int) -> pa.Table
     bad = rows.filter(pc.is_valid(rows[ERROR]))
     rejected = bad.filter(pc.not_equal(bad[STAGE], DEVICE))
     try:
-        part = store.write_part(uri, recipe, good, generation) if len(good) else None
+        made_with = pc.drop_null(good[MADE_WITH]).unique().to_pylist()
+        part = store.write_part(uri, recipe, good, generation, made_with) if len(good) else None
         if len(rejected):
             store.write_rejected(uri, rejected, generation)
     except OSError as error:

@@ -63,6 +63,7 @@ class FeatureArray:
 
     digest  names feature sets, columns and id map
     recipe  fingerprints of the feature sets' recipes
+    segments of each feature set's index, those that were read
     tokens  T
     missing bool [I + 1, L], no feature: zeros (after scaling: the mean)
     order   int64 [I + 1], the row read for each item; None: its own (a control gives items the rows of others)
@@ -82,6 +83,7 @@ class FeatureArray:
     std: Tensor | None = None
     projection: Projection | None = None
     item_shape: tuple[int, ...] = ()
+    segments: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

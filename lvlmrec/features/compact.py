@@ -119,6 +119,7 @@ def compact(
         missing=np.stack([without[column.number] for column in columns], axis=1),
         tokens=tokens.pop(),
         item_shape=_item_shape(chosen),
+        segments=tuple(name for each, _ in chosen for name in each.segments),
     )
 
 

@@ -11,6 +11,7 @@ lease of whoever wrote the part.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ COLUMNS = pa.schema(
         GENERATION: pa.int32(),
     }
 )
+MADE_WITH = b"lvlmrec.made_with"  # of a part and of a segment: JSON, the distinct ones of its rows
 SNAPSHOT = b"lvlmrec.snapshot"  # of a merged segment: the snapshot that it was made of
 READ_AT_ONCE = 16  # small files of object storage: reading one is mostly waiting
 IDS_AT_ONCE = 100_000  # as Python objects
@@ -48,11 +50,13 @@ class Snapshot:
 
     rows    COLUMNS, several for an item where it was written more than once: see `latest`
     digest  16 hex digits that change with any row; those of a merged segment are of what it was merged from
+    made_with the distinct devices, attention kernels, versions, ... that the parts were made with, JSON each
     """
 
     segments: tuple[str, ...]
     rows: pa.Table
     digest: str
+    made_with: tuple[str, ...] = ()
 
     def latest(self) -> pa.Table:
         """One row for each item, the last one."""
@@ -75,7 +79,8 @@ def read(uri: str) -> Snapshot:
         plain = [table.replace_schema_metadata() for table in tables]
         rows = pa.concat_tables([COLUMNS.empty_table(), *plain]).unify_dictionaries()
         pa.default_memory_pool().release_unused()
-        return Snapshot(tuple(names), rows, _digest(names, tables))
+        made_with = sorted({each for table in tables for each in made_with_of(table)})
+        return Snapshot(tuple(names), rows, _digest(names, tables), tuple(made_with))
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -86,13 +91,13 @@ def segments(uri: str) -> list[str]:
     return [*earlier, *(f"{FOLDER}/{file.uri.rsplit('/', 1)[-1]}" for file in files)]
 
 
-def write(uri: str, rows: pa.Table, generation: int, snapshot: str = "") -> str:
+def write(uri: str, rows: pa.Table, generation: int, snapshot: str = "", made_with: Sequence[str] = ()) -> str:
     """Commit `rows`, of COLUMNS and each item once. Returns the segment's name."""
     own = f"{generation:06d}-"
     number = sum(name.startswith(f"{FOLDER}/{own}") for name in segments(uri))
     table = rows.select(COLUMNS.names).cast(COLUMNS)
-    if snapshot:
-        table = table.replace_schema_metadata({SNAPSHOT: snapshot.encode()})
+    about = {MADE_WITH: json.dumps(list(made_with)).encode()} | ({SNAPSHOT: snapshot.encode()} if snapshot else {})
+    table = table.replace_schema_metadata(about)
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd", use_dictionary=[PART, GENERATION], write_statistics=False)
     data = memoryview(buffer.getvalue())
@@ -106,10 +111,10 @@ def merge(uri: str, generation: int) -> Snapshot:
     found = read(uri)
     if len(found.segments) < 2 and found.segments != (EARLIER,):
         return found
-    merged = write(uri, found.latest(), generation, found.digest)
+    merged = write(uri, found.latest(), generation, found.digest, found.made_with)
     for name in found.segments:
         storage.remove(storage.join(uri, name))
-    return Snapshot((merged,), found.latest(), found.digest)
+    return Snapshot((merged,), found.latest(), found.digest, found.made_with)
 
 
 def rows_of(item_ids: pa.Array, parts: Sequence[str] | pa.Array, rows: pa.Array, sources: pa.Array) -> pa.Table:
@@ -118,6 +123,12 @@ def rows_of(item_ids: pa.Array, parts: Sequence[str] | pa.Array, rows: pa.Array,
     generations = np.array([generation_of(part) for part in encoded.dictionary.to_pylist()], np.int32)
     of_row = generations[encoded.indices.to_numpy()]
     return pa.Table.from_arrays([item_ids, encoded, rows, sources, pa.array(of_row, pa.int32())], schema=COLUMNS)
+
+
+def made_with_of(table: pa.Table) -> list[str]:
+    """What a part's or a segment's rows were made with; none where that was not written down."""
+    found: list[str] = json.loads((table.schema.metadata or {}).get(MADE_WITH, b"[]"))
+    return found
 
 
 def generation_of(part: str) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ def read(uri: str) -> FeatureSet:
     if not found.segments:
         raise InputError(f"features {uri!r}: not committed: no index; run the extraction again to finish it")
     recipe, ids_from = _recipe_in(uri, about), about.get(IDS_FROM, "")
+    if mixed := _mixed(found.made_with):
+        print(f"features {uri!r}: made with several {mixed}; the last bits of its items differ by it", file=sys.stderr)
     return FeatureSet(uri, recipe, found.latest(), found.segments, found.digest, ids_from)
 
 
@@ -191,9 +194,13 @@ def feature_table(
     return pa.Table.from_arrays(arrays, schema=schema(recipe))
 
 
-def write_part(uri: str, recipe: Recipe, rows: pa.Table, generation: int = 0) -> str:
-    """Write rows of `feature_table` as one part of a writer's `generation`. Returns its name."""
+def write_part(uri: str, recipe: Recipe, rows: pa.Table, generation: int = 0, made_with: Sequence[str] = ()) -> str:
+    """Write rows of `feature_table` as one part of a writer's `generation`. Returns its name.
+
+    `made_with` are the distinct devices, versions, ... that the rows were made with, JSON each.
+    """
     rows = rows.select(schema(recipe).names).cast(schema(recipe))
+    rows = rows.replace_schema_metadata({segments.MADE_WITH: json.dumps(list(made_with)).encode()})
     return _write_named(uri, PARTS, generation, rows.column(ITEM_ID).to_pylist(), rows, recipe.dtype)
 
 
@@ -280,9 +287,11 @@ def adopt(uri: str, generation: int) -> int:
     new = sorted(names.filter(pc.invert(pc.is_in(names, value_set=known.cast(pa.string())))).to_pylist())
     if new:
         with ThreadPoolExecutor(segments.READ_AT_ONCE) as threads:
-            rows = pa.concat_tables(threads.map(lambda name: _rows_of(uri, name), new)).unify_dictionaries()
+            found = list(threads.map(lambda name: _rows_of(uri, name), new))
+        rows = pa.concat_tables([each.replace_schema_metadata() for each in found]).unify_dictionaries()
+        made_with = sorted({each for table in found for each in segments.made_with_of(table)})
         latest = segments.last_of_each(rows, rows[GENERATION].to_numpy())
-        segments.write(uri, latest, generation)
+        segments.write(uri, latest, generation, made_with=made_with)
     return len(new)
 
 
@@ -328,6 +337,15 @@ def _read_about(uri: str) -> dict[str, Any]:
     return content
 
 
+def _mixed(made_with: Sequence[str]) -> str:
+    """What differs among what the parts of a set were made with: `device (cpu, NVIDIA H200)`; empty if nothing does."""
+    known: dict[str, set[str]] = {}
+    for each in map(json.loads, made_with):
+        for key, value in each.items():
+            known.setdefault(key, set()).add(str(value))
+    return ", ".join(f"{key} ({', '.join(sorted(values))})" for key, values in known.items() if len(values) > 1)
+
+
 def _recipe_in(uri: str, about: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.from_json({key: value for key, value in about.items() if key not in RECORDED})
@@ -338,7 +356,8 @@ def _recipe_in(uri: str, about: Mapping[str, Any]) -> Recipe:
 def _rows_of(uri: str, part: str) -> pa.Table:
     """The rows of a part as a segment lists them."""
     table = storage.read_table(storage.join(uri, PARTS, part), [ITEM_ID, SOURCE])
-    return _rows_in(part, *(table[name].combine_chunks() for name in (ITEM_ID, SOURCE)))
+    rows = _rows_in(part, *(table[name].combine_chunks() for name in (ITEM_ID, SOURCE)))
+    return rows.replace_schema_metadata(table.schema.metadata)
 
 
 def _rows_in(part: str, item_ids: pa.Array, sources: pa.Array) -> pa.Table:

@@ -203,6 +203,7 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     tags = {"dataset": fingerprint, "feature_set": "none", "recipe": "none"}
     if features is not None:
         tags |= {"feature_set": features.digest, "recipe": features.recipe}
+        tags |= {"feature_segments": " ".join(features.segments)}
     return Experiment(config, data, features, key, {**tags, "key": key}, report)
 
 
