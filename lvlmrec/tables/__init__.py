@@ -1,7 +1,7 @@
-"""Tables that users bring: CSV, TSV or Parquet, read as Arrow columns whose ids are exact strings.
+"""Users' tables: CSV, TSV or Parquet, read as Arrow columns whose ids are exact strings.
 
-Nothing is lost in silence: a line that is in no row is malformed and counted, and so is each line that a quote takes in
-which is not closed. Messages begin with the `label` that the caller gives.
+Every line that becomes no row is counted as malformed, also each line inside a quote that is never closed. Messages
+begin with the `label` that the caller passes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lvlmrec.storage.parquet import open_parquet, read_columns
 from lvlmrec.tables import text_file
 
 PARQUET = ".parquet"
-BLOCK_BYTES = 16 << 20  # that Arrow parses at once; no row is longer
+BLOCK_BYTES = 16 << 20  # Arrow parses blocks of this size; a longer row is an error
 # part-00000-<uuid>.snappy.parquet, 000000_0, data_12.parquet, train-00000-of-00002.parquet; not ml_100k.parquet
-PART = re.compile(r"(\D*)\d+(?:[-_.].*)?")
-HIDDEN = re.compile(r"(^|/)[_.]")  # from those who read tables
-OTHER_TABLES = {"_delta_log": "Delta", ".hoodie": "Hudi"}  # whose folders also hold files that no longer count
+PART_NAME = re.compile(r"(\D*)\d+(?:[-_.].*)?")
+HIDDEN = re.compile(r"(^|/)[_.]")  # readers of tables ignore such files
+UNSUPPORTED_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi"}  # their folders also hold files that no longer count
 Choose = Callable[[list[str]], list[str]]
 
 
@@ -37,8 +37,8 @@ class Rows:
     """The rows of a table that could be read.
 
     table      the chosen columns; ids are strings, null where one is missing or empty
-    malformed  how many lines are in no row
-    example    the first of them, with its number
+    malformed  number of lines that are in no row
+    example    the first of them, with its line number
     """
 
     table: pa.Table
@@ -47,17 +47,17 @@ class Rows:
 
 
 def parquet_files(uri: str) -> list[str]:
-    """The files of the Parquet table at `uri`: itself, or the parts of the folder; none if the folder holds others."""
+    """The files of the Parquet table at `uri`, a file or a folder; none if the folder is not one table."""
     if not storage.is_dir(uri):
         return [uri]
     return parts(uri, [file.uri for file in storage.list_files(uri, recursive=True)])
 
 
 def parts(folder: str, uris: Sequence[str]) -> list[str]:
-    """Those of the files `uris` in `folder` that are one Parquet table; none if the folder holds something else.
+    """The files of a Parquet table among `uris`, the files in `folder`; none if the folder is not one table.
 
-    A table is a folder of Parquet files alone that is called *.parquet, was marked with _SUCCESS, or whose files are
-    numbered. Names that begin with `_` or `.` do not count. Raises `InputError` on partitions and other formats.
+    A table is a folder of nothing but Parquet files that is called *.parquet, contains _SUCCESS, or whose files are
+    numbered. Names that begin with `_` or `.` are ignored. Raises `InputError` for partitions and other formats.
     """
     kept = {}
     for uri in uris:
@@ -65,7 +65,7 @@ def parts(folder: str, uris: Sequence[str]) -> list[str]:
         if HIDDEN.search(name):
             continue
         if not name.lower().endswith(PARQUET) and "." in name.rpartition("/")[2]:
-            return []  # soon, where there are many videos
+            return []  # the usual case, a folder of videos, ends here at once
         kept[uri] = name
     if not kept:
         return []
@@ -73,11 +73,11 @@ def parts(folder: str, uris: Sequence[str]) -> list[str]:
     is_marked = folder.rstrip("/").endswith(PARQUET) or "_SUCCESS" in names
     if not (is_marked or _are_numbered(kept.values())):
         return []
-    bare = [uri for uri, name in kept.items() if not name.lower().endswith(PARQUET)]  # as Hive names them
-    if bare and not _is_parquet(bare[0]):
+    without_suffix = [uri for uri, name in kept.items() if not name.lower().endswith(PARQUET)]  # as Hive names them
+    if without_suffix and not _is_parquet(without_suffix[0]):
         return []
     for name in names:
-        if other := OTHER_TABLES.get(name.split("/")[0]):
+        if other := UNSUPPORTED_FORMATS.get(name.split("/")[0]):
             raise InputError(f"{folder}: a {other} table, which is not read; write its rows as Parquet")
     for name in kept.values():
         if "=" in name.rpartition("/")[0]:
@@ -86,16 +86,16 @@ def parts(folder: str, uris: Sequence[str]) -> list[str]:
 
 
 def below(uri: str, folder: str) -> str:
-    """The path of a listed file below the folder that was listed, whatever the scheme is called."""
+    """The path of a listed file relative to the listed folder; their schemes may be spelled differently."""
     path, root = (text.rpartition("://")[2] for text in (uri, folder))
     return path.removeprefix(root.rstrip("/") + "/")
 
 
 def read_parquet(uris: Sequence[str], label: str, choose: Choose, ids: Sequence[str]) -> Rows:
-    """The columns that `choose` picks from the names found, of one or several Parquet files; `ids` among them as ids.
+    """The columns that `choose` picks from the names found, of one or several Parquet files; those in `ids` as ids.
 
-    The index of a pandas frame is a column. Raises `InputError` on files that are unreadable or do not fit each other,
-    and on ids that are neither strings nor whole numbers.
+    The index of a pandas frame is a column. Raises `InputError` for files that are unreadable or have different
+    columns, and for ids that are neither strings nor integers.
     """
     found = [_read_part(uri, f"{label}: {uri}" if len(uris) > 1 else label, choose, ids) for uri in uris]
     try:
@@ -107,17 +107,18 @@ def read_parquet(uris: Sequence[str], label: str, choose: Choose, ids: Sequence[
 def read_csv(
     uri: str, label: str, choose: Choose, ids: Sequence[str], *, delimiter: str = ",", quoted: bool = True
 ) -> Rows:
-    """The columns that `choose` picks from the header's names, as strings or null; `ids` among them as ids, trimmed.
+    """The columns that `choose` picks from the header's names, as strings or null; those in `ids` trimmed.
 
-    Without `quoted` a quote is a character as any other, else as in `text_file.csv_rows`. Raises `InputError`.
+    With `quoted` quotes are read as in `text_file.csv_rows`; without it they are ordinary characters. Raises
+    `InputError`.
     """
     data = text_file.read_bytes(uri, label)
     head = re.split(text_file.LINE_END.encode(), data.lstrip(b"\r\n"), maxsplit=1)[0]
     has_quotes = quoted and b'"' in data
     if has_quotes and (head.count(b'"') % 2 or not text_file.is_strictly_quoted(data, delimiter)):
-        rows = _parse_loosely(data, label, choose, delimiter)
+        rows = _parse_row_by_row(data, label, choose, delimiter)
     else:
-        rows = _parse(data, head, label, choose, delimiter, quoted)
+        rows = _parse_with_arrow(data, head, label, choose, delimiter, quoted)
     if has_quotes:
         rows = _without_quotes(_without_line_ends(rows, ids), ids)
     columns = {
@@ -128,7 +129,7 @@ def read_csv(
 
 
 def texts(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
-    """A column as strings, whole numbers with all their digits; a missing one is empty. Raises `InputError`."""
+    """A column as strings, integers with all their digits, null as the empty string. Raises `InputError`."""
     column = plain(column)
     if is_text(column.type) or pa.types.is_integer(column.type):
         return strings(column, name, label).fill_null("")
@@ -139,7 +140,7 @@ def texts(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column with the values of a dictionary in place of its codes."""
+    """The column, dictionary-decoded."""
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
@@ -151,7 +152,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def strings(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
-    """A column of strings, bytes or whole numbers as strings. Raises `InputError` on what is not UTF-8."""
+    """A column of strings, bytes or integers as strings. Raises `InputError` for bytes that are not UTF-8."""
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return column
     try:
@@ -161,10 +162,10 @@ def strings(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
 
 
 def _are_numbered(names: Iterable[str]) -> bool:
-    """Whether names differ after the first number in them alone."""
-    found = [PART.fullmatch(name.rpartition("/")[2]) for name in names]
-    begins = {each[1] if each else None for each in found}
-    return len(begins) == 1 and None not in begins
+    """Whether the file names are equal up to the first number in them."""
+    found = [PART_NAME.fullmatch(name.rpartition("/")[2]) for name in names]
+    prefixes = {each[1] if each else None for each in found}
+    return len(prefixes) == 1 and None not in prefixes
 
 
 def _read_part(uri: str, label: str, choose: Choose, ids: Sequence[str]) -> pa.Table:
@@ -172,10 +173,10 @@ def _read_part(uri: str, label: str, choose: Choose, ids: Sequence[str]) -> pa.T
         with storage.open_read(uri, ahead=False) as opened:
             file = open_parquet(opened)
             ranges = _range_indices(file.schema_arrow)
-            wanted = _choose(choose, [*file.schema_arrow.names, *ranges], label)
-            stored = [name for name in wanted if name not in ranges]
+            chosen = _choose(choose, [*file.schema_arrow.names, *ranges], label)
+            stored = [name for name in chosen if name not in ranges]
             table = read_columns(opened, file, stored, use_threads=True)
-            table.validate(full=True)  # nobody who writes Parquet has to write UTF-8
+            table.validate(full=True)  # writers of Parquet need not write valid UTF-8
             rows = file.metadata.num_rows
     except (storage.StorageError, storage.StorageRefused):
         raise
@@ -185,7 +186,7 @@ def _read_part(uri: str, label: str, choose: Choose, ids: Sequence[str]) -> pa.T
         cause = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"{label}: not readable as Parquet: {cause}") from error
     columns = {}
-    for name in wanted:
+    for name in chosen:
         column = pa.chunked_array([np.array(ranges[name], np.int64)]) if name in ranges else table[name]
         if len(column) != rows:
             raise InputError(f"{label}: {rows} rows, but its pandas index {name} has {len(column)}; reset the index")
@@ -194,7 +195,7 @@ def _read_part(uri: str, label: str, choose: Choose, ids: Sequence[str]) -> pa.T
 
 
 def _range_indices(schema: pa.Schema) -> dict[str, range]:
-    """The indices of a pandas frame that its file describes and does not hold, by name."""
+    """The indices of a pandas frame that the file's metadata describe as a range instead of a column, by name."""
     described = (schema.pandas_metadata or {}).get("index_columns", [])
     ranges = [each for each in described if isinstance(each, dict) and each.get("kind") == "range"]
     return {
@@ -205,18 +206,18 @@ def _range_indices(schema: pa.Schema) -> dict[str, range]:
 
 
 def _choose(choose: Choose, found: list[str], label: str) -> list[str]:
-    wanted = choose(found)
-    for name in wanted:
+    chosen = choose(found)
+    for name in chosen:
         if found.count(name) > 1:
             raise InputError(f"{label}: column {name} occurs twice; columns found: {', '.join(found)}")
-    return wanted
+    return chosen
 
 
-def _parse(data: bytes, head: bytes, label: str, choose: Choose, delimiter: str, quoted: bool) -> Rows:
-    """Of text whose quotes, if it has such, Arrow understands as they are meant."""
+def _parse_with_arrow(data: bytes, head: bytes, label: str, choose: Choose, delimiter: str, quoted: bool) -> Rows:
+    """Parse text without quotes, or whose quotes Arrow reads like every other parser."""
     text = text_file.decode(label, head)
     header = _header(next(text_file.csv_rows(text, delimiter))[2] if quoted else text.split(delimiter), label)
-    wanted = _choose(choose, header, label)
+    chosen = _choose(choose, header, label)
     malformed, example = 0, ""
 
     def skip(row: Any) -> str:
@@ -240,38 +241,38 @@ def _parse(data: bytes, head: bytes, label: str, choose: Choose, delimiter: str,
                 invalid_row_handler=skip,
             ),
             convert_options=pa.csv.ConvertOptions(
-                include_columns=wanted,
-                column_types=dict.fromkeys(wanted, pa.string()),
+                include_columns=chosen,
+                column_types=dict.fromkeys(chosen, pa.string()),
                 null_values=[""],
                 strings_can_be_null=True,
             ),
         )
     except pa.ArrowInvalid as error:
-        cause = text_file.not_utf8(data) or one_line(error)
+        cause = text_file.utf8_error(data) or one_line(error)
         raise InputError(f"{label}: not readable as a table: {cause}") from error
     return Rows(table, malformed, example)
 
 
-def _parse_loosely(data: bytes, label: str, choose: Choose, delimiter: str) -> Rows:
-    """Of text with quotes that are characters, or broken: row by row, which takes longer."""
-    text = data.decode("utf-8", "surrogateescape")  # what is not UTF-8 matters where it is wanted
+def _parse_row_by_row(data: bytes, label: str, choose: Choose, delimiter: str) -> Rows:
+    """Parse text with quotes that are ordinary characters, or broken: row by row, which takes longer."""
+    text = data.decode("utf-8", "surrogateescape")  # bytes that are not UTF-8 are errors only in chosen columns
     records = text_file.csv_rows(text, delimiter)
     header = _header(next(row for _, _, row in records if row != []), label)
-    wanted = _choose(choose, header, label)
-    places = [header.index(name) for name in wanted]
-    columns: list[list[str | None]] = [[] for _ in wanted]
+    chosen = _choose(choose, header, label)
+    positions = [header.index(name) for name in chosen]
+    columns: list[list[str | None]] = [[] for _ in chosen]
     malformed, example = 0, ""
     for line, lines, row in records:
         if row is not None and len(row) == len(header):
-            for column, place in zip(columns, places, strict=True):
-                column.append(row[place] or None)
+            for column, position in zip(columns, positions, strict=True):
+                column.append(row[position] or None)
         elif row is None or len(row) > 1 or (row and row[0].strip()):
             malformed, example = malformed + lines, example or text_file.show_line(text, line, lines)
     try:
         arrays = [pa.chunked_array([pa.array(column, pa.string())]) for column in columns]
     except UnicodeEncodeError as error:
-        raise InputError(f"{label}: not readable as a table: {text_file.not_utf8(data)}") from error
-    return Rows(pa.table(arrays, wanted), malformed, example)
+        raise InputError(f"{label}: not readable as a table: {text_file.utf8_error(data)}") from error
+    return Rows(pa.table(arrays, chosen), malformed, example)
 
 
 def _header(row: list[str] | None, label: str) -> list[str]:
@@ -281,7 +282,7 @@ def _header(row: list[str] | None, label: str) -> list[str]:
 
 
 def _without_headers(rows: Rows, ids: Sequence[str]) -> Rows:
-    """Without rows that are the header once more, as in files that were put one behind the other."""
+    """Without rows that repeat the header, as in files that were concatenated."""
     table = rows.table
     repeats = pc.equal(table[ids[-1]], ids[-1]).fill_null(False)
     if not pc.any(repeats).as_py():
@@ -295,33 +296,35 @@ def _without_headers(rows: Rows, ids: Sequence[str]) -> Rows:
 
 
 def _without_line_ends(rows: Rows, ids: Sequence[str]) -> Rows:
-    """Without rows whose id holds line ends: its quote took in other lines."""
+    """Without rows whose id contains line ends: its quote is closed on a later line."""
     table, malformed, example = rows.table, rows.malformed, rows.example
     for name in ids:
-        ends = pc.count_substring_regex(pc.utf8_rtrim_whitespace(table[name].fill_null("")), text_file.LINE_END)
-        if taken := pc.sum(ends).as_py():
-            spoilt = pc.greater(ends, 0)
-            malformed += taken + pc.sum(spoilt).as_py()
-            row = pc.index(spoilt, True).as_py()
+        num_line_ends = pc.count_substring_regex(
+            pc.utf8_rtrim_whitespace(table[name].fill_null("")), text_file.LINE_END
+        )
+        if total := pc.sum(num_line_ends).as_py():
+            is_bad = pc.greater(num_line_ends, 0)
+            malformed += total + pc.sum(is_bad).as_py()
+            row = pc.index(is_bad, True).as_py()
             example = example or f"row {row + 1} with {name} {table[name][row].as_py()[:80]!r}"
-            table = table.filter(pc.invert(spoilt))
+            table = table.filter(pc.invert(is_bad))
     return Rows(table, malformed, example)
 
 
 def _without_quotes(rows: Rows, ids: Sequence[str]) -> Rows:
-    """Without rows whose id is still in quotes: a blank stands between the delimiter and them."""
+    """Without rows whose id is still in quotes, as a blank comes between the delimiter and the quote."""
     table, malformed, example = rows.table, rows.malformed, rows.example
     for name in ids:
-        spoilt = pc.match_substring_regex(table[name].fill_null(""), r'^\s*".*"\s*$')
-        if count := pc.sum(spoilt).as_py():
-            row = pc.index(spoilt, True).as_py()
+        is_bad = pc.match_substring_regex(table[name].fill_null(""), r'^\s*".*"\s*$')
+        if count := pc.sum(is_bad).as_py():
+            row = pc.index(is_bad, True).as_py()
             example = example or f"row {row + 1} with {name} {table[name][row].as_py()[:80]!r}, blank before quote"
-            malformed, table = malformed + count, table.filter(pc.invert(spoilt))
+            malformed, table = malformed + count, table.filter(pc.invert(is_bad))
     return Rows(table, malformed, example)
 
 
 def _ids(column: pa.ChunkedArray, name: str, label: str) -> pa.ChunkedArray:
-    """Ids as strings, null where one is missing or empty. Raises `InputError` on what is neither text nor whole."""
+    """Ids as strings, null where one is missing or empty. Raises `InputError` for other types than text and integer."""
     expected = "ids are strings or integers"
     column = plain(column)
     if pa.types.is_decimal(column.type):
@@ -339,5 +342,5 @@ def _is_parquet(uri: str) -> bool:
     try:
         with storage.open_read(uri, ahead=False) as file:
             return file.read(4) == b"PAR1"
-    except (FileNotFoundError, PermissionError):  # a broken link among videos, say
+    except (FileNotFoundError, PermissionError):  # such as a broken link
         return False

@@ -1,6 +1,6 @@
-"""Text files that users bring: their bytes, their lines, and rows of CSV; what of them cannot be read, with its line.
+"""Users' text files: bytes, lines and rows of CSV; errors name the line.
 
-Messages begin with the `label` that the caller gives.
+Messages begin with the `label` that the caller passes.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 from lvlmrec import storage
 from lvlmrec.errors import InputError
 
-MALFORMED_SHARE = 0.01  # above it, what was read is not the file that was meant
+MALFORMED_SHARE = 0.01  # of the lines; above it the file is taken to be of another format
 BOM = b"\xef\xbb\xbf"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 LINE_END = r"\r\n|\r|\n"
-CHUNK_BYTES = 64 << 20  # that is looked through for quotes at once
+CHUNK_BYTES = 64 << 20  # searched for quotes at once, to bound memory
 
 
 def read_bytes(uri: str, label: str = "") -> bytes:
-    """The content of a text file, without a byte order mark. Raises `InputError` if it is not there, empty or UTF-16.
+    """The content of a text file, without byte order mark; `label` defaults to `uri`.
 
-    `label` is `uri` where there is none.
+    Raises `InputError` if the file does not exist, is empty or UTF-16.
     """
     label = label or uri
     try:
@@ -39,8 +39,8 @@ def read_bytes(uri: str, label: str = "") -> bytes:
         raise InputError(f"{label}: empty file")
     if data.startswith(UTF_16):
         raise InputError(f"{label}: UTF-16; save it as UTF-8")
-    if (place := data.find(0)) >= 0:
-        line = _line_of(data, place)
+    if (offset := data.find(0)) >= 0:
+        line = _line_number(data, offset)
         raise InputError(f"{label}, line {line}: a zero byte: the file is damaged or UTF-16; save it as UTF-8")
     return data
 
@@ -50,25 +50,25 @@ def decode(label: str, data: bytes) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{label}, {not_utf8(data)}") from error
-    # where lines end in \n, a single \r is a character of one
+        raise InputError(f"{label}, {utf8_error(data)}") from error
+    # where lines end in \n, a single \r is part of a line
     return text.replace("\r\n", "\n") if b"\n" in data else text.replace("\r", "\n")
 
 
-def not_utf8(data: bytes) -> str:
-    """Where `data` stops to be UTF-8, empty if nowhere."""
+def utf8_error(data: bytes) -> str:
+    """The line and value of the first byte that is not UTF-8, for a message; empty if all are."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
-        return f"line {_line_of(data, error.start)}: byte 0x{data[error.start]:02x} is not UTF-8"
+        return f"line {_line_number(data, error.start)}: byte 0x{data[error.start]:02x} is not UTF-8"
     return ""
 
 
 def csv_rows(text: str, delimiter: str = ",") -> Iterator[tuple[int, int, list[str] | None]]:
-    """The rows of CSV text: number of its first line, how many lines it takes, its cells; None where a quote is broken.
+    """Rows of CSV text: number of the first line, number of lines, and the cells, None where a quote is broken.
 
-    A field that begins with a quote may hold delimiters, line ends and doubled quotes (RFC 4180). Its quote is broken
-    if text follows where it closes, or it closes nowhere. A quote inside another field is a character.
+    A field that begins with a quote may contain delimiters, line ends and doubled quotes (RFC 4180). Such a quote is
+    broken if text follows the closing quote, or none closes. A quote inside another field is an ordinary character.
     """
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # Python's own limit is 128 kB for a cell
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -85,13 +85,13 @@ def csv_rows(text: str, delimiter: str = ",") -> Iterator[tuple[int, int, list[s
 
 
 def show_line(text: str, line: int, lines: int = 1) -> str:
-    """A row of `csv_rows` for a message: the number of its first line, how this begins, and that there are more."""
+    """A row of `csv_rows` for a message: number and beginning of its first line, and how many lines it has."""
     shown = re.split(LINE_END, text, maxsplit=line)[line - 1][:80]
     return f"line {line}: {shown!r}" + (f", whose quote takes in {lines} lines" if lines > 1 else "")
 
 
 def check_malformed(label: str, malformed: int, lines: int, example: str, expected: str) -> None:
-    """Raises `InputError` if more than 1 % of the lines are malformed, or there is none."""
+    """Raises `InputError` if more than 1 % of the lines are malformed, or there are no lines."""
     if not lines:
         raise InputError(f"{label}: no line of data; expected {expected}")
     if malformed > MALFORMED_SHARE * lines:
@@ -99,21 +99,21 @@ def check_malformed(label: str, malformed: int, lines: int, example: str, expect
 
 
 def is_strictly_quoted(data: bytes, delimiter: str) -> bool:
-    """Whether every quote opens or closes a whole field, or is doubled inside one, so that all parsers agree."""
+    """Whether every quote opens or closes a whole field or is doubled inside one, so that all parsers agree."""
     content = np.frombuffer(data, np.uint8)
     is_edge = np.zeros(256, dtype=bool)
     is_edge[[*b'\r\n"', ord(delimiter)]] = True
-    seen = 0
+    num_quotes = 0
     for start in range(0, len(content), CHUNK_BYTES):
         quotes = start + np.flatnonzero(content[start : start + CHUNK_BYTES] == ord('"'))
-        first = seen % 2
+        first = num_quotes % 2
         opening, closing = quotes[first::2], quotes[1 - first :: 2]
         before, after = content[np.maximum(opening - 1, 0)], content[np.minimum(closing + 1, len(content) - 1)]
         if not ((is_edge[before] | (opening == 0)).all() and is_edge[after].all()):
             return False
-        seen += len(quotes)
-    return seen % 2 == 0
+        num_quotes += len(quotes)
+    return num_quotes % 2 == 0
 
 
-def _line_of(data: bytes, place: int) -> int:
-    return data.count(b"\n" if b"\n" in data else b"\r", 0, place) + 1
+def _line_number(data: bytes, offset: int) -> int:
+    return data.count(b"\n" if b"\n" in data else b"\r", 0, offset) + 1
