@@ -1,4 +1,4 @@
-"""Datasets: interactions, id maps, the split, and a small world made to measure."""
+"""Datasets: interactions, id maps, splits, and the synthetic micro-world."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which interactions to read, and how to split them."""
+    """Which interactions are read, and how they are split."""
 
     name: str = option("microlens", "format of the interactions", choices=DATASETS)
     path: str = option(
@@ -50,8 +50,10 @@ class DatasetConfig:
 
     @property
     def selected_by(self) -> str:
-        """The validation metric that epochs and settings are chosen by: that of MicroLens' protocol, and the one that
-        graph and multimodal recommenders use where users have several targets (as LATTICE, FREEDOM and MMRec)."""
+        """The validation metric by which epochs and settings are chosen.
+
+        hr@10 as in MicroLens' protocol; where users have several targets recall@20, as LATTICE, FREEDOM and MMRec use.
+        """
         return "recall@20" if self.several_targets else "hr@10"
 
 
@@ -61,11 +63,13 @@ def load(config: DatasetConfig) -> Dataset:
     if not config.core:
         return dataset
     core = k_core(dataset.interactions, config.core)
-    return replace(dataset, interactions=core, report=dataset.report | core.report, before_core=dataset.item_ids)
+    return replace(
+        dataset, interactions=core, report=dataset.report | core.report, item_ids_before_core=dataset.item_ids
+    )
 
 
 def load_split(config: DatasetConfig) -> tuple[Split, dict[str, int]]:
-    """The split of the dataset, and the counts of everything left out on the way. Raises `InputError`."""
+    """The split of the dataset, and counts of everything that was dropped, by reason. Raises `InputError`."""
     dataset = load(config)
     split = SPLITS[config.split](dataset.interactions, config.max_length, config.min_interactions)
     return replace(split, dataset_ids=dataset.item_ids), {**dataset.report, **split.report}

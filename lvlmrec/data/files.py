@@ -9,13 +9,13 @@ from lvlmrec.errors import InputError
 from lvlmrec.tables import text_file
 
 TITLE_ENDINGS = ("_titles.csv", "_title_en.csv")
-HEADER = ["item", "title"]  # of a file of titles in quotes
+HEADER = ["item", "title"]  # of the format with quotes
 
 
 def find(path: str, endings: Sequence[str], without: Sequence[str] = ()) -> str:
     """`path` itself, or the one file in the folder `path` whose name ends in one of `endings`.
 
-    Names that end in one of `without` do not count. Raises `InputError` naming what was found instead.
+    Names that end in one of `without` are ignored. Raises `InputError` that names what was found instead.
     """
     expected = " or ".join(f"*{ending}" for ending in endings)
     if not storage.is_dir(path):
@@ -25,28 +25,31 @@ def find(path: str, endings: Sequence[str], without: Sequence[str] = ()) -> str:
     files = [file.uri for file in storage.list_files(path)]
     found = [file for file in files if file.endswith(tuple(endings)) and not file.endswith(tuple(without))]
     if len(found) != 1:
-        shown = ", ".join(_name(file) for file in (found or files)[:10]) or "nothing"
-        what = "several files to choose from" if found else f"no {expected}; the folder holds"
-        raise InputError(f"dataset.path={path!r}: {what}: {shown}" + ("; name one of them" if found else ""))
+        listed = ", ".join(_name(file) for file in (found or files)[:10]) or "nothing"
+        problem = "several files to choose from" if found else f"no {expected}; the folder holds"
+        raise InputError(f"dataset.path={path!r}: {problem}: {listed}" + ("; name one of them" if found else ""))
     return found[0]
 
 
-def titles_beside(path: str, ending: str) -> str | None:
-    """The titles file in the folder of the interaction file `path`: same name, a title ending in place of `ending`."""
-    wanted = [path.removesuffix(ending) + title for title in TITLE_ENDINGS]
+def find_titles(path: str, ending: str) -> str | None:
+    """The titles file beside the interaction file `path`, None without one: `ending` replaced by a title ending.
+
+    Raises `InputError` if there are several.
+    """
+    candidates = [path.removesuffix(ending) + title for title in TITLE_ENDINGS]
     folder = path.rpartition("/")[0]
     names = {_name(file.uri) for file in storage.list_files(folder or ".")}
-    found = [file for file in wanted if _name(file) in names]
+    found = [file for file in candidates if _name(file) in names]
     if len(found) > 1:
         raise InputError(f"{path}: several titles files beside it: {', '.join(_name(file) for file in found)}")
     return found[0] if found else None
 
 
 def read_titles(path: str) -> tuple[dict[str, str], dict[str, int]]:
-    """Titles by item_id, and counts of what was dropped.
+    """Titles by item_id, and counts of what was dropped, by reason. Raises `InputError`.
 
-    Two formats, told apart by the first line: with the header `item,title` a CSV with quotes; without it `id, title`
-    unquoted and split at the first comma. The first title of an item counts, an empty one is none. Raises `InputError`.
+    Two formats, distinguished by the first line: with the header `item,title` CSV with quotes; without it `id, title`,
+    unquoted, split at the first comma. An item's first title counts; empty titles are dropped.
     """
     text = text_file.decode(path, text_file.read_bytes(path))
     _, _, first = next(text_file.csv_rows(text.partition("\n")[0]), (0, 0, None))
@@ -59,15 +62,15 @@ def read_titles(path: str) -> tuple[dict[str, str], dict[str, int]]:
     titles: dict[str, str] = {}
     for item_id, title in pairs:
         titles.setdefault(item_id, title)
-    told = {item_id: title for item_id, title in titles.items() if title}
-    return told, {
+    known = {item_id: title for item_id, title in titles.items() if title}
+    return known, {
         "titles_malformed_lines": malformed,
         "titles_duplicate_items": len(pairs) - len(titles),
-        "titles_empty": len(titles) - len(told),
+        "titles_empty": len(titles) - len(known),
     }
 
 
-Pairs = tuple[list[tuple[str, str]], int, str]  # items and titles, malformed lines, the first of these
+Pairs = tuple[list[tuple[str, str]], int, str]  # (item_id, title), number of malformed lines, the first of these
 
 
 def _quoted_pairs(text: str, header: list[str]) -> Pairs:

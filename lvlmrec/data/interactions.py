@@ -1,4 +1,4 @@
-"""Interactions: who met which item, oldest first, with an account of all that was dropped or repaired."""
+"""Interactions of users with items, oldest first, with counts of all that was dropped or repaired."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ TRAINING, VALIDATION, TEST = 0, 1, 2
 
 @dataclass(frozen=True)
 class Interactions:
-    """The interactions of U users with a vocabulary of V items, N in all.
+    """N interactions of U users with V items.
 
-    user_ids  [U] str, in natural order
-    item_ids  [V] str, in natural order, each met at least once
-    offsets   int64 [U+1]: user u has `items[offsets[u]:offsets[u + 1]]`
-    items     int64 [N]: positions into `item_ids`, oldest first; a user meets an item once
-    report    how many lines, users or interactions were dropped or repaired, by reason
-    timestamps [N], sortable, of any one unit; None where the dataset has none
-    parts     int8 [N], TRAINING, VALIDATION or TEST, ascending for each user, of a dataset that is published split; its
-              items have no order in time
+    user_ids    [U] str, in natural order
+    item_ids    [V] str, in natural order, each with at least one interaction
+    offsets     int64 [U+1]: user u has `items[offsets[u]:offsets[u + 1]]`
+    items       int64 [N]: positions in `item_ids`, oldest first; a user has an item once
+    report      numbers of lines, users and interactions that were dropped or repaired, by reason
+    timestamps  [N], sortable, all in one unit; None where the dataset has none
+    parts       int8 [N]: TRAINING, VALIDATION or TEST, ascending for each user, in a dataset that is published with
+                its split; such items have no order in time. None in others
     """
 
     user_ids: Ids
@@ -52,20 +52,21 @@ class Interactions:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Interactions, the titles known for their items (item_id -> title, may be empty), and one report of both.
+    """Interactions, titles of their items, and one report of both.
 
-    before_core: the item ids before rare ones were dropped, where that was done
+    titles                by item_id; items may lack one
+    item_ids_before_core  the item ids before `dataset.core` dropped rare items; None without `dataset.core`
     """
 
     interactions: Interactions
     titles: dict[str, str] = field(default_factory=dict)
     report: dict[str, int] = field(default_factory=dict)
-    before_core: Ids | None = None
+    item_ids_before_core: Ids | None = None
 
     @property
     def item_ids(self) -> Ids:
-        """Every item id that the files name in an interaction."""
-        return self.interactions.item_ids if self.before_core is None else self.before_core
+        """Every item id with an interaction in the files."""
+        return self.interactions.item_ids if self.item_ids_before_core is None else self.item_ids_before_core
 
 
 def from_columns(
@@ -75,13 +76,13 @@ def from_columns(
     report: Mapping[str, int] | None = None,
     parts: NDArray[np.int8] | None = None,
 ) -> Interactions:
-    """Interactions from columns of N rows: oldest first by timestamp, by row on ties or without timestamps.
+    """Interactions from columns of N rows, sorted by timestamp; ties, or all without timestamps, in the rows' order.
 
-    A second meeting of the same user and item is dropped and counted as `duplicate_interactions`: evaluation masks
-    a user's history, so a repeated item could never be found. Raises `InputError` on columns without rows.
+    A repeated interaction of a user with an item is dropped and counted as `duplicate_interactions`: evaluation masks
+    a user's history, so a repeated item could never be recommended. Raises `InputError` for columns without rows.
     """
-    users, user_names = _number(user_ids)
-    items, item_names = _number(item_ids)
+    users, user_names = _encode_ids(user_ids)
+    items, item_names = _encode_ids(item_ids)
     if len(users) != len(items) or (timestamps is not None and len(timestamps) != len(users)):
         raise ValueError("columns of different lengths")
     if not len(users):
@@ -104,7 +105,7 @@ def from_columns(
 
 
 def restrict(interactions: Interactions, kept: NDArray[np.bool_]) -> Interactions:
-    """The interactions `kept` [N], with the users and items that they leave."""
+    """The interactions where `kept` [N] is True; users and items without any are dropped from the id maps."""
     users, counts = np.unique(interactions.owners[kept], return_counts=True)
     items, dense = np.unique(interactions.items[kept], return_inverse=True)
     return Interactions(
@@ -119,30 +120,30 @@ def restrict(interactions: Interactions, kept: NDArray[np.bool_]) -> Interaction
 
 
 def k_core(interactions: Interactions, k: int) -> Interactions:
-    """What is left when users and items with fewer than `k` interactions are dropped until there are none.
+    """The k-core: users and items with fewer than `k` interactions are dropped, repeatedly, until none are left.
 
-    Raises `InputError` when nothing is left.
+    Raises `InputError` when it is empty.
     """
     owners, items = interactions.owners, interactions.items
-    kept, before = np.ones(len(items), dtype=bool), -1
-    while kept.sum() != before:
-        before = kept.sum()
-        of_user = np.bincount(owners[kept], minlength=len(interactions.user_ids))
-        of_item = np.bincount(items[kept], minlength=len(interactions.item_ids))
-        kept &= (of_user[owners] >= k) & (of_item[items] >= k)
-    if not before:
+    kept, num_kept = np.ones(len(items), dtype=bool), -1
+    while kept.sum() != num_kept:
+        num_kept = kept.sum()
+        per_user = np.bincount(owners[kept], minlength=len(interactions.user_ids))
+        per_item = np.bincount(items[kept], minlength=len(interactions.item_ids))
+        kept &= (per_user[owners] >= k) & (per_item[items] >= k)
+    if not num_kept:
         raise InputError(f"dataset.core: {k}: no users and items have {k} interactions with each other")
     found = restrict(interactions, kept)
     report = {
         "users_outside_core": len(interactions.user_ids) - len(found.user_ids),
         "items_outside_core": len(interactions.item_ids) - len(found.item_ids),
-        "interactions_outside_core": len(items) - int(before),
+        "interactions_outside_core": len(items) - int(num_kept),
     }
     return replace(found, report={**interactions.report, **report})
 
 
-def _number(ids: Iterable[str]) -> tuple[NDArray[np.int64], Ids]:
-    """For each row its position among the distinct ids, int64 [N]; and these in natural order."""
+def _encode_ids(ids: Iterable[str]) -> tuple[NDArray[np.int64], Ids]:
+    """For each of N rows the position of its id among the distinct ids, int64 [N]; and these, in natural order."""
     column = ids if isinstance(ids, np.ndarray) else np.array(list(ids), dtype=object)
     codes, distinct = pd.factorize(column.astype(object))
     names: list[str] = distinct.tolist()
@@ -153,7 +154,7 @@ def _number(ids: Iterable[str]) -> tuple[NDArray[np.int64], Ids]:
 
 
 def natural_key(text: str) -> tuple[Any, ...]:
-    """A sort key under which `u2` comes before `u10`, and which no two texts share.
+    """A sort key under which `u2` comes before `u10`; different texts have different keys.
 
     >>> sorted(["u10", "u2", "9", "010", "u"], key=natural_key)
     ['9', '010', 'u', 'u2', 'u10']

@@ -1,7 +1,7 @@
-"""The clips of the micro-world: a few plain shapes of one colour that move before a background, in H.264.
+"""The videos of the micro-world: one to four shapes of one colour that move on a background, in H.264.
 
-Everything visible is a factor with few values; colour, background, shape and count are large and plain, so that even
-pooled features of an untrained network carry them, while motion and tempo show only across frames.
+Everything visible is a factor with few values. Colour, background, shape and count are so large and plain that even
+pooled features of an untrained network contain them; motion and tempo show only across frames.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 RGB = tuple[int, int, int]
 
-# The order of values is a ring: tastes move along it.
+# The values are a ring along which tastes drift.
 COLOURS: dict[str, RGB] = {
     "red": (225, 30, 30),
     "orange": (250, 140, 0),
@@ -27,7 +27,7 @@ COLOURS: dict[str, RGB] = {
     "blue": (30, 80, 235),
     "purple": (150, 40, 190),
 }
-# two tones in stripes whose direction belongs to the background
+# two tones and their pattern
 BACKGROUNDS: dict[str, tuple[RGB, RGB, str]] = {
     "snow": ((250, 250, 255), (225, 232, 245), "rows"),
     "beach": ((235, 212, 160), (215, 185, 125), "columns"),
@@ -41,21 +41,21 @@ COUNTS = ("one", "two", "three", "four")
 MOTIONS = ("sliding", "bouncing", "circling", "zigzagging")
 TEMPI = ("slowly", "steadily", "fast")
 
-# centres of 1 to 4 objects, in shares of the frame's side
-_PLACES = (
+# centres (x, y) of 1 to 4 objects, in shares of the frame's side
+_CENTRES = (
     ((0.5, 0.5),),
     ((0.28, 0.5), (0.72, 0.5)),
     ((0.28, 0.7), (0.72, 0.7), (0.5, 0.28)),
     ((0.28, 0.28), (0.72, 0.28), (0.28, 0.72), (0.72, 0.72)),
 )
-_RADII = (0.36, 0.22, 0.21, 0.2)  # for 1 to 4 objects, in shares of the frame's side: about the same area in all
-_REACH = 0.05  # how far an object moves from its place, of the frame's side
-_SMOOTHING = 4  # a shape is drawn this much larger and scaled down
+_RADII = (0.36, 0.22, 0.21, 0.2)  # for 1 to 4 objects, in shares of the frame's side: about the same total area
+_AMPLITUDE = 0.05  # of an object's motion, in shares of the frame's side
+_SUPERSAMPLING = 4  # a shape is drawn this many times larger and scaled down
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows: each a position in the tables above."""
+    """The content of a video: positions in the tables above."""
 
     colour: int
     background: int
@@ -63,13 +63,13 @@ class Scene:
     count: int
     motion: int
     tempo: int
-    phase: float  # where in its path the motion starts, 0 to 1; no factor
+    phase: float  # of the motion's first frame, 0 to 1; not a factor
 
 
 def write(path: Path, scene: Scene, side: int, fps: int, num_frames: int) -> None:
-    """Encode `scene` as an MP4 of `num_frames` square frames; the same bytes whenever this runs on one machine."""
+    """Encode `scene` as an MP4 of `num_frames` frames of side x side pixels; reproducible to the byte on a machine."""
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        # one thread, because the split into threads would show in the bytes
+        # one thread, as the bytes depend on the number of threads
         stream = container.add_stream("libx264", rate=fps, options={"preset": "superfast", "crf": "26", "threads": "1"})
         stream.width = stream.height = side
         stream.pix_fmt = "yuv420p"
@@ -81,7 +81,7 @@ def write(path: Path, scene: Scene, side: int, fps: int, num_frames: int) -> Non
 
 
 def frames(scene: Scene, side: int, num_frames: int) -> Iterator[Image.Image]:
-    """The frames of a clip, RGB."""
+    """The frames of a video, RGB images of side x side pixels."""
     background, mask = _background(scene.background, side), _mask(scene.shape, round(2 * _RADII[scene.count] * side))
     colour = list(COLOURS.values())[scene.colour]
     edge = Image.new("RGB", mask.size, (0, 0, 0) if scene.background != len(BACKGROUNDS) - 1 else (255, 255, 255))
@@ -90,8 +90,8 @@ def frames(scene: Scene, side: int, num_frames: int) -> Iterator[Image.Image]:
     for index in range(num_frames):
         image = background.copy()
         dx, dy = _offset(scene.motion, 2 * math.pi * (scene.phase + cycles * index / num_frames))
-        for x, y in _PLACES[scene.count]:
-            centre = (x + _REACH * dx) * side, (y + _REACH * dy) * side
+        for x, y in _CENTRES[scene.count]:
+            centre = (x + _AMPLITUDE * dx) * side, (y + _AMPLITUDE * dy) * side
             image.paste(edge, _corner(centre, mask), mask)
             image.paste(colour, _corner(centre, inner), inner)
         yield image
@@ -102,7 +102,7 @@ def _corner(centre: tuple[float, float], mask: Image.Image) -> tuple[int, int]:
 
 
 def _offset(motion: int, angle: float) -> tuple[float, float]:
-    """Where an object stands at `angle` of its path, from -1 to 1 in each direction."""
+    """Offset (x, y) of an object at `angle` (radians) of its path, each from -1 to 1."""
     return (
         (math.sin(angle), 0.0),
         (0.0, 1 - 2 * abs(math.sin(angle / 2))),
@@ -115,14 +115,14 @@ def _background(background: int, side: int) -> Image.Image:
     first, second, pattern = list(BACKGROUNDS.values())[background]
     band = np.arange(side) * 8 // side % 2
     rows, columns = band[:, None], band[None, :]
-    odd = {"rows": rows | 0 * columns, "columns": columns | 0 * rows, "checks": rows ^ columns}[pattern]
-    return Image.fromarray(np.where(odd[:, :, None] == 1, second, first).astype(np.uint8))
+    is_second = {"rows": rows | 0 * columns, "columns": columns | 0 * rows, "checks": rows ^ columns}[pattern]
+    return Image.fromarray(np.where(is_second[:, :, None] == 1, second, first).astype(np.uint8))
 
 
 def _mask(shape: int, size: int) -> Image.Image:
-    """The shape as an antialiased mask of `size` pixels."""
-    r = size * _SMOOTHING / 2
-    image = Image.new("L", (size * _SMOOTHING,) * 2, 0)
+    """The shape as an antialiased mask of size x size pixels."""
+    r = size * _SUPERSAMPLING / 2
+    image = Image.new("L", (size * _SUPERSAMPLING,) * 2, 0)
     draw = ImageDraw.Draw(image)
     name = SHAPES[shape]
     if name == "circle":

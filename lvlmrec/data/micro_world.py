@@ -1,8 +1,8 @@
-"""The micro-world: a small catalogue of real videos, and users whose tastes are known, made from a seed.
+"""The micro-world: a small synthetic dataset of real video files, and users with known tastes, generated from a seed.
 
-It stands in for a dataset where none can be shipped, so it has what makes the real ones hard: a long tail of
-popularity, short histories, tastes that drift (so order matters), a trend that no pixel shows (so ids matter), and
-items first met as somebody's test target (so content matters).
+It replaces datasets that cannot be shipped, and has what makes them hard: a long tail of popularity, short histories,
+tastes that drift (so order matters), communities that no pixel shows (so ids matter), and cold items that occur only as
+test targets (so content matters).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lvlmrec.data import micro_videos
 from lvlmrec.data.micro_videos import BACKGROUNDS, COLOURS, COUNTS, MOTIONS, SHAPES, TEMPI, Scene
 from lvlmrec.errors import InputError
 
-FORMAT = 2  # counted up when the same configuration makes another world
+FORMAT = 2  # incremented when the same configuration generates another world
 MARKER = "micro_world.json"
 PAIRS, TITLES = "MicroLens-sample_pairs.tsv", "MicroLens-sample_titles.csv"
 
@@ -35,15 +35,15 @@ FACTORS = {
     "tempo": TEMPI,
 }
 NUM_COMMUNITIES = 10
-# what a match is worth to a user, in the logit of the choice
-_TASTE = {"colour": 4.4, "background": 4.4, "shape": 2.6, "count": 1.6, "motion": 0.3, "tempo": 0.3}
-_COMMUNITY_TASTE = 2.8
-_NEAR = 0.35  # share of a match that the next value of the ring gets
-_DRIFT = 0.16  # chance per interaction that a taste moves on to the next value of its ring
+# what an item's match with a user's taste adds to the logit of choosing it
+_TASTE_LOGITS = {"colour": 4.4, "background": 4.4, "shape": 2.6, "count": 1.6, "motion": 0.3, "tempo": 0.3}
+_COMMUNITY_LOGIT = 2.8
+_NEXT_VALUE_MATCH = 0.35  # share of a match for an item one step further along the ring of values
+_DRIFT_RATE = 0.16  # probability per interaction that a taste moves to the next value of its ring
 _POPULARITY_SPREAD = 1.0  # standard deviation of log popularity
-_SHORTEST = 5  # interactions of a user at least: the split drops shorter histories
-_COLD_ITEMS = 0.11  # share of the catalogue
-_COLD_TARGETS = 0.125  # share of the users
+_MIN_HISTORY = 5  # interactions per user; the split drops shorter histories
+_COLD_ITEM_SHARE = 0.11  # share of the catalogue
+_COLD_TARGET_SHARE = 0.125  # share of the users
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,22 @@ class MicroWorldConfig:
 
     num_items: int = option(360, "videos", minimum=40)
     num_users: int = option(2400, "users", minimum=40)
-    seed: int = option(0, "decides the whole world", minimum=0)
-    frame_side: int = option(128, "width and height of a video, even", minimum=32)
+    seed: int = option(0, "the same seed and sizes give the same files", minimum=0)
+    frame_side: int = option(128, "width and height of a video in pixels, even", minimum=32)
     fps: int = option(8, "frames per second", minimum=1)
-    clip_seconds: float = option(3.0, "length of a video", minimum=0.25)
+    clip_seconds: float = option(3.0, "length of a video in seconds", minimum=0.25)
 
 
 @dataclass(frozen=True)
 class World:
-    """I items and U users with all that is true of them.
+    """I items and U users with their true properties.
 
     item_ids     [I] str, not dense
     factors      int64 [I, 6]: values of `FACTORS`, in its order
-    communities  int64 [I]: the trend an item belongs to; shown in no video and no title
+    communities  int64 [I]: the community of an item, which no video and no title shows
     popularity   float64 [I]: the part of the logit that all users share
-    cold         bool [I]: met only as the last interaction of a user
-    histories    per user the positions of the items met, oldest first
+    cold         bool [I]: occurs only as the last interaction of users
+    histories    per user the positions of the user's items in `item_ids`, oldest first
     """
 
     item_ids: list[str]
@@ -79,14 +79,14 @@ class World:
 
 
 def make(directory: Path, config: MicroWorldConfig) -> None:
-    """Write the world that `config` decides into `directory`, unless it is there already.
+    """Write the world of `config` into `directory`, unless it is there already.
 
         interactions/MicroLens-sample_pairs.tsv, interactions/MicroLens-sample_titles.csv
         videos/<item_id>.mp4
-        factors.csv          what is true of each item, hidden from every model
-        micro_world.json     configuration and digest of all files; written last, so a half-made world is made anew
+        factors.csv          the true properties of each item, which models do not see
+        micro_world.json     configuration and digest of all files; written last, so an incomplete world is made anew
 
-    Raises `InputError` if the directory is a file, or holds videos or interactions that are no micro-world's.
+    Raises `InputError` if the directory is a file, or contains videos or interactions of something else.
     """
     if directory.is_file():
         raise InputError(f"{directory}: a file; expected a folder for the micro-world")
@@ -101,7 +101,7 @@ def make(directory: Path, config: MicroWorldConfig) -> None:
     if found is None:
         _refuse_foreign_files(folders, {PAIRS, TITLES, *(f"{item_id}.mp4" for item_id in world.item_ids)})
     directory.mkdir(parents=True, exist_ok=True)
-    _write_marker(directory, wanted)  # without a digest: half-made, and known as ours
+    _write_marker(directory, wanted)  # without a digest: an incomplete micro-world, which may be overwritten
     for folder in folders:
         if folder.is_dir():
             shutil.rmtree(folder)
@@ -113,22 +113,22 @@ def make(directory: Path, config: MicroWorldConfig) -> None:
 
 
 def draw(config: MicroWorldConfig) -> World:
-    """The world that `config` decides."""
+    """Draw the world of `config`."""
     rng = np.random.default_rng(config.seed)
     n = config.num_items
     numbers = rng.choice(2 * n, size=n, replace=False) + 1
     cold = np.zeros(n, dtype=bool)
-    cold[rng.choice(n, size=round(_COLD_ITEMS * n), replace=False)] = True
+    cold[rng.choice(n, size=round(_COLD_ITEM_SHARE * n), replace=False)] = True
     world = World(
         item_ids=[str(number) for number in numbers],
         factors=np.stack([_balanced(rng, len(values), n) for values in FACTORS.values()], axis=1),
         communities=_balanced(rng, NUM_COMMUNITIES, n),
-        # a new item has had no time to become popular
+        # cold items are new, so they had less time to become popular
         popularity=rng.normal(0, _POPULARITY_SPREAD, size=n) * np.where(cold, 0.5, 1),
         cold=cold,
         histories=[],
     )
-    return World(**(vars(world) | {"histories": _live(rng, world, config.num_users)}))
+    return World(**(vars(world) | {"histories": _simulate_histories(rng, world, config.num_users)}))
 
 
 def _balanced(rng: np.random.Generator, num_values: int, n: int) -> NDArray[np.int64]:
@@ -136,43 +136,43 @@ def _balanced(rng: np.random.Generator, num_values: int, n: int) -> NDArray[np.i
     return rng.permutation(np.arange(n) % num_values)
 
 
-def _live(rng: np.random.Generator, world: World, num_users: int) -> list[list[int]]:
-    """All users meet items step by step: a draw from the softmax of popularity and taste, without repeats."""
+def _simulate_histories(rng: np.random.Generator, world: World, num_users: int) -> list[list[int]]:
+    """Histories of all users: at each step an item drawn from the softmax of popularity and taste, without repeats."""
     num_items = len(world.item_ids)
-    longest = min(60, num_items // 4)
-    lengths = np.minimum(_SHORTEST + np.exp(rng.normal(0.6, 0.95, size=num_users)).astype(np.int64), longest)
+    max_history = min(60, num_items // 4)
+    lengths = np.minimum(_MIN_HISTORY + np.exp(rng.normal(0.6, 0.95, size=num_users)).astype(np.int64), max_history)
     sizes = np.array([*(len(values) for values in FACTORS.values()), NUM_COMMUNITIES])
-    tastes = rng.integers(sizes, size=(num_users, len(sizes)))  # [U, 7] the value each user likes now
+    tastes = rng.integers(sizes, size=(num_users, len(sizes)))  # [U, 7] the values each user likes at this step
     ends_cold = np.zeros(num_users, dtype=bool)
-    ends_cold[rng.choice(num_users, size=round(_COLD_TARGETS * num_users), replace=False)] = True
-    met = np.zeros((num_users, num_items), dtype=bool)
+    ends_cold[rng.choice(num_users, size=round(_COLD_TARGET_SHARE * num_users), replace=False)] = True
+    seen = np.zeros((num_users, num_items), dtype=bool)
     histories: list[list[int]] = [[] for _ in range(num_users)]
     for step in range(lengths.max()):
         users = np.flatnonzero(lengths > step)
-        from_cold = ends_cold[users] & (lengths[users] == step + 1)
-        logits = _score(world, tastes[users], visible_only=from_cold)
-        closed = np.where(from_cold[:, None], ~world.cold, world.cold) | met[users]
+        picks_cold = ends_cold[users] & (lengths[users] == step + 1)
+        logits = _choice_logits(world, tastes[users], visible_only=picks_cold)
+        unavailable = np.where(picks_cold[:, None], ~world.cold, world.cold) | seen[users]
         # the largest logit plus Gumbel noise is a draw from the softmax
-        items = np.where(closed, -np.inf, logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
-        met[users, items] = True
+        items = np.where(unavailable, -np.inf, logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        seen[users, items] = True
         for user, item in zip(users, items, strict=True):
             histories[user].append(int(item))
-        tastes = (tastes + (rng.random(tastes.shape) < _DRIFT)) % sizes
+        tastes = (tastes + (rng.random(tastes.shape) < _DRIFT_RATE)) % sizes
     return histories
 
 
-def _score(world: World, tastes: NDArray[np.int64], visible_only: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """What each user would choose: logits [U, I] for `tastes` [U, 7], a value per factor and a community.
+def _choice_logits(world: World, tastes: NDArray[np.int64], visible_only: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Logits [U, I] of each user's choice for `tastes` [U, 7], a value per factor and a community.
 
-    Where `visible_only` [U] the community does not count.
+    visible_only [U]: the community does not count.
     """
     logits = np.broadcast_to(world.popularity, (len(tastes), len(world.popularity))).copy()
     values = np.column_stack([world.factors, world.communities])
-    weights = [*_TASTE.values(), _COMMUNITY_TASTE]
+    weights = [*_TASTE_LOGITS.values(), _COMMUNITY_LOGIT]
     sizes = [*(len(names) for names in FACTORS.values()), NUM_COMMUNITIES]
     for k, (weight, size) in enumerate(zip(weights, sizes, strict=True)):
-        ahead = (values[:, k] - tastes[:, k, None]) % size  # [U, I] steps along the ring
-        match = (ahead == 0) + _NEAR * (ahead == 1)
+        distance = (values[:, k] - tastes[:, k, None]) % size  # [U, I] steps along the ring
+        match = (distance == 0) + _NEXT_VALUE_MATCH * (distance == 1)
         logits += weight * match * (np.where(visible_only, 0, 1)[:, None] if k == len(FACTORS) else 1)
     return logits
 
@@ -186,13 +186,13 @@ def _read_marker(directory: Path) -> dict[str, object] | None:
 
 
 def _write_marker(directory: Path, content: dict[str, object]) -> None:
-    partial = directory / (MARKER + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(directory / MARKER)
+    temporary = directory / (MARKER + ".partial")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(directory / MARKER)
 
 
 def _refuse_foreign_files(folders: list[Path], expected: set[str]) -> None:
-    """Folders without a marker are overwritten only if a micro-world that lost its marker may have filled them."""
+    """Raises `InputError` if the folders contain a file that no micro-world of this configuration has."""
     foreign = [file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.name not in expected]
     if foreign:
         raise InputError(f"{min(foreign)}: no part of a micro-world, and would be lost; name an empty folder")
@@ -223,21 +223,21 @@ def _write_videos(folder: Path, world: World, config: MicroWorldConfig) -> None:
 
 
 def title(values: list[int], rng: np.random.Generator) -> str:
-    """A caption of an item's factors in one of several wordings; not every wording tells all of them."""
+    """A caption of an item's factors in one of several wordings, some of which leave out factors."""
     colour, background, shape, count, motion, tempo = (
         names[value] for names, value in zip(FACTORS.values(), values, strict=True)
     )
-    things = f"{colour} {shape}" if count == "one" else f"{count} {colour} {shape}{'es' if shape == 'cross' else 's'}"
-    place = {"snow": "in the snow", "beach": "on the beach", "meadow": "on a meadow", "sea": "at sea"}.get(
+    subject = f"{colour} {shape}" if count == "one" else f"{count} {colour} {shape}{'es' if shape == 'cross' else 's'}"
+    setting = {"snow": "in the snow", "beach": "on the beach", "meadow": "on a meadow", "sea": "at sea"}.get(
         background, "at night" if background == "night" else "by the brick wall"
     )
     wordings = (
-        f"{things} {motion} {tempo} {place}",
-        f"{place}, {things}, {motion}",
-        f"you have to see this: {things} {place} # {shape} # {background}",
-        f"{motion} {tempo}, {place}: {things}",
-        f"what {things} do {place} # {colour} # {motion}",
-        f"{colour} is the colour of the day, {things} {place}, wait for the end",
+        f"{subject} {motion} {tempo} {setting}",
+        f"{setting}, {subject}, {motion}",
+        f"you have to see this: {subject} {setting} # {shape} # {background}",
+        f"{motion} {tempo}, {setting}: {subject}",
+        f"what {subject} do {setting} # {colour} # {motion}",
+        f"{colour} is the colour of the day, {subject} {setting}, wait for the end",
     )
     return wordings[rng.integers(len(wordings))].capitalize()
 

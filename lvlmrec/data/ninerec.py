@@ -22,69 +22,69 @@ BEHAVIOUR, PAIR, ITEM = "_behaviour.tsv", "_pair.csv", "_item.csv"
 
 
 def load(path: str) -> Dataset:
-    """The dataset of a behaviour or pair file, or of the folder that holds one; of both, behaviour. English titles.
+    """The dataset of a behaviour or pair file, or of the folder that holds one; of both, the behaviour file.
 
-    Raises `InputError`.
+    Titles are English where there are any, else Chinese. Raises `InputError`.
     """
     names = [file.uri for file in storage.list_files(path)] if storage.is_dir(path) else [path]
     has_behaviour = any(name.endswith(BEHAVIOUR) for name in names)
     file = files.find(path, (BEHAVIOUR,) if has_behaviour else (BEHAVIOUR, PAIR))
     interactions = sequences.read(file, "\t") if file.endswith(BEHAVIOUR) else _read_pairs(file)
-    beside = file.removesuffix(BEHAVIOUR).removesuffix(PAIR) + ITEM
-    if not storage.exists(beside):
+    item_file = file.removesuffix(BEHAVIOUR).removesuffix(PAIR) + ITEM
+    if not storage.exists(item_file):
         return Dataset(interactions, report=interactions.report)
-    titles, report = _read_titles(beside)
+    titles, report = _read_titles(item_file)
     report["items_without_title"] = sum(item_id not in titles for item_id in interactions.item_ids)
     return Dataset(interactions, titles, interactions.report | report)
 
 
 def _read_pairs(path: str) -> Interactions:
-    """Rows of a user, an item and a time, or none of them with a time."""
-    rows, broken, example = _rows(path)
-    timed = any(len(row) > 2 and row[2] for row in rows)
-    widths = (3,) if timed else (2, 3)
+    """Rows of user, item and time; a file without any time may have rows of user and item."""
+    rows, num_broken, example = _rows(path)
+    has_times = any(len(row) > 2 and row[2] for row in rows)
+    widths = (3,) if has_times else (2, 3)
     is_usable = np.array([len(row) in widths and all(row[:2]) for row in rows], dtype=bool)
-    stamps = None
-    if timed:
-        texts = [row[2] if good else None for row, good in zip(rows, is_usable, strict=True)]
-        stamps, readable = times.read(pa.chunked_array([pa.array(texts, pa.string())]), "timestamp", path)
+    timestamps = None
+    if has_times:
+        texts = [row[2] if is_good else None for row, is_good in zip(rows, is_usable, strict=True)]
+        timestamps, readable = times.read(pa.chunked_array([pa.array(texts, pa.string())]), "timestamp", path)
         is_usable &= readable
-        stamps = stamps[is_usable]
-    malformed = _check(path, rows, is_usable, broken, example, "user,item,timestamp")
-    usable = [row for row, good in zip(rows, is_usable, strict=True) if good]
+        timestamps = timestamps[is_usable]
+    malformed = _check(path, rows, is_usable, num_broken, example, "user,item,timestamp")
+    usable = [row for row, is_good in zip(rows, is_usable, strict=True) if is_good]
     user, item = (1, 0) if usable[0][0].startswith("v") and usable[0][1].startswith("u") else (0, 1)
     report = {"malformed_lines": malformed}
-    return from_columns([row[user] for row in usable], [row[item] for row in usable], stamps, report)
+    return from_columns([row[user] for row in usable], [row[item] for row in usable], timestamps, report)
 
 
 def _read_titles(path: str) -> tuple[dict[str, str], dict[str, int]]:
     """The English text of each item, else the Chinese one."""
-    rows, broken, example = _rows(path)
+    rows, num_broken, example = _rows(path)
     is_usable = np.array([len(row) == 3 and row[0] != "" for row in rows], dtype=bool)
-    malformed = _check(path, rows, is_usable, broken, example, "item,Chinese text,English text")
-    usable = [row for row, good in zip(rows, is_usable, strict=True) if good]
+    malformed = _check(path, rows, is_usable, num_broken, example, "item,Chinese text,English text")
+    usable = [row for row, is_good in zip(rows, is_usable, strict=True) if is_good]
     titles = {item: english or chinese for item, chinese, english in reversed(usable) if english or chinese}
     return titles, {"titles_malformed_lines": malformed}
 
 
 def _rows(path: str) -> tuple[list[list[str]], int, str]:
-    """The rows with whole quotes, how many lines are in none of them, and the first of these."""
+    """Rows without broken quotes, the number of lines that are in none of them, and the first of these lines."""
     text = text_file.decode(path, text_file.read_bytes(path))
-    rows, broken, example = [], 0, ""
+    rows, num_broken, example = [], 0, ""
     for line, lines, row in text_file.csv_rows(text):
         if row is None:
-            broken, example = broken + lines, example or text_file.show_line(text, line, lines)
+            num_broken, example = num_broken + lines, example or text_file.show_line(text, line, lines)
         elif any(cells := [cell.strip() for cell in row]):
             rows.append(cells)
-    return rows, broken, example
+    return rows, num_broken, example
 
 
 def _check(
-    path: str, rows: list[list[str]], is_usable: NDArray[np.bool_], broken: int, example: str, expected: str
+    path: str, rows: list[list[str]], is_usable: NDArray[np.bool_], num_broken: int, example: str, expected: str
 ) -> int:
-    """How many lines are malformed. Raises `InputError` if these are too many."""
-    malformed = broken + int((~is_usable).sum())
-    if malformed > broken:
+    """The number of malformed lines. Raises `InputError` if these are too many."""
+    malformed = num_broken + int((~is_usable).sum())
+    if malformed > num_broken:
         example = example or f"{rows[int(np.argmin(is_usable))]!r}"
-    text_file.check_malformed(path, malformed, len(rows) + broken, example, expected)
+    text_file.check_malformed(path, malformed, len(rows) + num_broken, example, expected)
     return malformed

@@ -2,7 +2,7 @@
 
 *.inter   tab-separated; header user_id:token, item_id:token and, if there is one, timestamp:float among others
 
-Nothing is in quotes. Every row is an interaction, whatever its rating.
+Fields are not quoted. Every row is an interaction, whatever its rating.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of whole histories: a line for each user, with the user's items oldest first."""
+"""Files with one history per line: a user and the user's items, oldest first."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from lvlmrec.tables import text_file
 
 
 def read(path: str, separator: str) -> Interactions:
-    """Lines of a user, `separator`, and the user's items separated by spaces; no header.
+    """Read lines of a user, `separator`, and the user's items separated by spaces, without header or quotes.
 
-    Where the separator is a space, tabs are as good. Quotes are characters as others.
-    A user on several lines gets all their items, in the order of the lines. Raises `InputError`.
+    `separator` is a tab or a space; instead of a space there may be tabs. A user on several lines has the items of all
+    of them, in the order of the lines. Raises `InputError`.
     """
     users: list[str] = []
     items: list[str] = []

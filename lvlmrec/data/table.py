@@ -1,4 +1,4 @@
-"""Any interaction table: CSV, TSV or Parquet with user_id, item_id and, if there is one, timestamp."""
+"""Any interaction table: CSV, TSV or Parquet with columns user_id, item_id and optionally timestamp."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENDINGS = (".csv", ".tsv", tables.PARQUET)
 
 
 def load(path: str) -> Dataset:
-    """The dataset of a table, with `<table>_titles.csv` beside it if it is there. Raises `InputError`.
+    """The dataset of a table, with titles of `<table>_titles.csv` beside it if there is one. Raises `InputError`.
 
     `path` is a file, a folder of the parts of one Parquet table, or a folder that holds exactly one file.
     """
@@ -35,17 +35,17 @@ def load(path: str) -> Dataset:
 
 def with_titles(interactions: Interactions, path: str, ending: str) -> Dataset:
     """The dataset of `interactions`, read from `path`, with the titles file beside it if there is one."""
-    beside = files.titles_beside(path, ending)
-    if beside is None:
+    titles_file = files.find_titles(path, ending)
+    if titles_file is None:
         return Dataset(interactions, {}, interactions.report)
-    titles, report = files.read_titles(beside)
+    titles, report = files.read_titles(titles_file)
     report["items_without_title"] = sum(item_id not in titles for item_id in interactions.item_ids)
     return Dataset(interactions, titles, interactions.report | report)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Users and items [N] str, sortable times [N] if there are some, and how many rows were malformed."""
+    """Users and items [N] str, sortable times [N] or None without any, and the number of malformed rows."""
 
     users: NDArray[np.object_]
     items: NDArray[np.object_]
@@ -62,9 +62,9 @@ def read(path: str, names: Sequence[str] = (USER_ID, ITEM_ID, TIMESTAMP), *, quo
 def read_columns(path: str, names: Sequence[str] = (USER_ID, ITEM_ID, TIMESTAMP), *, quoted: bool = True) -> Columns:
     """The rows of one table whose user, item and timestamp columns have these names.
 
-    `path` is a file, or the folder of the parts of a Parquet table; `quoted` says whether text is in quotes where it
-    begins with one. Timestamps are numbers of any one unit, ISO 8601 dates or Arrow's times. A row without user, item
-    or readable timestamp is malformed; more than 1 % of them is an `InputError`.
+    `path` is a file, or the folder of the parts of a Parquet table. `quoted`: text that begins with a quote is quoted.
+    Timestamps are numbers in one unit, ISO 8601 dates or Arrow's temporal types. A row without user, item or readable
+    timestamp is malformed; raises `InputError` if more than 1 % are.
     """
     rows = _rows(path, names, quoted)
     users, items = (rows.table[name] for name in names[:2])

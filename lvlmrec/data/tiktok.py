@@ -1,11 +1,11 @@
-"""TikTok as multimodal recommenders use it (DiffMM, https://arxiv.org/abs/2406.11781): published split, without times.
+"""TikTok as multimodal recommenders use it (DiffMM, https://arxiv.org/abs/2406.11781): its own split, no timestamps.
 
 train.tsv, validation.tsv, test.tsv   header user_id, item_id
 
 Ids count from 0, and row k of the feature arrays that come with these files is item k. The files are sorted by user and
-item, and the item held out of a user is always the one with the largest id. A model that read histories in the order
-of the file would learn the split from it (a Markov chain finds nearly twice as many targets), so the rows are read in
-an order that is drawn once, the same every time.
+item, and a user's held-out item is always the one with the largest id. A model that reads histories in the order of the
+file would learn the split from it (a Markov chain hits nearly twice as many targets), so the rows are shuffled, with a
+fixed seed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Timestamps of any kind as sortable numbers. Unit and origin do not matter, only the order."""
+"""Timestamps of any type as sortable numbers. Unit and origin do not matter, only the order."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lvlmrec.errors import InputError
 
 EARLIEST, LATEST = 631_152_000, 4_102_444_800  # 1990 and 2100, in seconds since 1970
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
-DATES_SHARE = 0.9  # of positive times, for a column to be one of dates
+DATES_SHARE = 0.9  # a column whose positive numbers are dates to this share at least is one of dates
 
 
 def read(column: pa.ChunkedArray, name: str, label: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Sortable times [N], and whether each could be read [N].
+    """Sortable times [N], and whether each could be read, bool [N].
 
-    Numbers of any one unit, ISO 8601 dates, and every temporal type of Arrow but intervals. Raises `InputError` on a
-    type that has no order in time, and as `check_units`.
+    Reads numbers in one unit, ISO 8601 dates, and every temporal type of Arrow but intervals. Raises `InputError` for
+    other types, and as `check_units`.
     """
     column = tables.plain(column)
     kind = column.type
@@ -44,10 +44,10 @@ def read(column: pa.ChunkedArray, name: str, label: str) -> tuple[NDArray[Any], 
 
 
 def check_units(times: NDArray[Any], name: str, label: str) -> None:
-    """Raises `InputError` when numbers are dates, some of them in one unit and some in another.
+    """Raises `InputError` when the numbers `times` [N] are dates in more than one unit.
 
-    They are dates where 90 % of those above 0 are one from 1990 to 2100 in seconds, milli-, micro- or nanoseconds.
-    These four ranges are far from each other, so ranks, counts and amounts fall between them too, and are no dates.
+    They are dates if 90 % of the positive ones lie between 1990 and 2100 in seconds, milli-, micro- or nanoseconds.
+    These four ranges are far apart, so ranks, counts and amounts also lie between them and are no dates.
     """
     if not len(times) or times.max() < 1000 * EARLIEST:
         return
@@ -65,7 +65,7 @@ def check_units(times: NDArray[Any], name: str, label: str) -> None:
 
 
 def _numbers(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Numbers and Arrow's times, as numbers; None for other types."""
+    """Numbers and Arrow's temporal types as numbers; None for other types."""
     kind = column.type
     if pa.types.is_decimal(kind):
         try:

@@ -11,7 +11,7 @@ import pytest
 from lvlmrec.baselines import BASELINES
 from lvlmrec.data import DatasetConfig, load, load_split
 from lvlmrec.data.interactions import Dataset, Interactions, from_columns
-from lvlmrec.data.split import given
+from lvlmrec.data.split import published_split
 from lvlmrec.errors import InputError
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_from_scores
@@ -263,7 +263,7 @@ def test_the_order_of_tiktoks_file_tells_of_the_split(real_data: Path) -> None:
     in_file = from_columns(users, items, parts=drawn.parts[order])
     found = []
     for data in (drawn, in_file):
-        split = given(data, min_interactions=1)
+        split = published_split(data, min_interactions=1)
         test = split.test()
         markov = BASELINES["markov"]().fit(split.training(), len(split.item_ids))
         ranks = [

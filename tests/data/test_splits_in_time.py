@@ -7,7 +7,7 @@ import pytest
 
 from lvlmrec.data import DatasetConfig, load, load_split
 from lvlmrec.data.interactions import TEST, TRAINING, VALIDATION, Interactions, from_columns, k_core
-from lvlmrec.data.split import SPLITS, Holdout, Split, given, global_time, leave_one_out, random
+from lvlmrec.data.split import SPLITS, Holdout, Split, global_time, leave_one_out, published_split, random
 from lvlmrec.errors import ConfigError, InputError
 
 # ten interactions: training ends at 8 (ties at 8 stay before it), validation at 9
@@ -155,7 +155,7 @@ PUBLISHED = [
 
 
 def test_as_published_by_hand() -> None:
-    found = given(published(PUBLISHED), max_length=1, min_interactions=1)
+    found = published_split(published(PUBLISHED), max_length=1, min_interactions=1)
     assert named(found, found.training()) == ["qr", "p", "v"]
     assert rows_of(found, found.validation()) == [("r", "t", "pqr"), ("r", "u", "pqr")]
     assert rows_of(found, found.test()) == [("u", "s", "pqrtu")]
