@@ -7,6 +7,7 @@ import pytest
 from lvlmrec.config import changed, describe, flatten, from_arguments, load, option, to_dict, variant
 from lvlmrec.errors import ConfigError
 from lvlmrec.extraction.settings import ExtractConfig
+from lvlmrec.runs.evaluating import EvaluateConfig
 from lvlmrec.runs.experiment import TrainConfig
 
 
@@ -88,7 +89,7 @@ def test_a_resolved_configuration_loads_to_itself() -> None:
         (["backbone.name=gru"], r"backbone\.name: 'gru' is not one of attention, recurrent"),
         (["dtype=int8"], r"dtype: 'int8' is not one of float16, float32"),
         (["backbone.heads=0"], r"backbone\.heads: 0 is below 1"),
-        (["backbone.heads=1e3"], r"backbone\.heads: Value '1e3'"),
+        (["backbone.heads=1e3"], r"^backbone\.heads: '1e3' is not a whole number$"),
         (["backbone=3"], r"backbone: 3 is not a group of keys"),
         (["taps=3"], r"taps"),
         (["=3"], r"argument '=3'"),
@@ -170,3 +171,72 @@ def test_a_layer_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").mkdir()
     with pytest.raises(ConfigError, match="not readable as YAML"):
         load(Config, [tmp_path / "a.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("taps[0]=llm.0", r"'taps\[0\]' is not a dotted key; a list is set as a whole: taps=\[a,b\]"),
+        ("layers[0]=3", r"'layers\[0\]' is not a dotted key"),
+        ("backbone.name[0]=x", r"'backbone.name\[0\]' is not a dotted key"),
+        ("taps.0=llm.0", r"taps: \{'0': 'llm.0'\} is not a list, as in taps=\[a,b\]"),
+        ("backbone.name={a: 1}", r"backbone.name: \{'a': 1\} is not one of attention, recurrent"),
+        ("taps=llm.0", r"taps: 'llm.0' is not a list, as in taps=\[a,b\]"),
+        ("backbone.heads=many", r"^backbone.heads: 'many' is not a whole number$"),
+        ("backbone.heads=1.5", r"^backbone.heads: 1.5 is not a whole number$"),
+        ("backbone.heads=null", r"^backbone.heads: null is not a whole number$"),
+        ("backbone.heads=[1]", r"^backbone.heads: \[1\] is not a whole number$"),
+        ("workspace={a: 1}", r"^workspace: \{'a': 1\} is not a text$"),
+        ("prompts=plain", r"^prompts: 'plain' is not a group of keys$"),
+        ("input=${input}", r"input: its reference \$\{...\} leads back to itself"),
+        ("input=${", r"argument 'input=\$\{': '\$\{' begins a reference to another key"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_in_plain_words(argument: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(Config, [], [argument])
+    assert "\n" not in str(caught.value) and "DictConfig" not in str(caught.value)
+
+
+def test_an_entry_of_another_kind_is_named_in_plain_words() -> None:
+    with pytest.raises(ConfigError, match=r"^ks\[1\]: 'ten' is not a whole number$"):
+        load(EvaluateConfig, [], ["ks=[10,ten]"])
+    with pytest.raises(ConfigError, match=r"^training.use_gpu: 'maybe' is not true or false$"):
+        load(TrainConfig, [], ["training.use_gpu=maybe"])
+    with pytest.raises(ConfigError, match=r"^training.lr: 'fast' is not a number$"):
+        load(TrainConfig, [{"training": {"lr": "fast"}}])
+
+
+@pytest.mark.parametrize("key", ["workspace", "dtype", "backbone.heads", "prompts.plain.text"])
+def test_what_is_still_to_come_is_no_value(key: str) -> None:
+    """OmegaConf takes ??? for it, and would silently give the default."""
+    with pytest.raises(ConfigError, match=rf"^{key}: '\?\?\?': \?\?\? is no value; give one"):
+        load(Config, [], [f"{key}=???"])
+    with pytest.raises(ConfigError, match=r"^taps: \['llm.0', '\?\?\?'\]: \?\?\? is no value"):
+        load(Config, [{"taps": ["llm.0", "???"]}])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("taps: &all [*all]\n", r"an anchor \(&name\) holds an alias of itself"),
+        ("backbone: &one\n  name: attention\n  more: *one\n", "holds an alias of itself"),
+        ("taps: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
+        ("dtype: float16\ntaps: []\ndtype: float32\n", "key 'dtype' is given twice, at line 1 and after"),
+        ("backbone:\n  heads: 2\n  heads: 3\n", "key 'heads' is given twice, at line 2"),
+        ("taps: [\n", "not readable as YAML: .*at line 2, column 1"),
+    ],
+)
+def test_a_layer_without_an_end_or_with_two_values_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "layer.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(Config, [tmp_path / "layer.yaml"])
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_alias_of_another_part_and_a_merged_mapping_are_read(tmp_path: Path) -> None:
+    (tmp_path / "layer.yaml").write_text(
+        "prompts:\n  one: &one {text: A}\n  two: *one\n  three:\n    <<: *one\n    text: B\n"
+    )
+    prompts = load(Config, [tmp_path / "layer.yaml"]).prompts
+    assert {name: prompt.text for name, prompt in prompts.items()} == {"one": "A", "two": "A", "three": "B"}

@@ -15,7 +15,6 @@ import dataclasses
 import difflib
 import math
 import operator
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,41 +22,26 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
+from lvlmrec.config.layers import CONF, parse_value, read_layer, split_override
 from lvlmrec.errors import ConfigError, one_line
 
+__all__ = ["CONF", "MAX_SEED", "changed", "check_gpus", "describe", "flatten", "from_arguments", "load", "option"]
+__all__ += ["to_dict", "variant", "with_uris"]
+
 T = TypeVar("T")
-CONF = Path(__file__).resolve().parent.parent / "conf"
 BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {  # of `option`: what holds, and what is said otherwise
     "minimum": (operator.ge, "is below"),
     "maximum": (operator.le, "is above"),
     "above": (operator.gt, "is not above"),
     "below": (operator.lt, "is not below"),
 }
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+MISSING = "???"  # OmegaConf's mark of a value that is still to come
 UNSET = (None, "")  # given on the command line: key=null, key=
 MAX_SEED = 2**32 - 1  # the largest that NumPy's older generators take
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML, but words that version 1.1 takes for dates, octal numbers, minutes or truth stay texts: 010, 12:30, yes."""
-
-
-_KINDS = {
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?(0|[1-9][0-9]*)",
-    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-}
-_Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] not in (*_KINDS, "timestamp")]
-    for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _kind, _pattern in _KINDS.items():
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list("tTfF-+.0123456789")
-    )
 
 
 def option(
@@ -107,7 +91,7 @@ def load(schema: type[T], layers: Sequence[str | Path | Mapping[str, Any]], over
     given = _given(layers, overrides)
     shape = _shape(schema, given, "")
     for override in overrides:
-        _keep_text(shape, given, *_split_override(override))
+        _keep_text(shape, given, *split_override(override))
     _check_keys(shape, given, "", shape)
     resolved = _merge(shape, _emptied(shape, given))
     _check_values(resolved, "")
@@ -119,18 +103,26 @@ def _given(layers: Sequence[str | Path | Mapping[str, Any]], overrides: Sequence
     raw = OmegaConf.create({})
     for layer in layers:
         with _named(f"layer {str(layer)!r}"):
-            raw = typing.cast(DictConfig, OmegaConf.merge(raw, _read_layer(layer)))
+            raw = typing.cast(DictConfig, OmegaConf.merge(raw, read_layer(layer)))
     for override in overrides:
-        key, text = _split_override(override)
+        key, text = split_override(override)
         with _named(f"argument {override!r}"):
-            OmegaConf.update(raw, key, _parse_value(text), merge=False, force_add=True)
-    return typing.cast(dict[str, Any], OmegaConf.to_container(raw))
+            OmegaConf.update(raw, key, parse_value(text), merge=False, force_add=True)
+    given = typing.cast(dict[str, Any], OmegaConf.to_container(raw))
+    for key, value in flatten(given):
+        if value == MISSING or (isinstance(value, list) and MISSING in value):
+            raise ConfigError(
+                f"{key}: {value!r}: {MISSING} is no value; give one, or leave the key out for its default"
+            )
+    return given
 
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
     try:
         yield
+    except GrammarParseError as error:
+        raise ConfigError(f"{what}: '${{' begins a reference to another key, such as ${{workspace}}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{what}: {_omegaconf_line(error)}") from error
 
@@ -198,47 +190,6 @@ def describe(schema: type) -> str:
     return "\n".join(lines)
 
 
-def _read_layer(layer: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(layer, Mapping):
-        return dict(layer)
-    path = Path(layer)
-    if not path.exists() and (CONF / path).exists():
-        path = CONF / path
-    if not path.exists():
-        choices = ", ".join(sorted(str(p.relative_to(CONF)) for p in CONF.rglob("*.yaml")))
-        raise ConfigError(f"layer {str(layer)!r}: no such file; layers of the project: {choices}")
-    try:
-        content = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"layer {str(layer)!r}: not readable as YAML: {_omegaconf_line(error)}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"layer {str(layer)!r}: holds a {type(content).__name__}, expected a mapping of keys")
-    return content
-
-
-def _split_override(override: str) -> tuple[str, str]:
-    key, _, text = override.partition("=")
-    if not key or key.startswith(".") or key.endswith(".") or ".." in key:
-        raise ConfigError(f"argument {override!r}: {key!r} is not a dotted key")
-    return key, text
-
-
-def _parse_value(text: str) -> Any:
-    """YAML, but a text that only looks like a mapping (`Describe: the video`) or a comment (`my #1`) stays a text."""
-    try:
-        value = yaml.load(text, _Loader) if text else ""
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str) and text[:1] not in "'\"":
-        return text
-    is_field = isinstance(value, dict) and value and all(part is None for part in value.values())  # {title}
-    if is_field or (isinstance(value, dict) and not text.lstrip().startswith("{")):
-        return text
-    return value
-
-
 def _keep_text(part: Any, given: Any, key: str, text: str) -> None:
     """Where `key` is one of texts, what looks like a number in it is the text that was written: `1.10`, `TRUE`."""
     name, _, rest = key.partition(".")
@@ -262,7 +213,7 @@ def _shape(schema: type, given: Any, prefix: str) -> Any:
         if "variants" in field.metadata:
             name = part.get("name", value.name) if isinstance(part, dict) else value.name
             table = field.metadata["variants"]
-            if name not in table:
+            if not isinstance(name, str) or name not in table:
                 raise ConfigError(f"{prefix}{field.name}.name: {name!r} is not one of {', '.join(sorted(table))}")
             replaced[field.name] = _shape(table[name], part, f"{prefix}{field.name}.")
         elif dataclasses.is_dataclass(value):
@@ -282,8 +233,11 @@ def _check_keys(shape: Any, given: Any, prefix: str, root: Any) -> None:
             close = _meant(str(key), path, prefix, names, [known for known, _ in flatten(dataclasses.asdict(root))])
             hint = f"did you mean {' or '.join(close[:3])}? " if close else ""
             raise ConfigError(f"{path}={value!r}: unknown key; {hint}choices: {', '.join(sorted(names))}")
-        if dataclasses.is_dataclass(getattr(shape, key)):
-            _check_keys(getattr(shape, key), value, f"{prefix}{key}.", root)
+        default = getattr(shape, key)
+        if dataclasses.is_dataclass(default):
+            _check_keys(default, value, f"{prefix}{key}.", root)
+        elif isinstance(default, list) and isinstance(value, dict):
+            raise ConfigError(f"{prefix}{key}: {value!r} is not a list, as in {prefix}{key}=[a,b]")
 
 
 def _meant(key: str, path: str, prefix: str, siblings: list[str], known: list[str]) -> list[str]:
@@ -315,7 +269,31 @@ def _merge(shape: Any, given: dict[str, Any]) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(base, given))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", "") or ""
-        raise ConfigError(f"{key}: {_omegaconf_line(getattr(error, 'msg', None) or error)}") from error
+        reason = None if isinstance(error, InterpolationResolutionError) else _wrong_kind(shape, given, key)
+        reason = reason or _omegaconf_line(getattr(error, "msg", None) or error)
+        reason = reason.replace("Recursive interpolation detected", "its reference ${...} leads back to itself")
+        raise ConfigError(f"{key}: {reason}") from error
+
+
+def _wrong_kind(shape: Any, given: Any, key: str) -> str | None:
+    """That the value of `key`, such as `training.lr` or `ks[0]`, is not of the kind of its field; None where it is."""
+    name, _, place = key.rstrip("]").partition("[")
+    *parts, last = name.split(".")
+    for part in parts:
+        if not dataclasses.is_dataclass(shape) or not isinstance(given, dict):
+            return None
+        shape, given = getattr(shape, part, None), given.get(part)
+    fields = dataclasses.fields(shape) if dataclasses.is_dataclass(shape) else ()
+    kinds = {
+        each.name: each.type.__name__ if each.type in (int, float, bool, str) else str(each.type) for each in fields
+    }
+    if last not in kinds or not isinstance(given, dict) or last not in given:
+        return None
+    kind, value = kinds[last], given[last]
+    if place.isdecimal() and isinstance(value, list):
+        kind, value = kind.removeprefix("list[").removesuffix("]"), value[int(place)]
+    expected = KINDS.get(kind) or (f"a list, as in {key}=[a,b]" if kind.startswith("list") else "a group of keys")
+    return f"{'null' if value is None else repr(value)} is not {expected}"
 
 
 def _check_values(config: Any, prefix: str) -> None:
