@@ -101,7 +101,7 @@ class FuzzedDecoder(IsolatedDecoder):
         """The outcome of one file, and a line about it."""
         try:
             request = {"path": os.fspath(path), "num_frames": NUM_FRAMES, "max_side": MAX_SIDE}
-            return self._ask(request, lambda answer, deadline: answer["outcome"], TIMEOUT_S), ""
+            return self._request(request, lambda answer, deadline: answer["outcome"], TIMEOUT_S), ""
         except VideoError as error:
             is_python = error.error == "decoder_died" and "exit status 1" in error.message
             return "exception" if is_python else error.error, error.message

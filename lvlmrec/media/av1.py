@@ -1,12 +1,12 @@
-"""What AV1 packets say of their frames without decoding: which frames each refers to, and where its bytes lie.
+"""What AV1 packets reveal of their frames without decoding: which frames each refers to, and where its bytes lie.
 
-A packet is a temporal unit: one frame that is shown and any number that only later ones refer to. What a frame's
-pictures depend on lies in the reference slots that its header names (references, motion vectors, probabilities,
-segmentation and film grain are all loaded from them), so the frames that a wanted one needs, directly or not, decode
-to the same pictures without the others.
+A packet is a temporal unit: one frame that is shown and any number that only later ones refer to. Everything that a
+frame depends on lies in the reference slots that its header names (references, motion vectors, probabilities,
+segmentation and film grain are all loaded from them). So a frame decodes to the same picture when only the frames that
+it refers to, directly or not, are decoded before it.
 
-Streams that use anything beyond that are not understood: sequence headers or metadata that change, key frames without
-a sequence header, key frames that are shown late, and what `av1_headers` names.
+Not supported are sequence headers or metadata that change, key frames without a sequence header, key frames that are
+shown late, and what `av1_headers` lists.
 
 Source: AV1 Bitstream & Decoding Process Specification, version 1.0.0 with errata 1: 5.9.2, 7.20, 7.21.
 """
@@ -17,17 +17,19 @@ from dataclasses import dataclass, replace
 
 import av
 
-from lvlmrec.media.av1_headers import FrameHeader, NotUnderstood, Sequence, frame_header, sequence_header, units_of
+from lvlmrec.media.av1_headers import FrameHeader, Sequence, UnsupportedStream, frame_header, sequence_header, units_of
 
 SEQUENCE, DELIMITER, FRAME_HEADER, TILES, METADATA, FRAME, PADDING = 1, 2, 3, 4, 5, 6, 15
 NUM_SLOTS = 8
 
-Fed = bool | tuple[tuple[int, int], ...]  # a packet is decoded, is not, or without these bytes (begin, end)
+Selection = (
+    bool | tuple[tuple[int, int], ...]
+)  # True: decode the packet; False: skip it; else decode it without these bytes (begin, end)
 
 
 @dataclass(frozen=True)
 class CodedFrame:
-    """One frame of a packet; or the showing of an earlier one, which is no frame to refer to.
+    """One frame of a packet, or a header that shows an earlier frame.
 
     number      position among the frames of the stream, in decode order
     begin, end  its bytes in the packet
@@ -53,10 +55,10 @@ class FrameReader:
         self.count = 0
 
     def __call__(self, data: bytes) -> tuple[CodedFrame, ...] | None:
-        """The frames of a packet; None where it is not understood: no later answer holds then."""
+        """The frames of a packet; None where the stream is not supported: later results are then meaningless."""
         try:
             return self._frames(data)
-        except NotUnderstood:
+        except UnsupportedStream:
             return None
 
     def _frames(self, data: bytes) -> tuple[CodedFrame, ...]:
@@ -69,7 +71,7 @@ class FrameReader:
                 frames[-1] = replace(frames[-1], end=end)
                 continue
             if num_tile_units == 0:
-                raise NotUnderstood
+                raise UnsupportedStream
             num_tile_units = None
             if kind in (SEQUENCE, METADATA) and not frames:
                 parameters += data[begin:end]
@@ -78,23 +80,23 @@ class FrameReader:
             elif kind in (FRAME, FRAME_HEADER) and self.sequence:
                 header = frame_header(data[payload:end], self.sequence)
                 if header.shows_existing and kind == FRAME:
-                    raise NotUnderstood
+                    raise UnsupportedStream
                 num_tile_units = 0 if kind == FRAME_HEADER and not header.shows_existing else None
-                frames.append(self._follow(header, begin, end))
+                frames.append(self._add_frame(header, begin, end))
             elif kind not in (DELIMITER, PADDING):
-                raise NotUnderstood
+                raise UnsupportedStream
         if num_tile_units == 0:
-            raise NotUnderstood
-        self._check(frames, parameters)
+            raise UnsupportedStream
+        self._check_packet(frames, parameters)
         return tuple(frames)
 
-    def _follow(self, header: FrameHeader, begin: int, end: int) -> CodedFrame:
-        """The frame of `header`, which then lies in the slots it refreshes."""
+    def _add_frame(self, header: FrameHeader, begin: int, end: int) -> CodedFrame:
+        """The frame of `header`; puts it into the slots that it refreshes."""
         if not self.slots and not header.is_key:
-            raise NotUnderstood
+            raise UnsupportedStream
         needs = frozenset(self.slots[slot] for slot in header.references)
         if header.shows_existing and needs & self.keys:
-            raise NotUnderstood  # a key frame that is shown late refreshes every slot
+            raise UnsupportedStream  # a key frame that is shown late refreshes every slot
         if not header.references and not header.is_key:
             needs = frozenset({max(self.keys)})  # intra-only: for the sequence header
         number = self.count
@@ -107,39 +109,39 @@ class FrameReader:
                 self.slots[slot] = number
         return CodedFrame(number, begin, end, header.is_key, header.is_shown, needs)
 
-    def _check(self, frames: list[CodedFrame], parameters: bytes) -> None:
+    def _check_packet(self, frames: list[CodedFrame], parameters: bytes) -> None:
         if [f.is_shown for f in frames] != [False] * (len(frames) - 1) + [True]:
-            raise NotUnderstood
+            raise UnsupportedStream
         if any(f.is_key for f in frames) != bool(parameters) or any(f.is_key for f in frames[1:]):
-            raise NotUnderstood  # decoding can begin at all key frames and the parameters are known to be in force
+            raise UnsupportedStream  # decoding must be able to begin at every key frame, with its parameters
         if parameters:
             self.parameters = self.parameters or parameters
             if parameters != self.parameters:
-                raise NotUnderstood
+                raise UnsupportedStream
 
 
-def packets_to_decode(packets: list[tuple[CodedFrame, ...]], wanted: list[int]) -> list[Fed]:
-    """What to decode of each packet so that the pictures of the packets `wanted` come out."""
+def packets_to_decode(packets: list[tuple[CodedFrame, ...]], wanted: list[int]) -> list[Selection]:
+    """What to decode of each packet so that the pictures of the packets at positions `wanted` come out."""
     targets = set(wanted)
-    needed: set[int] = set()
-    fed: list[Fed] = [False] * len(packets)
+    needed_frames: set[int] = set()
+    selections: list[Selection] = [False] * len(packets)
     for k in range(len(packets) - 1, -1, -1):
         for frame in reversed(packets[k]):
-            if frame.number in needed or (frame.is_shown and k in targets):
-                needed.add(frame.number)
-                needed |= frame.needs
-        left_out = tuple((f.begin, f.end) for f in packets[k] if f.number not in needed)
-        if len(left_out) < len(packets[k]):
-            fed[k] = left_out or True
-    return fed
+            if frame.number in needed_frames or (frame.is_shown and k in targets):
+                needed_frames.add(frame.number)
+                needed_frames |= frame.needs
+        skipped_ranges = tuple((f.begin, f.end) for f in packets[k] if f.number not in needed_frames)
+        if len(skipped_ranges) < len(packets[k]):
+            selections[k] = skipped_ranges or True
+    return selections
 
 
-def part_of(packet: av.Packet, fed: Fed) -> av.Packet:
-    """What `fed` leaves of the packet."""
-    if isinstance(fed, bool):
+def selected_part(packet: av.Packet, selection: Selection) -> av.Packet:
+    """The packet without the bytes that `selection` leaves out."""
+    if isinstance(selection, bool):
         return packet
     data = bytes(packet)
-    for begin, end in reversed(fed):
+    for begin, end in reversed(selection):
         data = data[:begin] + data[end:]
     part = av.Packet(data)
     part.pts, part.dts, part.duration, part.time_base = packet.pts, packet.dts, packet.duration, packet.time_base

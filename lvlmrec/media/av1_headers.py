@@ -1,8 +1,7 @@
-"""The beginning of AV1's headers: units of a packet, sequence header, frame header up to the references.
+"""AV1's headers: units of a packet, sequence header, frame header up to the references.
 
-Only the fields that say where the others lie are kept. What is not read here raises `NotUnderstood`: scalability, still
-pictures, S-frames, error resilience, frame ids, streams without order hints, references by order hint, hidden key
-frames.
+Only the fields that determine where others lie are kept. `UnsupportedStream` is raised for scalability, still pictures,
+S-frames, error resilience, frame ids, streams without order hints, references by order hint, and hidden key frames.
 
 Source: AV1 Bitstream & Decoding Process Specification, version 1.0.0 with errata 1, sections named below.
 """
@@ -13,17 +12,17 @@ from dataclasses import dataclass
 
 KEY, INTER, SWITCH = 0, 1, 3  # frame_type; 2 is intra-only
 NUM_REFERENCES = 7
-SELECT = 2  # of screen content tools, of integer motion vectors: each frame says
-HEADER_BYTES = 40  # more than a frame header takes up to its references
+SELECT = 2  # value of the fields screen_content_tools and integer_mv: each frame has its own
+HEADER_BYTES = 40  # more than a frame header has up to its references
 
 
-class NotUnderstood(Exception):
+class UnsupportedStream(Exception):
     """The stream uses something that is not read here, or is damaged."""
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """What a sequence header says of the layout of frame headers; bit widths are 0 where a field is absent."""
+    """The fields of a sequence header that determine the layout of frame headers; bit widths, 0 for absent fields."""
 
     has_decoder_model: bool
     presentation_time_bits: int
@@ -47,26 +46,26 @@ class FrameHeader:
 def units_of(data: bytes) -> list[tuple[int, int, int, int]]:
     """Kind, begin, begin of the payload and end of every unit (OBU)."""
     units = []
-    at = 0
-    while at < len(data):
-        head, begin = data[at], at
-        if head & 0b1000_0101:  # forbidden bit, extension (layers), reserved bit
-            raise NotUnderstood
-        at += 1
-        size = len(data) - at
-        if head & 0b10:
+    offset = 0
+    while offset < len(data):
+        header, begin = data[offset], offset
+        if header & 0b1000_0101:  # forbidden bit, extension (layers), reserved bit
+            raise UnsupportedStream
+        offset += 1
+        size = len(data) - offset
+        if header & 0b10:
             size = shift = 0
             while True:  # leb128
-                if at >= len(data) or shift > 28:
-                    raise NotUnderstood
-                size |= (data[at] & 0x7F) << shift
-                shift, at = shift + 7, at + 1
-                if not data[at - 1] & 0x80:
+                if offset >= len(data) or shift > 28:
+                    raise UnsupportedStream
+                size |= (data[offset] & 0x7F) << shift
+                shift, offset = shift + 7, offset + 1
+                if not data[offset - 1] & 0x80:
                     break
-        payload, at = at, at + size
-        if at > len(data):
-            raise NotUnderstood
-        units.append((head >> 3, begin, payload, at))
+        payload, offset = offset, offset + size
+        if offset > len(data):
+            raise UnsupportedStream
+        units.append((header >> 3, begin, payload, offset))
     return units
 
 
@@ -75,11 +74,11 @@ def sequence_header(data: bytes) -> Sequence:
     bits = _Bits(data)
     bits.read(3)  # profile
     if bits.read(2):  # still_picture, reduced_still_picture_header
-        raise NotUnderstood
+        raise UnsupportedStream
     has_model, delay_bits, removal_bits, presentation_bits = _timing(bits)
     has_display_delay = bits.read(1)
     if bits.read(5 + 12):  # one operating point, of all layers
-        raise NotUnderstood
+        raise UnsupportedStream
     if bits.read(5) > 7:  # level
         bits.read(1)
     if has_model and bits.read(1):
@@ -91,10 +90,10 @@ def sequence_header(data: bytes) -> Sequence:
     width_bits, height_bits = bits.read(4) + 1, bits.read(4) + 1
     bits.read(width_bits + height_bits)
     if bits.read(1):  # frame_id_numbers_present
-        raise NotUnderstood
+        raise UnsupportedStream
     bits.read(3 + 4)  # 128x128 ... intra edge filter; interintra ... dual filter
     if not bits.read(1):  # enable_order_hint
-        raise NotUnderstood
+        raise UnsupportedStream
     bits.read(2)
     screen_content_tools = SELECT if bits.read(1) else bits.read(1)
     integer_mv = SELECT
@@ -111,7 +110,7 @@ def sequence_header(data: bytes) -> Sequence:
 
 
 def _timing(bits: _Bits) -> tuple[bool, int, int, int]:
-    """timing_info, 5.5.3, and decoder_model_info, 5.5.4: is there a model; bits of delays, removal, presentation."""
+    """timing_info, 5.5.3, and decoder_model_info, 5.5.4: whether there is a model, and bit widths of its times."""
     if not bits.read(1):
         return False, 0, 0, 0
     bits.read(64)
@@ -131,7 +130,7 @@ def _skip_uvlc(bits: _Bits) -> None:
     while not bits.read(1):
         zeros += 1
     if zeros > 31:
-        raise NotUnderstood
+        raise UnsupportedStream
     bits.read(zeros)
 
 
@@ -143,13 +142,13 @@ def frame_header(data: bytes, sequence: Sequence) -> FrameHeader:
     kind, is_shown = bits.read(2), bool(bits.read(1))
     is_key = kind == KEY
     if kind == SWITCH or (is_key and not is_shown):
-        raise NotUnderstood
+        raise UnsupportedStream
     if is_shown:
         bits.read(sequence.presentation_time_bits)
     else:
         bits.read(1)  # showable
     if not is_key and bits.read(1):  # error_resilient_mode
-        raise NotUnderstood
+        raise UnsupportedStream
     bits.read(1)  # disable_cdf_update
     screen_content = bits.read(1) if sequence.screen_content_tools == SELECT else sequence.screen_content_tools
     if screen_content and sequence.integer_mv == SELECT:
@@ -165,17 +164,17 @@ def frame_header(data: bytes, sequence: Sequence) -> FrameHeader:
     references: tuple[int, ...] = ()
     if kind == INTER:
         if bits.read(1):  # frame_refs_short_signaling
-            raise NotUnderstood
+            raise UnsupportedStream
         references = tuple(bits.read(3) for _ in range(NUM_REFERENCES))
     return FrameHeader(False, is_key=False, is_shown=is_shown, refreshes=refreshes, references=references)
 
 
 class _Bits:
     def __init__(self, data: bytes) -> None:
-        self.value, self.left = int.from_bytes(data, "big"), 8 * len(data)
+        self.value, self.remaining = int.from_bytes(data, "big"), 8 * len(data)
 
     def read(self, count: int) -> int:
-        self.left -= count
-        if self.left < 0:
-            raise NotUnderstood
-        return self.value >> self.left & ((1 << count) - 1)
+        self.remaining -= count
+        if self.remaining < 0:
+            raise UnsupportedStream
+        return self.value >> self.remaining & ((1 << count) - 1)

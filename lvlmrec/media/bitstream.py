@@ -1,8 +1,8 @@
-"""What packets say of their pictures without decoding: where decoding can begin, what can be left out.
+"""What packets reveal of their pictures without decoding: where decoding can begin, and what can be skipped.
 
-H.264 and HEVC are read here, AV1 in `av1`. Key frame flags of containers are not enough. They also mark H.264 recovery
-points, from which decoding is only nearly right, and HEVC pictures "not used for reference" may still be used by higher
-temporal layers.
+H.264 and HEVC are read here, AV1 in `av1`. Key frame flags of containers do not suffice: they also mark H.264 recovery
+points, from which decoding is inexact, and HEVC pictures "not used for reference" may be used by higher temporal
+layers.
 
 Source: ITU-T H.264 (08/2021) 7.3.1, 7.4.1; H.265 (08/2021) 7.3.1, 7.4.2.2; ISO/IEC 14496-15 for length prefixes.
 """
@@ -14,15 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from lvlmrec.media.av1 import CodedFrame, Fed, FrameReader, packets_to_decode
+from lvlmrec.media.av1 import CodedFrame, FrameReader, Selection, packets_to_decode
 
 H264_SLICE, H264_IDR = 1, 5
 H264_PARAMETERS = frozenset({7, 8})
-H264_HARMLESS = frozenset({6, 9, 12})  # SEI, delimiter, filler
+H264_IGNORED = frozenset({6, 9, 12})  # SEI, delimiter, filler
 HEVC_IRAP = range(16, 22)
 HEVC_VCL = range(32)
 HEVC_PARAMETERS = frozenset({32, 33, 34})
-HEVC_HARMLESS = frozenset({35, 38, 39, 40, 62, 63})  # delimiter, filler, SEI, Dolby Vision
+HEVC_IGNORED = frozenset({35, 38, 39, 40, 62, 63})  # delimiter, filler, SEI, Dolby Vision
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Picture:
 
     is_start        decoding can begin here, and is exact for this picture and all that follow it in display order
     is_droppable    no picture of the same or a lower temporal layer refers to it
-    has_parameters  parameter sets travel with it
+    has_parameters  the packet contains parameter sets
     temporal_id     its temporal layer; 0 in H.264 and AV1
-    frames          AV1 only: what is coded in the packet, and what that refers to
+    frames          AV1 only: the frames coded in the packet
     """
 
     is_start: bool
@@ -47,12 +47,12 @@ PictureReader = Callable[[bytes], Picture | None]
 
 
 def picture_reader(codec: str, extradata: bytes | None) -> PictureReader | None:
-    """A function from a packet's bytes to its picture, None where FFmpeg's `codec` is not understood here.
+    """A function from a packet's bytes to its picture; None for an unsupported `codec`, as FFmpeg names it.
 
-    `extradata` is the configuration record of MP4 and Matroska, whose units carry their length (H.264, HEVC); the
-    decoder of AV1 heeds the sequence headers in packets only. The function is to be given all packets in order. It
-    returns None for a packet that does not hold exactly one whole picture, or holds anything else than pictures,
-    parameter sets, delimiters, filler and messages.
+    `extradata` is the configuration record of MP4 and Matroska, whose units are prefixed by their length (H.264, HEVC);
+    AV1's is not used, as its decoder only reads the sequence headers in packets. The function must be called with all
+    packets in order. It returns None for a packet that has not exactly one whole picture, or that has anything but
+    pictures, parameter sets, delimiters, filler and messages.
     """
     if codec == "libdav1d":
         read = FrameReader()
@@ -63,29 +63,30 @@ def picture_reader(codec: str, extradata: bytes | None) -> PictureReader | None:
     length_at = {"h264": 4, "hevc": 21}[codec]  # in the avcC, hvcC configuration record
     if extradata is None or len(extradata) <= length_at or extradata[0] != 1:
         return None
-    split = partial(_length_prefixed_heads, length_size=(extradata[length_at] & 3) + 1)
+    split = partial(_unit_heads, length_size=(extradata[length_at] & 3) + 1)
     return lambda data: parse(split(data))
 
 
 def trusted_pictures(pts: list[int | None], pictures: list[Picture | None], reorder_depth: int) -> list[Picture] | None:
-    """The pictures, where one packet is surely one frame of the output and pts order is output order; else None.
+    """The pictures, if each packet is one output frame and the output order is that of pts; else None.
 
-    pts and pictures in decode order; `reorder_depth` is what the decoder was told of the stream.
+    pts, pictures  of each packet, in decode order
+    reorder_depth  from the decoder's context
     """
-    known = [p for p in pictures if p is not None]
+    readable = [p for p in pictures if p is not None]
     times = [t for t in pts if t is not None]
-    if len(known) < len(pts) or len(set(times)) < len(pts):
+    if len(readable) < len(pts) or len(set(times)) < len(pts):
         return None
-    if not known[0].is_start or times[0] > min(times):
-        return None  # decoders drop pictures whose references came before the beginning
-    if known[0].frames:
+    if not readable[0].is_start or times[0] > min(times):
+        return None  # decoders drop pictures whose references precede the stream
+    if readable[0].frames:
         reorder_depth = 0  # AV1 shows frames in the order of packets
-    if any(p.has_parameters and not p.is_start for p in known):
+    if any(p.has_parameters and not p.is_start for p in readable):
         return None  # parameter sets in a packet that might be skipped
-    with_parameters = any(p.has_parameters for p in known)
-    top_layer = max(p.temporal_id for p in known)
+    with_parameters = any(p.has_parameters for p in readable)
+    top_layer = max(p.temporal_id for p in readable)
     earlier: list[int] = []
-    for time in times:  # FFmpeg's h264 decoder drops frames when the order is deeper than it knows
+    for time in times:  # FFmpeg's h264 decoder drops frames when reordering is deeper than `reorder_depth`
         insort(earlier, time)
         if len(earlier) > reorder_depth and time < earlier[-1 - reorder_depth]:
             return None
@@ -95,15 +96,17 @@ def trusted_pictures(pts: list[int | None], pictures: list[Picture | None], reor
             is_start=p.is_start and p.has_parameters == with_parameters,
             is_droppable=p.is_droppable and p.temporal_id == top_layer,
         )
-        for p in known
+        for p in readable
     ]
 
 
-def decode_plan(pts: list[int | None], pictures: list[Picture], wanted: list[int]) -> tuple[list[Fed], frozenset[int]]:
-    """Which packets to decode, or which part of them, and before which of them to begin anew.
+def decode_plan(
+    pts: list[int | None], pictures: list[Picture], wanted: list[int]
+) -> tuple[list[Selection], frozenset[int]]:
+    """What to decode of each packet so that the pictures `wanted` come out, and before which packets to flush.
 
-    A wanted picture that precedes a start in display order, though it follows in decode order, refers to pictures
-    before that start: its decoding begins one start earlier.
+    A wanted picture that follows a start in decode order but precedes it in display order refers to pictures before
+    that start, so its decoding begins one start earlier.
     """
     if pictures[0].frames:
         return packets_to_decode([picture.frames for picture in pictures], wanted), frozenset()
@@ -112,17 +115,17 @@ def decode_plan(pts: list[int | None], pictures: list[Picture], wanted: list[int
     for target in wanted:
         usable = (k for k in reversed(starts) if k <= target and (pts[k] or 0) <= (pts[target] or 0))
         spans.append((next(usable, 0), target))
-    feed: list[Fed] = [False] * len(pts)
+    selections: list[Selection] = [False] * len(pts)
     restarts, end = set(), -1
     for begin, target in sorted(spans):
         if begin > end + 1:
             restarts.add(begin)
         for k in range(max(begin, end + 1), target + 1):
-            feed[k] = not pictures[k].is_droppable
+            selections[k] = not pictures[k].is_droppable
         end = max(end, target)
     for target in wanted:
-        feed[target] = True
-    return feed, frozenset(restarts)
+        selections[target] = True
+    return selections, frozenset(restarts)
 
 
 def _av1_picture(frames: tuple[CodedFrame, ...] | None) -> Picture | None:
@@ -132,15 +135,15 @@ def _av1_picture(frames: tuple[CodedFrame, ...] | None) -> Picture | None:
     return Picture(is_start=is_key, is_droppable=False, has_parameters=is_key, temporal_id=0, frames=frames)
 
 
-def _length_prefixed_heads(data: bytes, length_size: int) -> list[bytes]:
-    """The first three bytes of every unit behind its length; nothing if the lengths do not add up."""
+def _unit_heads(data: bytes, length_size: int) -> list[bytes]:
+    """The first three bytes of every length-prefixed unit; empty if the lengths do not add up."""
     heads = []
-    at = 0
-    while at < len(data):
-        begin = at + length_size
+    offset = 0
+    while offset < len(data):
+        begin = offset + length_size
         heads.append(data[begin : begin + 3])
-        at = begin + int.from_bytes(data[at:begin], "big")
-    return heads if at == len(data) else []
+        offset = begin + int.from_bytes(data[offset:begin], "big")
+    return heads if offset == len(data) else []
 
 
 def _h264_picture(heads: list[bytes]) -> Picture | None:
@@ -153,7 +156,7 @@ def _h264_picture(heads: list[bytes]) -> Picture | None:
             is_reference |= bool(head[0] & 0x60)
         elif kind in H264_PARAMETERS:
             has_parameters = True
-        elif kind not in H264_HARMLESS:
+        elif kind not in H264_IGNORED:
             return None
     if first_slices != 1:
         return None
@@ -173,7 +176,7 @@ def _hevc_picture(heads: list[bytes]) -> Picture | None:
             temporal_id = (head[1] & 7) - 1
         elif kind in HEVC_PARAMETERS:
             has_parameters = True
-        elif kind not in HEVC_HARMLESS:
+        elif kind not in HEVC_IGNORED:
             return None
     if first_slices != 1:
         return None

@@ -1,4 +1,4 @@
-"""Video files through PyAV: opening, demuxing, decoding, every fault by name."""
+"""Video files through PyAV: opening, demuxing, decoding, every error as a `VideoError`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from lvlmrec.errors import one_line
-from lvlmrec.media.av1 import Fed, part_of
-from lvlmrec.media.truncation import promised_size
+from lvlmrec.media.av1 import Selection, selected_part
+from lvlmrec.media.truncation import declared_size
 
 PYAV_ERRORS = (av.FFmpegError, ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
 
 
 class VideoError(Exception):
-    """One video could not be read.
+    """A video could not be read.
 
-    stage    open, probe (which stream), demux, decode, convert or encode
+    stage    open, probe (choice of the stream), demux, decode, convert or encode
     error    a short stable reason: not_found, unreadable, not_a_video, no_video_stream, no_decoder, no_frames,
              encrypted, too_long, truncated, demux_failed, decode_failed, convert_failed, encode_failed, out_of_memory,
              timeout, decoder_died
@@ -33,7 +33,7 @@ class VideoError(Exception):
     """
 
     def __init__(self, stage: str, error: str, message: str) -> None:
-        super().__init__(stage, error, message)  # all of them, so that it can be pickled
+        super().__init__(stage, error, message)  # all of them, or it could not be unpickled
         self.stage, self.error, self.message = stage, error, message
 
     def __str__(self) -> str:
@@ -41,10 +41,10 @@ class VideoError(Exception):
 
 
 @contextmanager
-def faults_named(stage: str) -> Iterator[None]:
-    """Turns whatever PyAV raises into a `VideoError`.
+def video_errors(stage: str) -> Iterator[None]:
+    """Turns every exception of PyAV into a `VideoError` of this stage.
 
-    FFmpeg's error numbers arrive as exceptions of many kinds: a decoder's AVERROR(EACCES) is a PermissionError.
+    FFmpeg's error codes become exceptions of many types: a decoder's AVERROR(EACCES) is a PermissionError.
     """
     try:
         yield
@@ -60,13 +60,13 @@ def faults_named(stage: str) -> Iterator[None]:
 @contextmanager
 def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container at `path` and its best video stream. Raises `VideoError`."""
-    with faults_named("open"):
-        if "\0" in os.fspath(path):  # for FFmpeg the name of another file
+    with video_errors("open"):
+        if "\0" in os.fspath(path):  # FFmpeg would open the file whose name ends there
             raise FileNotFoundError(f"no name of a file: {os.fspath(path)!r}")
-        # a playlist or a name with a colon in it must not reach the network
+        # a playlist, or a name with a colon, must not make requests over the network
         options = {"protocol_whitelist": "file"}
         container = av.open(f"file:{os.fspath(path)}", options=options, metadata_errors="replace")
-        if container.format.name == "image2":  # a picture's name with % or ? was taken for the pattern of many names
+        if container.format.name == "image2":  # a picture whose name has % or ? is read as a pattern
             container.close()
             picture = io.BytesIO(Path(path).read_bytes())
             container = av.open(picture, mode="r", metadata_errors="replace")
@@ -76,50 +76,52 @@ def open_video(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]
             raise VideoError("probe", "no_video_stream", "no video stream, cover pictures aside")
         if stream.codec_context is None:
             raise VideoError("probe", "no_decoder", "this FFmpeg has no decoder for the video stream")
-        with faults_named("open"):
-            promised = promised_size(path, container.format.name)
-        if promised > container.size:
-            message = f"the file has {container.size} of the {promised} bytes that its container tells of"
+        with video_errors("open"):
+            declared = declared_size(path, container.format.name)
+        if declared > container.size:
+            message = f"the file has {container.size} of the {declared} bytes that its container tells of"
             raise VideoError("demux", "truncated", message)
         yield container, cast(VideoStream, stream)
 
 
 def demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
     """The packets of a stream in decode order. Raises `VideoError`."""
-    is_cut = False
-    with faults_named("demux"):
+    last_is_corrupt = False
+    with video_errors("demux"):
         for packet in container.demux(stream):
-            if packet.size:  # an empty one would end the decoder's stream
-                is_cut = packet.is_corrupt
+            if packet.size:  # an empty packet would end the decoder's stream
+                last_is_corrupt = packet.is_corrupt
                 yield packet
-    if is_cut and container.format.name == "flv":  # many a decoder conceals what is missing
+    if last_is_corrupt and container.format.name == "flv":  # many decoders conceal a missing end
         raise VideoError("demux", "truncated", "the file ends within a frame")
 
 
 def decode_frames(
     stream: VideoStream,
     packets: Iterable[av.Packet],
-    feed: Sequence[Fed] | None = None,
+    selections: Sequence[Selection] | None = None,
     restarts: frozenset[int] = frozenset(),
 ) -> Iterator[VideoFrame]:
-    """Frames in output order, of the packets that `feed` names (all without it), begun anew before `restarts`.
+    """Frames in output order. Decodes in one thread. Raises `VideoError`.
 
-    `packets` are all of the stream's. Decodes in one thread. Raises `VideoError`.
+    packets     all packets of the stream, in decode order
+    selections  what to decode of each packet; None: everything
+    restarts    positions of packets before which the decoder is flushed
     """
     context = stream.codec_context
     context.thread_count = 1
-    last = max(k for k, is_fed in enumerate(feed) if is_fed) if feed else -1
+    last = max(k for k, selected in enumerate(selections) if selected) if selections else -1
     for k, packet in enumerate(packets):
-        if feed is not None and k > last:
+        if selections is not None and k > last:
             break
-        fed = feed[k] if feed is not None else True
-        if not fed and k not in restarts:
+        selection = selections[k] if selections is not None else True
+        if not selection and k not in restarts:
             continue
-        with faults_named("decode"):
+        with video_errors("decode"):
             if k in restarts:
                 yield from context.decode(None)
                 context.flush_buffers()
-            if fed:
-                yield from context.decode(part_of(packet, fed))
-    with faults_named("decode"):
+            if selection:
+                yield from context.decode(selected_part(packet, selection))
+    with video_errors("decode"):
         yield from context.decode(None)

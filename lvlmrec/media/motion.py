@@ -1,15 +1,15 @@
 """Key frames and motion vectors of a video, as Video-LaVIT (https://arxiv.org/abs/2402.03161) reads them.
 
-The video is encoded again as MPEG-4 part 2 at 6 frames per second, one I frame and eleven P frames in turn, and its
-motion is what that encoder found: one vector for each block of 16 x 16 pixels. A clip is the picture of an I frame and
-the vectors of the 24 frames (4 seconds) that begin there. All of it runs in this process: no ffmpeg program, and no
-file but a nameless temporary one where the encoded stream outgrows memory.
+The video is encoded again as MPEG-4 part 2 at 6 frames per second, each I frame followed by eleven P frames. Its motion
+is that encoder's motion vectors, one for each block of 16 x 16 pixels. A clip is the picture of an I frame and the
+vectors of the 24 frames (4 seconds) from there on. All of it runs in this process, without the ffmpeg program; a long
+encoded stream goes to a temporary file.
 
-The vectors are those of libavcodec's encoder and change with its version: `ENCODER` belongs into the name of whatever
-is computed from them. It runs in one thread, as its stream depends on the number of threads too. Every frame is placed
-on the time line of its container, turned upright and, if it differs, scaled to the size of the first.
+The vectors change with the version of libavcodec's encoder: `ENCODER` must be part of the name of everything computed
+from them. The encoder runs in one thread, as the stream depends on the number of threads too. Frames are timed by the
+container, turned upright and scaled to the size of the first.
 
-Legend: N clips, T frames of a clip, H x W pixels, R x C blocks of a frame.
+Shapes: N clips, T frames of a clip, H x W pixels, R x C blocks of a frame.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from PIL import Image
 
-from lvlmrec.media.file import VideoError, decode_frames, demux, faults_named, open_video
+from lvlmrec.media.file import VideoError, decode_frames, demux, open_video, video_errors
 from lvlmrec.media.orientation import geometry_of
 from lvlmrec.media.sampling import DEFAULT_FPS
 
@@ -35,28 +35,28 @@ GROUP = 12  # frames from one I frame to the next
 BITS_PER_SECOND = 8_000_000
 CLIP_FRAMES = 24
 BLOCK = 16  # pixels
-MAX_CLIPS = 16  # as the published code runs for understanding
-MAX_SECONDS = 3600  # a damaged timestamp can claim years, and every sixth of a second of them would be encoded
-STREAM_MEMORY_BYTES = 64 * 2**20  # of the encoded stream; the rest of it goes to a temporary file
+MAX_CLIPS = 16  # as in the published code for understanding tasks
+MAX_SECONDS = 3600  # of a video; a damaged timestamp can be years ahead, and frames for all of them would be encoded
+STREAM_MEMORY_BYTES = 64 * 2**20  # of the encoded stream; a longer one goes to a temporary file
 
-# Mean 0. Shares of the frame's width and height by which a block moves; the published code divides both by 10.
+# Standard deviation of a block's motion (x, y), in shares of width and height; the published code divides by 10 too.
 MOTION_STD = np.array([0.0993703, 0.1130276]) / 10
 MAP_SIZE = (20, 36)
 KEYFRAME_SIZE = 224
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-CUBIC = -0.75  # torch's a of the cubic convolution kernel
+CUBIC = -0.75  # coefficient a of the cubic convolution kernel, as in torch
 
 ENCODER = f"libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))} mpeg4"
 
 
 @dataclass(frozen=True)
 class MotionClips:
-    """What Video-LaVIT sees of one video.
+    """The input of Video-LaVIT for one video.
 
     keyframes   uint8 [N, 224, 224, 3], RGB, the aspect ratio not kept
     motion      float32 [N, 2, 24, 20, 36], x then y, in standard deviations
-    starts      int64 [N], the frame at 6 per second with which each clip begins
-    num_frames  frames that the video has at 6 per second
+    starts      int64 [N], first frame of each clip, counted at 6 per second
+    num_frames  number of frames of the video at 6 per second
     """
 
     keyframes: np.ndarray
@@ -68,7 +68,7 @@ class MotionClips:
 def motion_clips(path: str | Path, max_clips: int = MAX_CLIPS) -> MotionClips:
     """Up to `max_clips` clips of the video at `path`. Raises `VideoError`.
 
-    Memory holds one frame, the chosen clips' vectors and 64 MiB of the encoded stream.
+    Keeps one frame, the chosen clips' vectors and up to 64 MiB of the encoded stream in memory.
     """
     with tempfile.SpooledTemporaryFile(max_size=STREAM_MEMORY_BYTES) as stream:
         is_start = encode(path, stream)
@@ -94,14 +94,14 @@ def motion_clips(path: str | Path, max_clips: int = MAX_CLIPS) -> MotionClips:
 
 
 def normalise_keyframes(keyframes_NHW3: np.ndarray) -> np.ndarray:
-    """float32 [N, 3, H, W]: key frames as the vision tower reads them, by CLIP's mean and standard deviation."""
-    shares = keyframes_NHW3.astype(np.float32) / np.float32(255)
-    normal = (shares - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
+    """Key frames uint8 [N, H, W, 3] normalised by CLIP's mean and standard deviation, float32 [N, 3, H, W]."""
+    scaled = keyframes_NHW3.astype(np.float32) / np.float32(255)
+    normal = (scaled - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
     return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
 
 
 def encode(path: str | Path, stream: IO[bytes]) -> list[bool]:
-    """Writes the video at `path` into `stream` as MPEG-4 part 2; whether each of its frames is an I frame.
+    """Encode the video at `path` into `stream` as MPEG-4 part 2; returns for each frame whether it is an I frame.
 
     Raises `VideoError`.
     """
@@ -111,14 +111,14 @@ def encode(path: str | Path, stream: IO[bytes]) -> list[bool]:
         for frame in _frames_at_rate(path):
             if len(is_start) >= MAX_SECONDS * FPS:
                 raise VideoError("encode", "too_long", f"the video is longer than {MAX_SECONDS} seconds")
-            with faults_named("encode"):
+            with video_errors("encode"):
                 encoder = encoder or _add_encoder(container, frame)
                 packets = encoder.encode(frame)
                 is_start += [packet.is_keyframe for packet in packets]
                 container.mux(packets)
         if encoder is None:
             raise VideoError("decode", "no_frames", "the video is empty or shorter than a twelfth of a second")
-        with faults_named("encode"):
+        with video_errors("encode"):
             packets = encoder.encode()
             is_start += [packet.is_keyframe for packet in packets]
             container.mux(packets)
@@ -127,7 +127,7 @@ def encode(path: str | Path, stream: IO[bytes]) -> list[bool]:
 
 def decode(stream: IO[bytes]) -> Iterator[VideoFrame]:
     """The frames of a stream that `encode` wrote, with their motion vectors. Raises `VideoError`."""
-    with faults_named("open"):
+    with video_errors("open"):
         container = av.open(stream, "r", format="m4v")
     with container:
         video = container.streams.video[0]
@@ -136,26 +136,29 @@ def decode(stream: IO[bytes]) -> Iterator[VideoFrame]:
 
 
 def block_vectors(frame: VideoFrame) -> np.ndarray:
-    """float32 [R, C, 2]: where the content of each block came from, x and y, in standard deviations of `MOTION_STD`.
+    """The motion vector (x, y) of each block, in standard deviations `MOTION_STD`, float32 [R, C, 2].
 
-    0 for blocks without a vector: intra coded ones, and all of an I frame.
+    0 for blocks without a vector: intra-coded ones, and all of an I frame.
     """
     grid_RC2 = np.zeros((-(-frame.height // BLOCK), -(-frame.width // BLOCK), 2), np.float32)
     side_data: Any = frame.side_data.get("MOTION_VECTORS")
     if side_data is not None:
-        found = side_data.to_ndarray()
-        pixels = [found["source"] * found[axis] / found["motion_scale"] for axis in ("motion_x", "motion_y")]
-        shares = np.stack(pixels, axis=-1) / (frame.width, frame.height)
-        grid_RC2[found["dst_y"] // BLOCK, found["dst_x"] // BLOCK] = shares / MOTION_STD
+        motion_vectors = side_data.to_ndarray()
+        pixels = [
+            motion_vectors["source"] * motion_vectors[axis] / motion_vectors["motion_scale"]
+            for axis in ("motion_x", "motion_y")
+        ]
+        scaled = np.stack(pixels, axis=-1) / (frame.width, frame.height)
+        grid_RC2[motion_vectors["dst_y"] // BLOCK, motion_vectors["dst_x"] // BLOCK] = scaled / MOTION_STD
     return grid_RC2
 
 
 def choose_starts(is_start: list[bool], max_clips: int) -> list[int]:
-    """The frames with which clips begin, given whether each frame is an I frame; at most `max_clips`, all different.
+    """First frames of the clips, at most `max_clips`, all different; is_start: whether each frame is an I frame.
 
-    I frames with a whole group behind them and 24 frames left; where fewer than two such are left, all I frames. Of
-    these every second one without the first, thinned out evenly (transform.py, LaVITEvalVideoProcessor, of
-    https://github.com/jy0205/LaVIT).
+    Candidates are the I frames with a whole group after them and 24 frames to the end; if there are fewer than two of
+    these, all I frames. Of the candidates every second one from the second on is chosen, and these are thinned out
+    evenly (transform.py, LaVITEvalVideoProcessor, of https://github.com/jy0205/LaVIT).
     """
     starts = np.flatnonzero(is_start)
     whole = starts[:-1][np.diff(starts) == GROUP] if len(starts) > 1 else starts
@@ -169,21 +172,23 @@ def choose_starts(is_start: list[bool], max_clips: int) -> list[int]:
 
 
 def motion_map(vectors_TRC2: Iterable[np.ndarray]) -> np.ndarray:
-    """float32 [2, 24, 20, 36]: a clip's vectors (block vectors of at most 24 frames) at the size of the tokeniser.
+    """Block vectors [R, C, 2] of a clip's frames, at most 24, resized for the tokeniser: float32 [2, 24, 20, 36].
 
-    Frames that are missing at the end do not move. The I frame in the middle moves as its neighbours do on average.
-    The resize is torch's bicubic one without antialiasing.
+    Missing frames at the end have zero motion. The I frame in the middle has the mean motion of its neighbours. Resized
+    as by torch's bicubic interpolation without antialiasing.
     """
     grid_TRC2 = np.stack(list(vectors_TRC2))
     missing = CLIP_FRAMES - len(grid_TRC2)
     grid_TRC2 = np.concatenate([grid_TRC2, np.zeros((missing, *grid_TRC2.shape[1:]), np.float32)])
     grid_TRC2[GROUP] = (grid_TRC2[GROUP - 1] + grid_TRC2[GROUP + 1]) / 2
-    rows, columns = (_cubic_weights(size, wanted) for size, wanted in zip(grid_TRC2.shape[1:3], MAP_SIZE, strict=True))
+    rows, columns = (
+        _cubic_weights(size, target_size) for size, target_size in zip(grid_TRC2.shape[1:3], MAP_SIZE, strict=True)
+    )
     return np.einsum("hr,wc,trcx->xthw", rows, columns, grid_TRC2, optimize=True).astype(np.float32)
 
 
 def _frames_at_rate(path: str | Path) -> Iterator[VideoFrame]:
-    """The upright frames of a video at 6 per second, yuv420p: FFmpeg's fps filter on the container's time line."""
+    """The upright frames of a video at 6 per second, yuv420p, by FFmpeg's fps filter on the container's timestamps."""
     filters = None
     with open_video(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate or Fraction(DEFAULT_FPS)
@@ -200,28 +205,32 @@ def _frames_at_rate(path: str | Path) -> Iterator[VideoFrame]:
 
 
 class _Filters:
-    """FFmpeg's filters from the frames of one video to those that are encoded."""
+    """FFmpeg's filters that turn decoded frames of one video into those to be encoded."""
 
     def __init__(self, first: VideoFrame, time_base: Fraction) -> None:
         self._size, self._format, self._time_base = (first.width, first.height), first.format.name, time_base
         geometry = geometry_of(first, max(first.width, first.height))
-        # transpose=0 mirrors at the main diagonal
-        turns = [("transpose", "0", geometry.transpose), ("hflip", "", geometry.flip_x), ("vflip", "", geometry.flip_y)]
-        with faults_named("convert"):
+        # transpose=0 transposes, without a rotation
+        transforms = [
+            ("transpose", "0", geometry.transpose),
+            ("hflip", "", geometry.flip_x),
+            ("vflip", "", geometry.flip_y),
+        ]
+        with video_errors("convert"):
             self._graph = av.filter.Graph()
             self._graph.link_nodes(
                 self._graph.add_buffer(
                     width=first.width, height=first.height, format=first.format, time_base=time_base
                 ),
                 self._graph.add("fps", f"fps={FPS}"),
-                *(self._graph.add(name, arguments) for name, arguments, is_needed in turns if is_needed),
+                *(self._graph.add(name, arguments) for name, arguments, is_used in transforms if is_used),
                 self._graph.add("format", "pix_fmts=yuv420p"),
                 self._graph.add("buffersink"),
             ).configure()
 
     def push(self, frame: VideoFrame, pts: int) -> Iterator[VideoFrame]:
-        """The frames that are complete once `frame`, shown at `pts`, is known."""
-        with faults_named("convert"):
+        """Add a frame with this timestamp; yields the output frames that it completes."""
+        with video_errors("convert"):
             if (frame.width, frame.height, frame.format.name) != (*self._size, self._format):
                 frame = frame.reformat(*self._size, format=self._format)
             frame.pts, frame.time_base = pts, self._time_base
@@ -229,20 +238,20 @@ class _Filters:
         yield from self._pull()
 
     def finish(self) -> Iterator[VideoFrame]:
-        """The frames that were waiting for the end of the video."""
-        with faults_named("convert"):
+        """End the video; yields the last output frames."""
+        with video_errors("convert"):
             self._graph.vpush(None)
         yield from self._pull()
 
     def _pull(self) -> Iterator[VideoFrame]:
         while True:
-            with faults_named("convert"):
+            with video_errors("convert"):
                 try:
                     frame = self._graph.vpull()
                 except (av.BlockingIOError, av.EOFError):
                     return
             assert isinstance(frame, VideoFrame)
-            frame.pict_type = 0  # the source's would tell the encoder what to make of it
+            frame.pict_type = 0  # else the encoder would use the source's picture type
             yield frame
 
 
@@ -256,20 +265,20 @@ def _add_encoder(container: Any, frame: VideoFrame) -> Any:
 
 
 def _keyframe(frame: VideoFrame) -> np.ndarray:
-    """uint8 [224, 224, 3]"""
-    with faults_named("convert"):
+    """A frame as RGB uint8 [224, 224, 3], resized without keeping the aspect ratio."""
+    with video_errors("convert"):
         picture = Image.fromarray(frame.to_ndarray(format="rgb24", threads=1))
         return np.asarray(picture.resize((KEYFRAME_SIZE, KEYFRAME_SIZE), Image.Resampling.BICUBIC))
 
 
-def _cubic_weights(size: int, wanted: int) -> np.ndarray:
-    """float64 [wanted, size]: bicubic interpolation along one axis, corners not aligned, borders repeated."""
-    centres = (np.arange(wanted) + 0.5) * size / wanted - 0.5
-    weights = np.zeros((wanted, size))
+def _cubic_weights(size: int, target_size: int) -> np.ndarray:
+    """Bicubic interpolation along one axis, float64 [target_size, size]; corners not aligned, borders repeated."""
+    centres = (np.arange(target_size) + 0.5) * size / target_size - 0.5
+    weights = np.zeros((target_size, size))
     for offset in (-1, 0, 1, 2):
         taps = np.floor(centres) + offset
         x = np.abs(centres - taps)
         inner = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
         outer = ((CUBIC * x - 5 * CUBIC) * x + 8 * CUBIC) * x - 4 * CUBIC
-        np.add.at(weights, (np.arange(wanted), taps.astype(int).clip(0, size - 1)), np.where(x <= 1, inner, outer))
+        np.add.at(weights, (np.arange(target_size), taps.astype(int).clip(0, size - 1)), np.where(x <= 1, inner, outer))
     return weights

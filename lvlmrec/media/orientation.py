@@ -1,4 +1,4 @@
-"""How the pictures of a file become upright: from the decoder's display matrix, or from EXIF where there is none."""
+"""Orientation of the pictures of a file: from the decoder's display matrix, or from EXIF where there is none."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ EXIF_MATRICES: dict[int, Matrix] = {
 }
 
 
-def _kind_of_side_data(cls: type[Enum], value: object) -> Any:
-    """A member for a kind of side data that FFmpeg has and PyAV's list lacks, lest a frame with it be an error."""
+def _unknown_side_data(cls: type[Enum], value: object) -> Any:
+    """An enum member for a kind of side data that PyAV does not know; without it such a frame is an error."""
     if not isinstance(value, int):
         return None
     member = object.__new__(cls)
@@ -37,12 +37,12 @@ def _kind_of_side_data(cls: type[Enum], value: object) -> Any:
     return member
 
 
-Type._missing_ = classmethod(_kind_of_side_data)  # type: ignore[assignment]
+Type._missing_ = classmethod(_unknown_side_data)  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a decoded frame becomes a picture: scaled to width x height, then transposed, then flipped."""
+    """How a decoded frame becomes upright: scaled to width x height pixels, then transposed, then flipped."""
 
     width: int
     height: int
@@ -65,9 +65,10 @@ class Geometry:
 
 
 def geometry_of(frame: VideoFrame, max_side: int, picture: str | Path | None = None) -> Geometry:
-    """How the pictures of a file become upright ones of at most `max_side` pixels, from one of its frames.
+    """The geometry that makes the frames of a file upright and their longer side at most `max_side` pixels.
 
-    `picture` is the file where it is a still picture, see `still_picture`.
+    frame    any frame of the file
+    picture  the file if it is a still picture, see `still_picture`
     """
     scale = min(1.0, max_side / max(frame.width, frame.height))
     width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
@@ -76,7 +77,7 @@ def geometry_of(frame: VideoFrame, max_side: int, picture: str | Path | None = N
         a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     else:
         a, b, c, d = _exif_matrix(picture) if picture else UPRIGHT
-    # x' = a x + c y, y' = b x + d y (libavutil/display.h); what is not a quarter turn or a flip is nonsense here
+    # x' = a x + c y, y' = b x + d y (libavutil/display.h); other angles are ignored
     if min(abs(a), abs(d)) > max(abs(b), abs(c)):
         return Geometry(width, height, transpose=False, flip_x=a < 0, flip_y=d < 0)
     if min(abs(b), abs(c)) > max(abs(a), abs(d)):
@@ -85,19 +86,19 @@ def geometry_of(frame: VideoFrame, max_side: int, picture: str | Path | None = N
 
 
 def still_picture(path: str | Path, container_format: str) -> str | Path | None:
-    """`path` where FFmpeg opened it as a picture, None for videos."""
+    """`path` if FFmpeg opened it as a still picture, None for videos."""
     return path if container_format.endswith("_pipe") or container_format == "image2" else None
 
 
 def _exif_matrix(path: str | Path) -> Matrix:
-    """a, b, c, d of the display matrix that a picture's EXIF or XMP data asks for, as Pillow reads it.
+    """a, b, c, d of the display matrix for a picture's orientation in EXIF or XMP data, as Pillow reads them.
 
-    FFmpeg makes one of sound EXIF data alone: none where an entry is damaged or the orientation is a long integer.
+    FFmpeg itself has none if any EXIF entry is damaged or the orientation is a long integer.
     """
     try:
         with warnings.catch_warnings(), Image.open(path, formats=EXIF_FORMATS) as picture:
             warnings.simplefilter("ignore")
-            exif = Image.Image.getexif(picture)  # PNG's own method decodes the picture, for what may stand behind it
+            exif = Image.Image.getexif(picture)  # PNG's own method would decode the whole picture
             return EXIF_MATRICES.get(exif.get(EXIF_ORIENTATION, 1), UPRIGHT)
-    except Exception:  # whatever a damaged file makes Pillow raise; FFmpeg has read the picture itself
+    except Exception:  # a damaged file can make Pillow raise anything, and FFmpeg read the picture
         return UPRIGHT

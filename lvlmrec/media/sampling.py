@@ -1,15 +1,15 @@
-"""Videos: probing, exact uniform sampling, named errors.
+"""Videos: properties, and exact uniform sampling of frames.
 
-The frames of a video are what decoding its whole best stream yields, in the decoder's output order. Sampling picks the
-same frames bit for bit, and where the stream allows it decodes a fraction of them: see `_sample_by_gop`.
+The frames of a video are those that decoding all of its best stream yields, in the decoder's output order. Sampling
+returns the same frames bit for bit, but decodes only a fraction of them where the stream allows: see `_sample_by_gop`.
 
-Pictures are 8-bit RGB as swscale makes them from the stream's own colour space and range (no tone mapping); alpha is
-dropped, not composited; pixels are as coded (the sample aspect ratio is not applied); every frame has the size and the
-orientation of the first, to which frames of another size are scaled.
+Frames are 8-bit RGB, converted by swscale from the stream's own colour space and range (no tone mapping). Alpha is
+dropped, not composited. The sample aspect ratio is not applied. Every frame has the size and orientation of the first;
+frames of another size are scaled to it.
 
-A file is an error when it has fewer bytes than its container tells of (see `truncation`), or when reading or decoding
-what the sampler needs fails midway: a clip of the part that happens to be left would pass for the whole. Pictures that
-the decoder conceals are kept.
+A file is an error when it has fewer bytes than its container declares (see `truncation`), or when reading or decoding
+what the sampler needs fails: a clip of the readable part would be taken for one of the whole video. Frames with errors
+that the decoder conceals are kept.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from lvlmrec.media.bitstream import Picture, PictureReader, decode_plan, picture_reader, trusted_pictures
-from lvlmrec.media.file import VideoError, decode_frames, demux, faults_named, open_video
+from lvlmrec.media.file import VideoError, decode_frames, demux, open_video, video_errors
 from lvlmrec.media.orientation import Geometry, geometry_of, still_picture
 
-DEFAULT_FPS = 25.0  # where neither timestamps nor the container say
+DEFAULT_FPS = 25.0  # where neither timestamps nor the container have a rate
 PROGRESSIVE = (0, 1)  # AVFieldOrder: unknown, progressive
 TRUSTED_CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2",
     "matroska,webm",
-)  # the others guess timestamps, or often have them wrong
-HELD_BYTES = 64 << 20  # a file of at most so many bytes is read once, a larger one twice
+)  # timestamps of others are guessed or often wrong
+MAX_KEPT_BYTES = 64 << 20  # packets of a stream up to this size stay in memory; a larger file is read twice
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is, from demuxing all of it and decoding its first frame.
+    """Properties of a video, from demuxing all of it and decoding its first frame.
 
     width, height  pixels, orientation applied
-    num_frames     packets that carry a frame to show; codecs with hidden frames may decode to fewer
+    num_frames     packets with a frame to show; codecs with hidden frames may decode to fewer
     duration       seconds from the first frame to the end of the last
     fps            frames per second, the mean over the video
     rotation       degrees clockwise (0, 90, 180, 270), after a horizontal flip if `mirrored`
@@ -68,7 +68,7 @@ class Clip:
     frames            uint8 [F, H, W, 3], RGB, rotation applied
     timestamps        float64 [F], seconds since the first frame of the video
     frame_indices     int64 [F], position of each frame in display order among the video's frames
-    num_source_frames frames that the video has
+    num_source_frames number of frames of the video
     duration          seconds from the first frame to the end of the last
     """
 
@@ -80,14 +80,14 @@ class Clip:
 
     @property
     def num_distinct_frames(self) -> int:
-        """Different source frames in the clip: fewer than F where the video is shorter than F frames."""
+        """Number of different source frames in the clip: less than F where the video has fewer than F frames."""
         return len(np.unique(self.frame_indices))
 
 
 def sample_indices(num_source_frames: int, num_frames: int) -> np.ndarray:
     """Uniform positions, int64 [num_frames]: `arange(n) * total // n`, the rule of Hugging Face's video processors.
 
-    Theirs raises when the video has fewer frames than asked for; here the same formula then repeats frames.
+    Theirs raises when the video has fewer than `num_frames` frames; here the same formula then repeats frames.
     Raises `ValueError` unless both counts are positive.
     """
     if num_source_frames < 1 or num_frames < 1:
@@ -96,7 +96,7 @@ def sample_indices(num_source_frames: int, num_frames: int) -> np.ndarray:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """What the video at `path` is. Raises `VideoError`."""
+    """Properties of the video at `path`. Raises `VideoError`."""
     with open_video(path) as (container, stream):
         packets = _read_packets(container, stream)
     with open_video(path) as (container, stream):
@@ -121,15 +121,15 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def sample_clip(path: str | Path, num_frames: int, max_side: int) -> Clip:
-    """`num_frames` frames of the video at `path`, spread by `sample_indices`, bit-equal to decoding all of it.
+    """`num_frames` frames of the video at `path`, at `sample_indices`, bit-equal to decoding all of it.
 
     Frames whose longer side exceeds `max_side` pixels are scaled down to it (swscale, bicubic). Decodes in one
     thread. Raises `VideoError`.
     """
     with open_video(path) as (container, stream):
         packets = _read_packets(container, stream)
-        clip = _sample_by_gop(stream, packets.held, packets, num_frames, max_side) if packets.held else None
-    if not packets.held:
+        clip = _sample_by_gop(stream, packets.kept, packets, num_frames, max_side) if packets.kept else None
+    if not packets.kept:
         with open_video(path) as (container, stream):
             clip = _sample_by_gop(stream, demux(container, stream), packets, num_frames, max_side)
     return clip or _sample_all(path, packets, num_frames, max_side)
@@ -137,10 +137,13 @@ def sample_clip(path: str | Path, num_frames: int, max_side: int) -> Clip:
 
 @dataclass(frozen=True)
 class _Packets:
-    """What demuxing tells of a stream's packets, in decode order.
+    """A stream's packets, in decode order, from demuxing it.
 
-    pictures is None unless every packet is known to carry one picture; then pts are distinct and complete.
-    held are the packets themselves, none of a large file; they live as long as their file is open.
+    pts, duration  in units of `time_base`
+    shown          whether a packet's frame is shown
+    pictures       of each packet; None unless every packet has exactly one: then pts are unique and complete
+    fps            mean rate, from the container
+    kept           the packets themselves, empty for a large file; usable while their file is open
     """
 
     pts: list[int | None]
@@ -149,16 +152,16 @@ class _Packets:
     pictures: list[Picture] | None
     time_base: Fraction
     fps: float
-    held: list[av.Packet]
+    kept: list[av.Packet]
 
 
 def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
-    """Demuxes the whole stream. Stream headers are not asked: their frame counts lie."""
+    """Demux the whole stream; frame counts in stream headers are unreliable."""
     context = stream.codec_context
-    is_plain = container.format.name in TRUSTED_CONTAINERS and context.field_order in PROGRESSIVE
-    reader = picture_reader(context.name, context.extradata) if is_plain else None
+    is_supported = container.format.name in TRUSTED_CONTAINERS and context.field_order in PROGRESSIVE
+    reader = picture_reader(context.name, context.extradata) if is_supported else None
     pts: list[int | None] = []
-    held: list[av.Packet] = []
+    kept: list[av.Packet] = []
     duration, shown, pictures, size = [], [], [], 0
     for packet in demux(container, stream):
         if not pts and packet.has_sidedata("encryption_info"):
@@ -168,10 +171,10 @@ def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
         shown.append(not packet.is_discard)
         pictures.append(_picture(reader, packet))
         size += packet.size
-        if size <= HELD_BYTES:
-            held.append(packet)
+        if size <= MAX_KEPT_BYTES:
+            kept.append(packet)
         else:
-            held.clear()
+            kept.clear()
     if not any(shown):
         raise VideoError("demux", "no_frames", "the video stream has no frame to show")
     return _Packets(
@@ -181,7 +184,7 @@ def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
         pictures=trusted_pictures(pts, pictures, context.reorder_depth),
         time_base=stream.time_base or Fraction(1, 1),
         fps=float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS,
-        held=held,
+        kept=kept,
     )
 
 
@@ -194,9 +197,9 @@ def _picture(reader: PictureReader | None, packet: av.Packet) -> Picture | None:
 def _sample_by_gop(
     stream: VideoStream, source: Iterable[av.Packet], packets: _Packets, num_frames: int, max_side: int
 ) -> Clip | None:
-    """The clip from the groups of pictures that hold its frames, without unreferenced pictures between them.
+    """The clip, decoding only the groups of pictures (GOPs) of its frames, without unreferenced pictures.
 
-    `source` yields what `packets` tells of. None where that is not surely what decoding everything yields.
+    `source` yields the packets that `packets` describes. None where the result might differ from decoding everything.
     """
     pictures = packets.pictures
     if pictures is None:
@@ -204,31 +207,31 @@ def _sample_by_gop(
     display = sorted((k for k in range(len(pictures)) if packets.shown[k]), key=lambda k: packets.pts[k] or 0)
     indices = sample_indices(len(display), num_frames)
     wanted = sorted({display[i] for i in indices})
-    feed, restarts = decode_plan(packets.pts, pictures, wanted)
-    places = {packets.pts[display[i]]: i for i in indices.tolist()}
+    selections, restarts = decode_plan(packets.pts, pictures, wanted)
+    index_of_pts = {packets.pts[display[i]]: i for i in indices.tolist()}
     frames = _Frames(indices, max_side)
     last_pts = None
-    stream.codec_context.options = {"err_detect": "explode"}  # what a decoder conceals depends on all it decoded before
+    stream.codec_context.options = {"err_detect": "explode"}  # concealing errors would depend on all frames before
     try:
-        for frame in decode_frames(stream, source, feed, restarts):
+        for frame in decode_frames(stream, source, selections, restarts):
             is_late = last_pts is not None and (frame.pts is None or frame.pts <= last_pts)
             if is_late or frame.is_corrupt or frame.interlaced_frame:
                 return None
             last_pts = frame.pts
-            if last_pts in places:
-                frames.put(places.pop(last_pts), frame)
+            if last_pts in index_of_pts:
+                frames.put(index_of_pts.pop(last_pts), frame)
     except VideoError:
-        return None  # decoding everything tells whether the file is at fault
-    if places:
+        return None  # decoding everything shows whether the file is damaged
+    if index_of_pts:
         return None
     return frames.clip(_seconds([packets.pts[k] for k in display], packets.duration[display[-1]], packets))
 
 
 def _sample_all(path: str | Path, packets: _Packets, num_frames: int, max_side: int) -> Clip:
-    """The clip from decoding everything, at first on the guess that every packet is a frame."""
-    guess = sum(packets.shown)
+    """The clip, decoding everything; the first pass expects one frame per shown packet."""
+    expected = sum(packets.shown)
     while True:
-        indices = sample_indices(guess, num_frames)
+        indices = sample_indices(expected, num_frames)
         wanted = set(indices.tolist())
         pts: list[int | None] = []
         last_duration = 0
@@ -241,15 +244,16 @@ def _sample_all(path: str | Path, packets: _Packets, num_frames: int, max_side: 
                 last_duration = frame.duration or 0
         if not pts:
             raise VideoError("decode", "no_frames", "no frame came out of the decoder")
-        if len(pts) == guess:
+        if len(pts) == expected:
             return frames.clip(_seconds(pts, last_duration, packets))
-        guess = len(pts)  # hidden, dropped or repeated frames: decode again, now knowing how many there are
+        expected = len(pts)  # hidden, dropped or repeated frames: decode again with the right number
 
 
 class _Frames:
-    """The pictures of a clip, which come one after another; `indices` are their places among the video's frames.
+    """Collects the frames of a clip; `indices` [F] are their positions among the video's frames.
 
-    They are written where they stay, in the geometry of the first: fresh memory costs as much as the conversion.
+    Each is written directly into the clip's array: allocating memory costs as much as converting a frame. All have the
+    geometry of the first.
     """
 
     def __init__(self, indices: np.ndarray, max_side: int, picture: str | Path | None = None) -> None:
@@ -261,7 +265,7 @@ class _Frames:
         self._frames = np.zeros(0, np.uint8)
 
     def put(self, index: int, frame: VideoFrame) -> None:
-        """The frame at `index` of the video is this one. Raises `VideoError`."""
+        """Convert the video's frame at `index` and store it. Raises `VideoError`."""
         self._geometry = self._geometry or geometry_of(frame, self._max_side, self._picture)
         picture = _render(frame, self._geometry)
         if not self._frames.size:
@@ -270,16 +274,16 @@ class _Frames:
             self._frames[row] = picture
 
     def clip(self, times: np.ndarray) -> Clip:
-        """All are there; `times` are `_seconds`."""
+        """The clip, after all frames were put; `times` [N + 1] as `_seconds` returns them."""
         return Clip(self._frames, times[self._indices], self._indices, len(times) - 1, float(times[-1]))
 
 
 def _render(frame: VideoFrame, geometry: Geometry) -> np.ndarray:
-    """uint8 [H, W, 3]"""
+    """A decoded frame as upright RGB, uint8 [H, W, 3]. Raises `VideoError`."""
     target: dict[str, Any] = {}
     if (frame.width, frame.height) != (geometry.width, geometry.height):
         target = {"width": geometry.width, "height": geometry.height, "interpolation": "BICUBIC"}
-    with faults_named("convert"):
+    with video_errors("convert"):
         picture = frame.to_ndarray(format="rgb24", threads=1, **target)
     if geometry.transpose:
         picture = picture.swapaxes(0, 1)
@@ -287,9 +291,9 @@ def _render(frame: VideoFrame, geometry: Geometry) -> np.ndarray:
 
 
 def _seconds(pts: Sequence[int | None], last_duration: int, packets: _Packets) -> np.ndarray:
-    """float64 [N + 1]: when each frame begins and the last one ends, in seconds since the first frame.
+    """Start of each of N frames and end of the last one, in seconds since the first frame, float64 [N + 1].
 
-    Timestamps that are missing or run backwards are replaced, all of them, by the container's mean rate.
+    If any timestamp is missing or runs backwards, all are computed from the container's mean rate.
     """
     known = [t for t in pts if t is not None]
     if len(known) < len(pts) or any(b < a for a, b in pairwise(known)):

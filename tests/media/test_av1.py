@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lvlmrec.media import sampling
-from lvlmrec.media.av1 import Fed, FrameReader
-from lvlmrec.media.av1_headers import NotUnderstood, units_of
+from lvlmrec.media.av1 import FrameReader, Selection
+from lvlmrec.media.av1_headers import UnsupportedStream, units_of
 from lvlmrec.media.file import VideoError, open_video
 from lvlmrec.media.sampling import sample_clip
 from tests.videos import decode_all, write_video
@@ -50,9 +50,9 @@ def write_av1(path: Path, gop: int, **rest: Any) -> Path:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Fed]]]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Selection]]]:
     """What was decoded of every packet, one list per clip; decoding everything is out of bounds."""
-    seen: list[list[Fed]] = []
+    seen: list[list[Selection]] = []
     plan = sampling.decode_plan
 
     def refuse(*_: Any) -> None:
@@ -64,7 +64,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Fed]]]:
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_sampling_equals_decoding_everything(tmp_path: Path, plans: list[list[Fed]], name: str) -> None:
+def test_sampling_equals_decoding_everything(tmp_path: Path, plans: list[list[Selection]], name: str) -> None:
     suffix, gop, rest = STREAMS[name]
     path = write_av1(tmp_path / f"v.{suffix}", gop, **rest)
     every, total = decode_all(path, rest.get("num_frames", NUM_FRAMES))
@@ -76,16 +76,16 @@ def test_sampling_equals_decoding_everything(tmp_path: Path, plans: list[list[Fe
     assert all(plans[-1])  # every packet where every frame is wanted
 
 
-def test_frames_that_no_sampled_one_needs_are_not_decoded(tmp_path: Path, plans: list[list[Fed]]) -> None:
+def test_frames_that_no_sampled_one_needs_are_not_decoded(tmp_path: Path, plans: list[list[Selection]]) -> None:
     path = write_av1(tmp_path / "v.mp4", gop=40, num_frames=120)
     sample_clip(path, 3, 64)  # the three key frames
-    assert [k for k, fed in enumerate(plans[0]) if fed] == [0, 40, 80]
+    assert [k for k, selection in enumerate(plans[0]) if selection] == [0, 40, 80]
     sample_clip(path, 5, 64)
     assert 5 < sum(map(bool, plans[1])) <= 20
-    assert any(isinstance(fed, tuple) for fed in plans[1])  # packets of which a part suffices
+    assert any(isinstance(selection, tuple) for selection in plans[1])  # packets of which a part suffices
 
 
-def test_every_frame_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plans: list[list[Fed]]) -> None:
+def test_every_frame_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plans: list[list[Selection]]) -> None:
     path = write_av1(tmp_path / "v.mp4", gop=20)
     every, total = decode_all(path, NUM_FRAMES)
     for k in range(total):
@@ -104,7 +104,7 @@ def test_units_that_do_not_add_up() -> None:
     assert units_of(b"\x1a\x01\xe8\x12\x00") == [(3, 0, 2, 3), (2, 3, 5, 5)]
     assert units_of(b"\x18\xe8\xe8") == [(3, 0, 1, 3)]  # without a size: to the end
     for data in (b"\x1a\x03\xe8", b"\x1a", b"\x1a\x80", b"\x9a\x00", b"\x1e\x00\x00", b"\x1a" + b"\xff" * 9):
-        with pytest.raises(NotUnderstood):
+        with pytest.raises(UnsupportedStream):
             units_of(data)
 
 
@@ -174,7 +174,7 @@ def test_damaged_headers_never_make_other_pictures(tmp_path: Path, seed: int) ->
 def outcome_of(path: Path, intact: np.ndarray) -> str:
     with open_video(path) as (container, stream):
         packets = sampling._read_packets(container, stream)
-        clip = sampling._sample_by_gop(stream, packets.held, packets, 4, 1000)
+        clip = sampling._sample_by_gop(stream, packets.kept, packets, 4, 1000)
     if clip is None:
         return "decoded whole"
     try:

@@ -110,8 +110,8 @@ def test_a_skipped_reference_is_seen_and_everything_decoded(tmp_path: Path, monk
     plan = sampling.decode_plan
 
     def late(pts: Any, pictures: Any, wanted: Any) -> Any:
-        feed, restarts = plan(pts, pictures, wanted)
-        return [fed and not pictures[k].is_start for k, fed in enumerate(feed)], restarts
+        selections, restarts = plan(pts, pictures, wanted)
+        return [selection and not pictures[k].is_start for k, selection in enumerate(selections)], restarts
 
     monkeypatch.setattr(sampling, "decode_plan", late)
     np.testing.assert_array_equal(sample_clip(path, 6, 64).frames, frames)
@@ -148,11 +148,11 @@ def test_damage_that_a_decoder_hides_is_hidden_as_in_the_whole(tmp_path: Path) -
 
 def test_less_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "v.mp4", options=X264, num_frames=120)
-    fed: list[int] = []
+    selection: list[int] = []
     plan = sampling.decode_plan
-    monkeypatch.setattr(sampling, "decode_plan", lambda *a: (fed.append(sum((result := plan(*a))[0])), result)[1])
+    monkeypatch.setattr(sampling, "decode_plan", lambda *a: (selection.append(sum((result := plan(*a))[0])), result)[1])
     sample_clip(path, 5, 64)
-    assert fed[0] <= 45  # of 120: five groups of 12, and about half of a group's pictures are referred to
+    assert selection[0] <= 45  # of 120: five groups of 12, and about half of a group's pictures are referred to
 
 
 def test_variable_frame_rate_and_a_late_start(tmp_path: Path, only_groups: None) -> None:
@@ -341,7 +341,7 @@ def test_odd_exceptions_of_a_decoder_are_its_failure(
     path = write_video(tmp_path / "v.mp4", options=X264, num_frames=3)
 
     def fail(*_: Any, **__: Any) -> Any:
-        with sampling.faults_named("decode"):
+        with sampling.video_errors("decode"):
             raise kind(1, "odd\nindeed")
         yield
 

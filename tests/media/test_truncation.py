@@ -9,7 +9,7 @@ import pytest
 from lvlmrec.media.file import VideoError
 from lvlmrec.media.motion import motion_clips
 from lvlmrec.media.sampling import probe, sample_clip
-from lvlmrec.media.truncation import promised_size
+from lvlmrec.media.truncation import declared_size
 from tests.videos import picture, write_video
 
 MP4, AVI = "mov,mp4,m4a,3gp,3g2,mj2", "avi"
@@ -48,7 +48,7 @@ def test_a_file_that_was_cut_off_is_rejected(tmp_path: Path, name: str) -> None:
 
 def promised_bytes(path: Path) -> int:
     with av.open(str(path)) as container:
-        return promised_size(path, container.format.name)
+        return declared_size(path, container.format.name)
 
 
 class Pipe(io.RawIOBase):
@@ -144,4 +144,4 @@ SIZES: dict[str, tuple[str, bytes, int]] = {
 def test_what_a_container_tells_of_its_size(tmp_path: Path, name: str) -> None:
     container_format, content, expected = SIZES[name]
     (tmp_path / "v").write_bytes(content)
-    assert promised_size(tmp_path / "v", container_format) == expected
+    assert declared_size(tmp_path / "v", container_format) == expected
