@@ -24,7 +24,6 @@ class Commits:
     def __init__(self, uri: str, lease: Lease) -> None:
         self._uri, self._lease = uri, lease
         self._blocks: list[pa.Table] = []
-        self._made_with: set[str] = set()
         self._started = self._last = time.monotonic()
 
     def __enter__(self) -> Commits:
@@ -39,9 +38,7 @@ class Commits:
 
     def add(self, block: pa.Table) -> None:
         """Rows of `stages.WRITTEN`."""
-        written = block.filter(pc.is_valid(block[PART]))
-        self._blocks.append(written.select([ITEM_ID, PART, ROW, SOURCE]))
-        self._made_with.update(pc.drop_null(written[MADE_WITH]).unique().to_pylist())
+        self._blocks.append(block.filter(pc.is_valid(block[PART])).select([ITEM_ID, PART, ROW, SOURCE, MADE_WITH]))
         now = time.monotonic()
         if now - self._last >= max(SECONDS, GROWTH * (now - self._started)):
             self._commit()
@@ -51,5 +48,6 @@ class Commits:
         if len(rows):
             self._lease.check()
             columns = (rows[name].combine_chunks() for name in (ITEM_ID, PART, ROW, SOURCE))
-            index.write(self._uri, index.rows_of(*columns), self._lease.number, made_with=sorted(self._made_with))
+            made_with = rows[MADE_WITH].unique().to_pylist()
+            index.write(self._uri, index.rows_of(*columns), self._lease.number, made_with)
         self._blocks, self._last = [], time.monotonic()

@@ -1,6 +1,4 @@
-"""The device of a model: what features are made with, and what an exception says of it.
-
-Memory ran out, or the device is lost to this process.
+"""The device of a model: its name, and what an exception says of it: memory ran out, or it is lost to this process.
 
 Told by type and message, without torch, which processes that decode do not import.
 """
@@ -11,10 +9,6 @@ import gc
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
-from typing import Any
-
-from lvlmrec.lvlms.protocol import ModelConfig
 
 # cuBLAS makes its workspace with its handle: where memory is short it says that it is not initialised.
 _OUT_OF_MEMORY = re.compile(
@@ -31,6 +25,15 @@ _LOST = re.compile(
     r"(BLAS|BLASLT|DNN|SOLVER|SPARSE)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)|"
     r"miopenStatus(Internal|Unknown)Error"
 )
+
+
+def name(device: str) -> str:
+    """The device `cpu`, `cuda`, `cuda:1`, ... as its maker calls it; of a CPU what it can."""
+    import torch
+
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -70,18 +73,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(one))
         yield one
         one = one.__cause__ or one.__context__
-
-
-def made_with(lvlm: ModelConfig) -> dict[str, Any]:
-    """What features are made with that no recipe says, and that may change their last bits."""
-    versions = {package: version(package) for package in ("torch", "transformers", "av", "numpy")}
-    return {"device": _name(lvlm.device), "attention": lvlm.attention, "compile": lvlm.compile, **versions}
-
-
-def _name(device: str) -> str:
-    """The kind of a device: `cpu`, or the name that CUDA has for it."""
-    if not device.startswith("cuda"):
-        return "cpu" if device == "auto" else device
-    import torch
-
-    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else device

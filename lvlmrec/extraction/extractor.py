@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 import threading
@@ -28,7 +27,7 @@ from lvlmrec.extraction.failures import (
     end_process,
 )
 from lvlmrec.extraction.stages import DECODE_SECONDS, FORWARD_SECONDS, PREPARE_SECONDS
-from lvlmrec.features import store
+from lvlmrec.features import provenance, store
 from lvlmrec.features.recipe import Recipe
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.files import authors_code
@@ -65,7 +64,8 @@ class Extractor:
         if lvlm.device == "auto":
             lvlm = dataclasses.replace(lvlm, device=cluster.device())
         self.lvlm = LVLMS[lvlm.name].load(lvlm, recipe)
-        self.made_with = device.made_with(lvlm)
+        self._made_with = {"device": device.name(lvlm.device), "attention": lvlm.attention, "compile": lvlm.compile}
+        self._made_with |= provenance.versions()
         self._fitted = 0  # items of the largest forward that went through
         self._preparing, self._extracting, self._deciding = threading.RLock(), threading.RLock(), threading.Lock()
 
@@ -79,9 +79,7 @@ class Extractor:
         except DeviceFailed as error:
             tables = [self._failed(decoded, stages.DEVICE, "device_failed", str(error))]
         table = pa.concat_tables([stages.extracted(self.recipe).empty_table(), *tables], promote_options="default")
-        made_with = json.dumps(self.made_with | {"batch_size": self.lvlm.batch_size}, sort_keys=True)
-        table = stages.filled(stages.filled(table, EXTRACTED_ON, self.worker), MADE_WITH, made_with)
-        table = pa.concat_tables([table, failed], promote_options="default")
+        table = pa.concat_tables([stages.filled(table, EXTRACTED_ON, self.worker), failed], promote_options="default")
         for name, seconds in spent.items():
             table = stages.filled(table, name, seconds / max(len(rows), 1))
         return table
@@ -169,7 +167,7 @@ class Extractor:
             yield
 
     def _extract(self, rows: pa.Table, spent: dict[str, float]) -> pa.Table:
-        items = stages.items(rows, self.recipe)
+        items, known = stages.items(rows, self.recipe), self._made_with | {"batch_size": self.lvlm.batch_size}
         with self._preparing, _timed(spent, PREPARE_SECONDS):
             prepared = self.lvlm.prepare(items)
         with self._extracting, _timed(spent, FORWARD_SECONDS):
@@ -179,7 +177,7 @@ class Extractor:
         table = store.feature_table(self.recipe, item_ids, num_frames, columns, rows[SOURCE].to_pylist())
         for name in (URI, DECODED_ON, DECODE_SECONDS):
             table = table.append_column(name, rows[name])
-        return table
+        return table.append_column(MADE_WITH, pa.array([provenance.to_json(known)] * len(table), pa.string()))
 
 
 @contextlib.contextmanager

@@ -66,10 +66,9 @@ DECODED = pa.schema(
     | {f"{kind}.{name}": column for kind in MEDIA for name, column in CLIP.items()}
     | {f"{MOTION}.{name}": column for name, column in MOTION_CLIPS.items()}
 )
-PLACES = {DECODED_ON: pa.string(), EXTRACTED_ON: pa.string(), MADE_WITH: pa.string()}  # where and with what
-WRITTEN = pa.schema(
-    {ITEM_ID: pa.string(), SOURCE: pa.string(), PART: pa.string(), ROW: pa.int64(), **FAILURE, **MEASURED, **PLACES}
-)
+PLACES = {DECODED_ON: pa.string(), EXTRACTED_ON: pa.string()}
+PLACED = {SOURCE: pa.string(), PART: pa.string(), ROW: pa.int64(), MADE_WITH: pa.string()}
+WRITTEN = pa.schema({ITEM_ID: pa.string(), **PLACED, **FAILURE, **MEASURED, **PLACES})
 
 
 @dataclass(frozen=True)
@@ -152,14 +151,14 @@ def write(rows: pa.Table, uri: str, recipe: Recipe, generation: int) -> pa.Table
     bad = rows.filter(pc.is_valid(rows[ERROR]))
     rejected = bad.filter(pc.not_equal(bad[STAGE], DEVICE))
     try:
-        made_with = pc.drop_null(good[MADE_WITH]).unique().to_pylist()
+        made_with = good[MADE_WITH].unique().to_pylist()
         part = store.write_part(uri, recipe, good, generation, made_with) if len(good) else None
         if len(rejected):
             store.write_rejected(uri, rejected, generation)
     except OSError as error:
         failure = {STAGE: WRITE, ERROR: type(error).__name__, MESSAGE: message_of(error)}
         return pa.Table.from_pylist([{ITEM_ID: i, **failure} for i in rows[ITEM_ID].to_pylist()], schema=WRITTEN)
-    good = good.select([ITEM_ID, SOURCE, *PLACES, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
+    good = good.select([ITEM_ID, SOURCE, MADE_WITH, *PLACES, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
     good = good.append_column(PART, pa.array([part] * len(good), pa.string()))
     good = good.append_column(ROW, pa.array(range(len(good)), pa.int64()))
     bad = bad.select([ITEM_ID, *PLACES, *FAILURE, DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS])
@@ -180,7 +179,7 @@ def _decoder(memory_mb: int) -> IsolatedDecoder:
 
 def extracted(recipe: Recipe) -> pa.Schema:
     measured = {name: pa.float64() for name in (DECODE_SECONDS, PREPARE_SECONDS, FORWARD_SECONDS)}
-    extra = pa.schema({URI: pa.string(), **FAILURE, **measured, **PLACES})
+    extra = pa.schema({URI: pa.string(), MADE_WITH: pa.string(), **FAILURE, **measured, **PLACES})
     return pa.unify_schemas([store.schema(recipe), extra])
 
 

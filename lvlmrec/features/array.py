@@ -70,6 +70,7 @@ class FeatureArray:
     mean, std float32 [L, D], the scaling applied by `rows`; None leaves features as they are
     projection what the features in the files were made by, None when they are as stored
     item_shape (F, 3, H, W) of an item's frames, each a token in its row; (): no frames
+    mixed   in what parts of a feature set were made differently, as `store.FeatureSet.mixed`
     """
 
     cache: Cache
@@ -84,6 +85,7 @@ class FeatureArray:
     projection: Projection | None = None
     item_shape: tuple[int, ...] = ()
     segments: tuple[str, ...] = ()
+    mixed: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -120,6 +120,7 @@ def compact(
         tokens=tokens.pop(),
         item_shape=_item_shape(chosen),
         segments=tuple(name for each, _ in chosen for name in each.segments),
+        mixed="; ".join(feature_set.mixed for feature_set, _ in chosen if feature_set.mixed),
     )
 
 

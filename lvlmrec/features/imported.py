@@ -23,7 +23,7 @@ from lvlmrec import storage, tables, taps
 from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, SOURCE, STAGE, URI
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError, InputError, one_line
-from lvlmrec.features import lease, rounding, store
+from lvlmrec.features import lease, provenance, rounding, store
 from lvlmrec.features.lease import Lease
 from lvlmrec.features.recipe import DTYPES, MEDIA, Prompt, Recipe
 from lvlmrec.tables import text_file
@@ -87,7 +87,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
                 store.adopt(uri, held.number)
             written = _write(config, uri, recipe, array, item_ids, held)
             held.check()
-            store.commit_parts(uri, written, held.number)
+            store.commit_parts(uri, written, held.number, [_made_with()])
             index = store.finish(uri, held.number)
             held.finish()
     rejected, num_written = store.read_rejected(uri), sum(map(len, written.values()))
@@ -215,9 +215,14 @@ def _write(
         if kept:
             columns = {name: values[:, layer] for layer, name in enumerate(names)}
             rows = store.feature_table(recipe, kept, [0] * len(kept), columns)
-            written[store.write_part(uri, recipe, rows, held.number)] = kept
+            written[store.write_part(uri, recipe, rows, held.number, [_made_with()])] = kept
         held.check()
     return written
+
+
+def _made_with() -> str:
+    """Values are copied and rounded, here."""
+    return provenance.to_json({"device": "none", **provenance.versions(("torch", "numpy"))})
 
 
 def _check_fits(config: ImportConfig, item_ids: Sequence[str], names: Sequence[str], values: Tensor) -> None:

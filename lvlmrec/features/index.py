@@ -11,10 +11,9 @@ lease of whoever wrote the part.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 
 from lvlmrec import storage
 from lvlmrec.columns import GENERATION, ITEM_ID, PART, ROW, SOURCE
+from lvlmrec.features import provenance
 
 FOLDER = "index"
 EARLIER = "index.parquet"
@@ -36,7 +36,6 @@ COLUMNS = pa.schema(
         GENERATION: pa.int32(),
     }
 )
-MADE_WITH = b"lvlmrec.made_with"  # of a part and of a segment: JSON, the distinct ones of its rows
 SNAPSHOT = b"lvlmrec.snapshot"  # of a merged segment: the snapshot that it was made of
 READ_AT_ONCE = 16  # small files of object storage: reading one is mostly waiting
 IDS_AT_ONCE = 100_000  # as Python objects
@@ -50,7 +49,7 @@ class Snapshot:
 
     rows    COLUMNS, several for an item where it was written more than once: see `latest`
     digest  16 hex digits that change with any row; those of a merged segment are of what it was merged from
-    made_with the distinct devices, attention kernels, versions, ... that the parts were made with, JSON each
+    made_with  what its parts were made with, each once, see `provenance`
     """
 
     segments: tuple[str, ...]
@@ -79,8 +78,8 @@ def read(uri: str) -> Snapshot:
         plain = [table.replace_schema_metadata() for table in tables]
         rows = pa.concat_tables([COLUMNS.empty_table(), *plain]).unify_dictionaries()
         pa.default_memory_pool().release_unused()
-        made_with = sorted({each for table in tables for each in made_with_of(table)})
-        return Snapshot(tuple(names), rows, _digest(names, tables), tuple(made_with))
+        known = {each for table in tables for each in provenance.read(table.schema.metadata)}
+        return Snapshot(tuple(names), rows, _digest(names, tables), tuple(sorted(known)))
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -91,13 +90,12 @@ def segments(uri: str) -> list[str]:
     return [*earlier, *(f"{FOLDER}/{file.uri.rsplit('/', 1)[-1]}" for file in files)]
 
 
-def write(uri: str, rows: pa.Table, generation: int, snapshot: str = "", made_with: Sequence[str] = ()) -> str:
-    """Commit `rows`, of COLUMNS and each item once. Returns the segment's name."""
+def write(uri: str, rows: pa.Table, generation: int, made_with: Iterable[str] = (), snapshot: str = "") -> str:
+    """Commit `rows`, of COLUMNS and each item once; `made_with` as in `provenance`. Returns the segment's name."""
     own = f"{generation:06d}-"
     number = sum(name.startswith(f"{FOLDER}/{own}") for name in segments(uri))
-    table = rows.select(COLUMNS.names).cast(COLUMNS)
-    about = {MADE_WITH: json.dumps(list(made_with)).encode()} | ({SNAPSHOT: snapshot.encode()} if snapshot else {})
-    table = table.replace_schema_metadata(about)
+    metadata = provenance.metadata(made_with) | ({SNAPSHOT: snapshot.encode()} if snapshot else {})
+    table = rows.select(COLUMNS.names).cast(COLUMNS).replace_schema_metadata(metadata)
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd", use_dictionary=[PART, GENERATION], write_statistics=False)
     data = memoryview(buffer.getvalue())
@@ -111,10 +109,10 @@ def merge(uri: str, generation: int) -> Snapshot:
     found = read(uri)
     if len(found.segments) < 2 and found.segments != (EARLIER,):
         return found
-    merged = write(uri, found.latest(), generation, found.digest, found.made_with)
+    merged = write(uri, found.latest(), generation, found.made_with, found.digest)
     for name in found.segments:
         storage.remove(storage.join(uri, name))
-    return Snapshot((merged,), found.latest(), found.digest, found.made_with)
+    return replace(found, segments=(merged,), rows=found.latest())
 
 
 def rows_of(item_ids: pa.Array, parts: Sequence[str] | pa.Array, rows: pa.Array, sources: pa.Array) -> pa.Table:
@@ -123,12 +121,6 @@ def rows_of(item_ids: pa.Array, parts: Sequence[str] | pa.Array, rows: pa.Array,
     generations = np.array([generation_of(part) for part in encoded.dictionary.to_pylist()], np.int32)
     of_row = generations[encoded.indices.to_numpy()]
     return pa.Table.from_arrays([item_ids, encoded, rows, sources, pa.array(of_row, pa.int32())], schema=COLUMNS)
-
-
-def made_with_of(table: pa.Table) -> list[str]:
-    """What a part's or a segment's rows were made with; none where that was not written down."""
-    found: list[str] = json.loads((table.schema.metadata or {}).get(MADE_WITH, b"[]"))
-    return found
 
 
 def generation_of(part: str) -> int:

@@ -19,11 +19,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +33,7 @@ from lvlmrec import storage
 from lvlmrec.columns import ERROR, GENERATION, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
 from lvlmrec.errors import InputError
 from lvlmrec.features import index as segments
+from lvlmrec.features import provenance
 from lvlmrec.features.recipe import ANSWER, FINGERPRINT, PIXEL_DTYPE, SIZES, Recipe
 from lvlmrec.taps import FeatureName
 
@@ -69,6 +68,7 @@ class FeatureSet:
     segments  the names of the segments that were read
     snapshot  16 hex digits that change with any row of the index
     ids_from  how an import found the items' ids (from_zero, from_one, file); empty where no import did
+    mixed     in what its parts were made differently, such as `torch: 2.8 | 2.9`; empty where they were made alike
     """
 
     uri: str
@@ -77,6 +77,7 @@ class FeatureSet:
     segments: tuple[str, ...]
     snapshot: str
     ids_from: str = ""
+    mixed: str = ""
 
     @property
     def feature_names(self) -> list[str]:
@@ -114,7 +115,7 @@ def create(uri: str, recipe: Recipe, ids_from: str = "") -> None:
     """
     if storage.exists(storage.join(uri, RECIPE)) and (not ids_from or _read_about(uri).get(IDS_FROM) == ids_from):
         return
-    versions = {package: version(package) for package in ("torch", "transformers", "av", "numpy")}
+    versions = provenance.versions()
     if "video" in recipe.media and "llm" in recipe.width and not ids_from:
         versions["frame_times"] = FRAME_TIMES
     content = recipe.to_json() | {FINGERPRINT: recipe.fingerprint, "versions": versions}
@@ -141,16 +142,18 @@ def find(uri: str) -> str:
 
 
 def read(uri: str) -> FeatureSet:
-    """Open a committed feature set. Raises `InputError` when there is none."""
+    """Open a committed feature set; says on stderr, once, in what its parts were made differently.
+
+    Raises `InputError` when there is none.
+    """
     uri = find(uri)
     about = _read_about(uri)
     found = segments.read(uri)
     if not found.segments:
         raise InputError(f"features {uri!r}: not committed: no index; run the extraction again to finish it")
-    recipe, ids_from = _recipe_in(uri, about), about.get(IDS_FROM, "")
-    if mixed := _mixed(found.made_with):
-        print(f"features {uri!r}: made with several {mixed}; the last bits of its items differ by it", file=sys.stderr)
-    return FeatureSet(uri, recipe, found.latest(), found.segments, found.digest, ids_from)
+    recipe, ids_from, mixed = _recipe_in(uri, about), about.get(IDS_FROM, ""), provenance.differences(found.made_with)
+    provenance.say_mixed(uri, mixed)
+    return FeatureSet(uri, recipe, found.latest(), found.segments, found.digest, ids_from, mixed)
 
 
 def read_recipe(uri: str) -> Recipe:
@@ -194,13 +197,13 @@ def feature_table(
     return pa.Table.from_arrays(arrays, schema=schema(recipe))
 
 
-def write_part(uri: str, recipe: Recipe, rows: pa.Table, generation: int = 0, made_with: Sequence[str] = ()) -> str:
+def write_part(uri: str, recipe: Recipe, rows: pa.Table, generation: int = 0, made_with: Iterable[str] = ()) -> str:
     """Write rows of `feature_table` as one part of a writer's `generation`. Returns its name.
 
-    `made_with` are the distinct devices, versions, ... that the rows were made with, JSON each.
+    `made_with`: see `provenance`.
     """
-    rows = rows.select(schema(recipe).names).cast(schema(recipe))
-    rows = rows.replace_schema_metadata({segments.MADE_WITH: json.dumps(list(made_with)).encode()})
+    target = schema(recipe).with_metadata(provenance.metadata(made_with))
+    rows = rows.select(target.names).cast(target)
     return _write_named(uri, PARTS, generation, rows.column(ITEM_ID).to_pylist(), rows, recipe.dtype)
 
 
@@ -288,10 +291,9 @@ def adopt(uri: str, generation: int) -> int:
     if new:
         with ThreadPoolExecutor(segments.READ_AT_ONCE) as threads:
             found = list(threads.map(lambda name: _rows_of(uri, name), new))
-        rows = pa.concat_tables([each.replace_schema_metadata() for each in found]).unify_dictionaries()
-        made_with = sorted({each for table in found for each in segments.made_with_of(table)})
+        rows = pa.concat_tables(rows for rows, _ in found).unify_dictionaries()
         latest = segments.last_of_each(rows, rows[GENERATION].to_numpy())
-        segments.write(uri, latest, generation, made_with=made_with)
+        segments.write(uri, latest, generation, {each for _, known in found for each in known})
     return len(new)
 
 
@@ -301,11 +303,11 @@ def commit(uri: str, generation: int = 0) -> pa.Table:
     return finish(uri, generation)
 
 
-def commit_parts(uri: str, items: Mapping[str, Sequence[str]], generation: int) -> None:
+def commit_parts(uri: str, items: Mapping[str, Sequence[str]], generation: int, made_with: Iterable[str]) -> None:
     """Commit parts that this writer just wrote, by the items in them, as one segment."""
     rows = [_rows_in(part, pa.array(ids, pa.string()), pa.array([""] * len(ids))) for part, ids in items.items()]
     if rows:
-        segments.write(uri, pa.concat_tables(rows).unify_dictionaries(), generation)
+        segments.write(uri, pa.concat_tables(rows).unify_dictionaries(), generation, made_with)
 
 
 def finish(uri: str, generation: int) -> pa.Table:
@@ -337,15 +339,6 @@ def _read_about(uri: str) -> dict[str, Any]:
     return content
 
 
-def _mixed(made_with: Sequence[str]) -> str:
-    """What differs among what the parts of a set were made with: `device (cpu, NVIDIA H200)`; empty if nothing does."""
-    known: dict[str, set[str]] = {}
-    for each in map(json.loads, made_with):
-        for key, value in each.items():
-            known.setdefault(key, set()).add(str(value))
-    return ", ".join(f"{key} ({', '.join(sorted(values))})" for key, values in known.items() if len(values) > 1)
-
-
 def _recipe_in(uri: str, about: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.from_json({key: value for key, value in about.items() if key not in RECORDED})
@@ -353,11 +346,11 @@ def _recipe_in(uri: str, about: Mapping[str, Any]) -> Recipe:
         raise type(error)(f"features {uri!r}: {error}") from error
 
 
-def _rows_of(uri: str, part: str) -> pa.Table:
-    """The rows of a part as a segment lists them."""
+def _rows_of(uri: str, part: str) -> tuple[pa.Table, list[str]]:
+    """The rows of a part as a segment lists them, and what they were made with."""
     table = storage.read_table(storage.join(uri, PARTS, part), [ITEM_ID, SOURCE])
     rows = _rows_in(part, *(table[name].combine_chunks() for name in (ITEM_ID, SOURCE)))
-    return rows.replace_schema_metadata(table.schema.metadata)
+    return rows, provenance.read(table.schema.metadata)
 
 
 def _rows_in(part: str, item_ids: pa.Array, sources: pa.Array) -> pa.Table:

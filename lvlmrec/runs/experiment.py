@@ -204,6 +204,7 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     if features is not None:
         tags |= {"feature_set": features.digest, "recipe": features.recipe}
         tags |= {"feature_segments": " ".join(features.segments)}
+        tags |= {"feature_differences": features.mixed} if features.mixed else {}
     return Experiment(config, data, features, key, {**tags, "key": key}, report)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 
+from lvlmrec import storage
 from lvlmrec.extraction import device, extractor, stages
 from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import MAX_LOSSES, Attempts, Streak
+from lvlmrec.features import provenance
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from tests.extraction import stand_ins
 from tests.extraction.stand_ins import ASSERT, COLUMN, CUDA_MEMORY, ILLEGAL, RECIPE, rows
@@ -117,6 +121,19 @@ def test_forwards_become_smaller_until_they_fit_and_stay_so(
     assert actor.lvlm.forwards[10:] == [2, 2]  # type: ignore[attr-defined]
     assert actor.attempts.report() == {"oom_fallbacks": 2, "device_failures": 0, "lowest_batch_size": 2}
     assert capsys.readouterr().err.count("ran out of memory with lvlm.batch_size=") == 2
+
+
+def test_rows_and_parts_say_what_they_were_made_with(make: Callable[[Fail], Extractor], tmp_path: Path) -> None:
+    actor = make(at_most(2, MEMORY_ERRORS["cuda"]))
+    first = actor(rows(*TITLES[:2]))
+    both = pa.concat_tables([first, actor(rows(*TITLES))])
+    written = stages.write(both, str(tmp_path), RECIPE, 1)
+    assert written["made_with"].to_pylist() == both["made_with"].to_pylist()
+    table = storage.read_table(f"{tmp_path}/parts/{written['part'][0].as_py()}")
+    found = [json.loads(each) for each in provenance.read(table.schema.metadata)]
+    assert sorted(each["batch_size"] for each in found) == ["2", "8"]
+    expected = {"device": f"cpu {torch.backends.cpu.get_cpu_capability()}", "attention": "sdpa", "compile": "False"}
+    assert all(expected.items() <= each.items() and each["torch"] == version("torch") for each in found)
 
 
 def test_an_item_too_large_for_memory_is_rejected_and_slows_nothing_else(make: Callable[[Fail], Extractor]) -> None:

@@ -1,5 +1,6 @@
 """Published arrays as feature sets: every layout and file, orders of items, and what does not fit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from lvlmrec import config
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features import compact, imported, lease, store
+from lvlmrec.features import compact, imported, index, lease, store
 from lvlmrec.features.imported import ImportConfig
 
 IDS = [f"v{i}" for i in range(7)]
@@ -61,6 +62,8 @@ def test_every_file_reads_as_training_reads_it(tmp_path: Path, kind: str, monkey
     assert (result["items"], result["written"], result["rejected"], result["features"]) == (7, 7, 0, 3)
     assert result["columns"] == [f"imported/llm.{layer}/imported" for layer in range(3)]
     assert len(store.read(result["feature_set"]).index["part"].unique()) == 4
+    (made_with,) = index.read(result["feature_set"]).made_with
+    assert json.loads(made_with).keys() == {"device", "numpy", "torch"}
     np.testing.assert_array_equal(stored(tmp_path, result["feature_set"], [*"6543210"]), array[::-1])
 
 

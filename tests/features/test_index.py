@@ -1,7 +1,6 @@
 """The index: a union of segments that are written once, in which of several rows of an item the last counts."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -176,27 +175,3 @@ def test_ids_are_looked_up_part_by_part_as_at_once(monkeypatch: pytest.MonkeyPat
     assert index.is_among(ids, others).to_pylist() == expected
     assert index.is_among(ids.slice(0, 0), others).to_pylist() == []
     assert not index.are_distinct(ids) and index.are_distinct(ids.slice(0, 52))
-
-
-def test_a_set_says_what_its_parts_were_made_with_and_a_mixture_is_named(
-    make_set: MakeSet, capsys: pytest.CaptureFixture[str]
-) -> None:
-    uri, recipe = make_set([["a"]]), recipe_of()
-    made = [json.dumps({"attention": kernel, "device": "cpu"}) for kernel in ("eager", "sdpa")]
-
-    def write(item: str, made_with: str) -> str:
-        rows = store.feature_table(recipe, [item], [8], vectors(recipe, [item]))
-        return store.write_part(uri, recipe, rows, 1, [made_with])
-
-    part = write("b", made[0])
-    store.adopt(uri, 1)
-    assert index.made_with_of(pq.read_table(f"{uri}/parts/{part}")) == [made[0]]
-    store.read(uri)
-    assert capsys.readouterr().err == ""
-    write("c", made[1])
-    store.adopt(uri, 1)
-    for _ in range(2):
-        store.read(uri)
-        assert "made with several attention (eager, sdpa);" in capsys.readouterr().err
-        assert index.read(uri).made_with == tuple(made)
-        store.vacuum(uri, 2)

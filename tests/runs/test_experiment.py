@@ -9,11 +9,12 @@ import pytest
 from lvlmrec.config import load
 from lvlmrec.data.split import Holdout, Split
 from lvlmrec.errors import ConfigError, InputError
+from lvlmrec.features import provenance, store
 from lvlmrec.jobs import sample
 from lvlmrec.runs import experiment
 from lvlmrec.runs.checkpoint import load_checkpoint
 from lvlmrec.runs.experiment import TrainConfig
-from tests.feature_sets import captions_recipe, recipe_of, write_set
+from tests.feature_sets import captions_recipe, recipe_of, vectors, write_set
 from tests.toy import ITEM_IDS, Fitting, fitted, publish, train_config, video, walks, write_pairs, write_world
 
 
@@ -104,6 +105,20 @@ def test_the_controls_and_the_components_are_told_apart(world: Path, tmp_path: P
         rows = features.rows(every)
         assert abs(rows.mean()) < 0.1 and rows.std() == pytest.approx(1, abs=0.1), "standardised, whatever they are"
     assert len(set(digests)) == len(values)
+
+
+def test_a_run_is_tagged_with_what_its_features_mix(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "world")
+    dff = train_config(world, tmp_path, model__item_encoder__name="dff")
+    assert "feature_differences" not in experiment.prepare(dff).tags
+    (uri,), recipe = store.committed(str(world / "features")), recipe_of("float32")
+    for generation, device in enumerate(("cpu", "gpu"), 1):
+        rows = store.feature_table(recipe, ITEM_IDS[:2], [8] * 2, vectors(recipe, ITEM_IDS[:2]))
+        store.write_part(uri, recipe, rows, generation, [provenance.to_json({"device": device})])
+    store.commit(uri, 2)
+    prepared = experiment.prepare(dff)
+    assert prepared.tags["feature_differences"] == "device: cpu | gpu"
+    assert experiment.summary(prepared)["feature_differences"] == "device: cpu | gpu"
 
 
 def test_features_of_another_catalogue_are_refused(world: Path, tmp_path: Path) -> None:
