@@ -11,7 +11,8 @@ lease of whoever wrote the part.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,7 @@ COLUMNS = pa.schema(
     }
 )
 SNAPSHOT = b"lvlmrec.snapshot"  # of a merged segment: the snapshot that it was made of
+MERGED = b"lvlmrec.merged"  # of a merged segment: the names of those that it replaces, JSON
 READ_AT_ONCE = 16  # small files of object storage: reading one is mostly waiting
 IDS_AT_ONCE = 100_000  # as Python objects
 IDS_LOOKED_UP = 1_000_000  # at once: Arrow's table of ten million takes more memory than they do
@@ -50,12 +52,14 @@ class Snapshot:
     rows    COLUMNS, several for an item where it was written more than once: see `latest`
     digest  16 hex digits that change with any row; those of a merged segment are of what it was merged from
     made_with  what its parts were made with, each once, see `provenance`
+    merged     the names of segments that a merged one replaces and that are still there
     """
 
     segments: tuple[str, ...]
     rows: pa.Table
     digest: str
     made_with: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
 
     def latest(self) -> pa.Table:
         """One row for each item, the last one."""
@@ -75,11 +79,7 @@ def read(uri: str) -> Snapshot:
             if attempt == ATTEMPTS - 1:
                 raise
             continue
-        plain = [table.replace_schema_metadata() for table in tables]
-        rows = pa.concat_tables([COLUMNS.empty_table(), *plain]).unify_dictionaries()
-        pa.default_memory_pool().release_unused()
-        known = {each for table in tables for each in provenance.read(table.schema.metadata)}
-        return Snapshot(tuple(names), rows, _digest(names, tables), tuple(sorted(known)))
+        return _snapshot(dict(zip(names, tables, strict=True)))
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -90,11 +90,22 @@ def segments(uri: str) -> list[str]:
     return [*earlier, *(f"{FOLDER}/{file.uri.rsplit('/', 1)[-1]}" for file in files)]
 
 
-def write(uri: str, rows: pa.Table, generation: int, made_with: Iterable[str] = (), snapshot: str = "") -> str:
-    """Commit `rows`, of COLUMNS and each item once; `made_with` as in `provenance`. Returns the segment's name."""
+def write(
+    uri: str,
+    rows: pa.Table,
+    generation: int,
+    made_with: Iterable[str] = (),
+    snapshot: str = "",
+    merged: Sequence[str] = (),
+) -> str:
+    """Commit `rows`, of COLUMNS and each item once; `made_with` as in `provenance`. Returns the segment's name.
+
+    `snapshot` and `merged` are the digest and the names of the segments that this one replaces.
+    """
     own = f"{generation:06d}-"
     number = sum(name.startswith(f"{FOLDER}/{own}") for name in segments(uri))
-    metadata = provenance.metadata(made_with) | ({SNAPSHOT: snapshot.encode()} if snapshot else {})
+    metadata = provenance.metadata(made_with)
+    metadata |= {SNAPSHOT: snapshot.encode(), MERGED: json.dumps(merged).encode()} if merged else {}
     table = rows.select(COLUMNS.names).cast(COLUMNS).replace_schema_metadata(metadata)
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd", use_dictionary=[PART, GENERATION], write_statistics=False)
@@ -107,12 +118,15 @@ def write(uri: str, rows: pa.Table, generation: int, made_with: Iterable[str] = 
 def merge(uri: str, generation: int) -> Snapshot:
     """Replace all segments by one with the last row of each item. A reader meanwhile sees the same rows."""
     found = read(uri)
-    if len(found.segments) < 2 and found.segments != (EARLIER,):
-        return found
-    merged = write(uri, found.latest(), generation, found.made_with, found.digest)
-    for name in found.segments:
+    replaced = found.merged
+    if len(found.segments) > 1 or found.segments == (EARLIER,):
+        replaced = (*found.merged, *found.segments)
+        latest = found.latest()
+        merged = write(uri, latest, generation, found.made_with, found.digest, replaced)
+        found = replace(found, segments=(merged,), rows=latest)
+    for name in replaced:
         storage.remove(storage.join(uri, name))
-    return replace(found, segments=(merged,), rows=found.latest())
+    return replace(found, merged=())
 
 
 def rows_of(item_ids: pa.Array, parts: Sequence[str] | pa.Array, rows: pa.Array, sources: pa.Array) -> pa.Table:
@@ -168,6 +182,19 @@ def _hashes(item_ids: pa.ChunkedArray) -> np.ndarray:
     return np.concatenate([np.empty(0, np.uint64), *hashed])
 
 
+def _snapshot(tables: dict[str, pa.Table]) -> Snapshot:
+    """What segments, by name in their order, tell; whether a vacuum has removed what it merged makes no difference."""
+    about = {name: table.schema.metadata or {} for name, table in tables.items()}
+    merged = {name for each in about.values() for name in json.loads(each.get(MERGED, b"[]"))}
+    names = [name for name in tables if name not in merged]
+    plain = [tables[name].replace_schema_metadata() for name in names]
+    rows = pa.concat_tables([COLUMNS.empty_table(), *plain]).unify_dictionaries()
+    pa.default_memory_pool().release_unused()
+    made_with = {each for name in names for each in provenance.read(about[name])}
+    left = tuple(name for name in tables if name in merged)
+    return Snapshot(tuple(names), rows, _digest(names, about), tuple(sorted(made_with)), left)
+
+
 def _read(uri: str, name: str) -> pa.Table:
     table = storage.read_table(storage.join(uri, name))
     if name == EARLIER:
@@ -175,8 +202,8 @@ def _read(uri: str, name: str) -> pa.Table:
     return table.cast(COLUMNS.with_metadata(table.schema.metadata))
 
 
-def _digest(names: Sequence[str], tables: Sequence[pa.Table]) -> str:
+def _digest(names: Sequence[str], about: Mapping[str, Mapping[bytes, bytes]]) -> str:
     """16 hex digits of the names, which have the segments' hashes; of a merged one alone, what it was merged from."""
-    if len(tables) == 1 and (before := (tables[0].schema.metadata or {}).get(SNAPSHOT)):
-        return str(before.decode())
+    if len(names) == 1 and (before := about[names[0]].get(SNAPSHOT)):
+        return before.decode()
     return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()

@@ -78,21 +78,36 @@ def test_a_merge_keeps_what_readers_see_and_what_trainings_know_it_by(tmp_path: 
     assert index.read(uri).digest != before.digest
 
 
-def test_a_merge_that_was_broken_off_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("killed_after", [0, 1, 2])
+@pytest.mark.parametrize("commits_between", [False, True])
+def test_a_merge_that_was_broken_off_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int, commits_between: bool
+) -> None:
     uri = str(tmp_path)
     for k in range(3):
         index.write(uri, rows((f"item{k}", k, k), ("same", k, 9)), k)
-    before = places(index.read(uri).latest())
+    before, remove, removed = index.read(uri), storage.remove, []
 
-    def die(_: str) -> None:
-        raise KeyboardInterrupt
+    def die(at: str) -> None:
+        if len(removed) == killed_after:
+            raise KeyboardInterrupt
+        removed.append(at)
+        remove(at)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(storage, "remove", die)
         index.merge(uri, 4)
-    assert len(index.segments(uri)) == 4 and places(index.read(uri).latest()) == before
-    index.merge(uri, 5)
-    assert len(index.segments(uri)) == 1 and places(index.read(uri).latest()) == before
+    assert len(index.segments(uri)) == 4 - killed_after
+    broken = index.read(uri)
+    assert places(broken.latest()) == places(before.latest()) and broken.digest == before.digest
+    if commits_between:
+        index.write(uri, rows(("more", 5, 0)), 5)
+    expected = index.read(uri)
+    merged = index.merge(uri, 6)
+    after = index.read(uri)
+    assert (*index.segments(uri),) == after.segments == merged.segments and len(after.segments) == 1
+    assert places(after.latest()) == places(expected.latest()) and after.digest == expected.digest
+    assert (after.digest == before.digest) == (not commits_between)
 
 
 def test_readers_beside_merges_and_commits_see_whole_snapshots(tmp_path: Path) -> None:
