@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from lvlmrec import storage
@@ -20,7 +21,7 @@ from lvlmrec.columns import COLD, ITEM_ID, ITEM_RANK, USER_ID
 from lvlmrec.config import MAX_SEED, option
 from lvlmrec.data import load_split
 from lvlmrec.data.split import Holdout, Split
-from lvlmrec.errors import ConfigError, InputError, one_line
+from lvlmrec.errors import ConfigError, InputError, StorageError, StorageRefused, one_line
 from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
 from lvlmrec.evaluation.lists import top_from_scores, top_items
 from lvlmrec.evaluation.metrics import metrics, per_user
@@ -30,6 +31,12 @@ from lvlmrec.evaluation.slices import by_coldness, by_history_length, by_popular
 from lvlmrec.runs.checkpoint import Checkpoint, load_checkpoint
 from lvlmrec.runs.loop import encode_catalogue, encode_users
 
+RANKS = {  # column of a file of ranks -> what its type is
+    USER_ID: lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    ITEM_ID: lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    ITEM_RANK: pa.types.is_integer,
+    COLD: pa.types.is_boolean,
+}
 USERS_AT_ONCE = 512
 COMPARED = "ndcg@10"
 FORMAT = 2  # of evaluation.json: 1 had metrics of single targets where users have several
@@ -163,11 +170,24 @@ def write_ranks(uri: str, split: Split, holdout: Holdout, ranks: np.ndarray) -> 
 
 
 def read_ranks(uri: str) -> pd.DataFrame:
-    """Ranks that an evaluation wrote. Raises `InputError`."""
+    """Ranks that an evaluation wrote: user_id, item_id, item_rank from 1, cold. Raises `InputError`."""
     try:
-        return storage.read_table(uri, [USER_ID, ITEM_ID, ITEM_RANK, COLD]).to_pandas()
-    except (FileNotFoundError, pa.ArrowException) as error:
+        table = storage.read_table(uri, list(RANKS))
+    except IsADirectoryError as error:
+        raise InputError(
+            f"ranks {uri!r}: a folder; give the file in it: {storage.join(uri, 'ranks.parquet')}"
+        ) from error
+    except (StorageError, StorageRefused):
+        raise
+    except (OSError, pa.ArrowException) as error:
         raise InputError(f"ranks {uri!r}: not readable: {one_line(error)}") from error
+    for name, is_kind in RANKS.items():
+        if not is_kind(table[name].type) or table[name].null_count:
+            found = f"{table[name].type}, {table[name].null_count} of {len(table)} empty"
+            raise InputError(f"ranks {uri!r}: not written by an evaluation: column {name!r} is {found}")
+    if not len(table) or pc.min(table[ITEM_RANK]).as_py() < 1:
+        raise InputError(f"ranks {uri!r}: not written by an evaluation: {len(table)} rows, ranks count from 1")
+    return table.to_pandas()
 
 
 def compare(ours: str, others: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lvlmrec import config
+from lvlmrec import config, storage
 from lvlmrec.baselines import BASELINES
 from lvlmrec.baselines.base import without_padding
 from lvlmrec.baselines.popularity import Popularity
@@ -348,3 +349,49 @@ def test_everything_may_have_moved(world: Path, evaluated: dict, trained: dict, 
     pd.testing.assert_frame_equal(
         evaluating.read_ranks(result["ranks"]), evaluating.read_ranks(evaluated["dff"]["ranks"])
     )
+
+
+GOOD = {"user_id": ["a"], "item_id": ["b"], "item_rank": [1], "cold": [False]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a table of something else", "no column 'user_id'; columns: score"),
+        ("a truncated file", "not readable"),
+        ("damaged metadata", "not readable: Couldn't deserialize thrift"),
+        ("a text", "not readable"),
+        ("a folder", r"a folder; give the file in it: .*/ranks\.parquet"),
+        ("ranks that are texts", "not written by an evaluation: column 'item_rank' is string"),
+        ("ranks from 0", "not written by an evaluation: 1 rows, ranks count from 1"),
+        ("a rank that is missing", "column 'item_rank' is int64, 1 of 1 empty"),
+        ("ids that are numbers", "column 'user_id' is int64"),
+        ("nobody", "not written by an evaluation: 0 rows"),
+    ],
+)
+def test_a_file_that_is_no_ranks_file_is_refused_before_anything_is_ranked(
+    workspace: Path, trained: dict, tmp_path: Path, content: str, message: str
+) -> None:
+    path = tmp_path / "other.parquet"
+    tables = {
+        "a table of something else": {"score": [1]},
+        "ranks that are texts": GOOD | {"item_rank": ["1"]},
+        "ranks from 0": GOOD | {"item_rank": [0]},
+        "a rank that is missing": GOOD | {"item_rank": pa.array([None], pa.int64())},
+        "ids that are numbers": GOOD | {"user_id": [7]},
+        "nobody": {name: pa.array(values)[:0] for name, values in GOOD.items()},
+    }
+    storage.write_table(str(path), pa.table(tables.get(content, GOOD)))
+    whole = path.read_bytes()
+    if content == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif content not in tables:
+        damaged = {"a truncated file": whole[:-20], "a text": b"hello", "damaged metadata": whole[:300] + whole[400:]}
+        path.write_bytes(damaged[content])
+    evaluations = sorted(workspace.glob("evaluations/*/ranks.parquet"))
+    before = [file.stat().st_mtime_ns for file in evaluations]
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate(workspace, trained["dff"], against=str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert [file.stat().st_mtime_ns for file in evaluations] == before
