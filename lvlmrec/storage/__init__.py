@@ -1,13 +1,13 @@
 """Object storage and local files behind one set of functions; nothing else knows fsspec.
 
-A URI is a local path, `file:///path` with its percent signs decoded, or `s3://bucket/key` (any protocol fsspec knows).
-Of paths and keys every character stands for itself: none is a pattern, joins two URIs or begins a query.
-Endpoint, region, profile and credentials come from the environment alone (AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE,
-...). Writes are atomic: a reader sees the whole file or none.
+A URI is a local path, `file:///path` with percent-encoding, or `s3://bucket/key` (any protocol that fsspec knows).
+Every character of a path or key is literal: none is a pattern, joins two URIs or begins a query. Endpoint, region,
+profile and credentials come from the environment alone (AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE, ...). Writes are
+atomic: a reader sees the whole file or none.
 
-Requests to S3 are repeated in two loops. botocore's `standard` mode waits up to 1, 2, 4, 8 s, at random, after
-throttling, 5xx and broken or silent connections. s3fs, up to five times, repeats what `s3.is_passing` names, throttling
-among it, and reads a body that broke anew. A store that goes on so is given up: `StorageError`, or `StorageRefused`.
+Requests to S3 are retried in two loops. botocore's `standard` mode waits up to 1, 2, 4, 8 s, at random, after
+throttling, 5xx and broken or silent connections. s3fs retries what `s3.is_passing` accepts, throttling included, up to
+five times, and reads a broken body again. After that `StorageError` or `StorageRefused` is raised.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from lvlmrec.storage.listing import StoredFile as StoredFile
 
 T = TypeVar("T")
 ATTEMPTS = 5
-WRITER = "lvlmrec-writer"  # key of an object's metadata
-MAX_NAME_BYTES = 255  # of a file's name on Linux; an object's may have 1024
+WRITER = "lvlmrec-writer"  # key in an object's metadata
+MAX_NAME_BYTES = 255  # of a file name on Linux; object names may have 1024
 REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 FILE = re.compile(r"file:(//(localhost(?=/))?|(?=/))")  # also the `file:/path` of Spark and Java
 
@@ -49,12 +49,12 @@ def is_remote(uri: str) -> bool:
 
 
 def is_absolute(uri: str) -> bool:
-    """Whether `uri` says by itself where it is: a path from the root, or a URI."""
+    """Whether `uri` does not depend on the working directory: a path from the root, or a URI."""
     return uri.startswith("/") or is_remote(uri) or FILE.match(uri) is not None
 
 
 def absolute(uri: str) -> str:
-    """`uri` as every process understands it: local paths made absolute, remote ones without a trailing slash."""
+    """`uri` independent of the working directory: local paths absolute, remote ones without a trailing slash."""
     if is_remote(uri):
         return uri.rstrip("/")
     if found := FILE.match(uri):
@@ -68,13 +68,13 @@ def join(uri: str, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists at `uri`."""
     with _filesystem(uri) as (fs, path):
         return bool(fs.exists(path))
 
 
 def is_dir(uri: str) -> bool:
-    """Whether `uri` is a folder or a prefix that holds something."""
+    """Whether `uri` is a folder, or a prefix of some object."""
     with _filesystem(uri) as (fs, path):
         if not _is_s3(fs):
             return bool(fs.isdir(path))
@@ -85,9 +85,9 @@ def is_dir(uri: str) -> bool:
 
 
 def iter_files(uri: str, *, recursive: bool = False) -> Iterator[StoredFile]:
-    """The files under a folder or prefix, as they are listed; hidden ones (a leading dot) are left out.
+    """The files under a folder or prefix, streamed; hidden ones (a leading dot) are left out.
 
-    Of S3 and of local folders only a page or a folder is held at a time, and they come in the order of their URIs.
+    S3 and local folders are listed page by page and folder by folder, in the order of the URIs.
     """
     with _filesystem(uri) as (fs, path):
         if not is_remote(uri):
@@ -100,7 +100,7 @@ def iter_files(uri: str, *, recursive: bool = False) -> Iterator[StoredFile]:
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[StoredFile]:
-    """What `iter_files` gives, sorted by URI."""
+    """The files of `iter_files`, sorted by URI."""
     return sorted(iter_files(uri, recursive=recursive), key=lambda file: file.uri)
 
 
@@ -118,7 +118,7 @@ def list_folders(uri: str) -> list[str]:
 
 
 def version(uri: str) -> str:
-    """What changes when a file does: its ETag where the store has such, else size and modification time.
+    """A string that changes when the file does: its ETag where the store has one, else size and modification time.
 
     Raises `FileNotFoundError`.
     """
@@ -128,9 +128,9 @@ def version(uri: str) -> str:
 
 
 def open_read(uri: str, ahead: bool = True) -> BinaryIO:
-    """A seekable binary file, all of whose reads are whole. Raises `FileNotFoundError`.
+    """A seekable binary file whose reads are never short. Raises `FileNotFoundError`.
 
-    ahead: a remote file is fetched in blocks of 50 MB, for one that is read to its end; else what is read alone
+    ahead: True: fetch a remote file in blocks of 50 MB, to read all of it; False: fetch only what is read
     """
     with _filesystem(uri) as (fs, path):
         file = fs.open(path, "rb")
@@ -154,18 +154,20 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
             return
         try:
             fs.pipe_file(path, bytes(data))
-        except FileNotFoundError:  # the end of an upload whose first answer was lost: the store knows it no more
+        except (
+            FileNotFoundError
+        ):  # the answer that completed a multipart upload was lost, and its retry finds no upload
             fs.pipe_file(path, bytes(data))
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a file where there is none, atomically; whether this call made it. Of many at once exactly one is told so.
+    """Create a file atomically unless it exists; returns whether this call did. Of concurrent calls exactly one does.
 
-    On S3 a conditional put (`If-None-Match: *`); its writer's mark in the object's metadata tells a put whose answer
-    was lost from one that came second. A store that ignores the condition lets two win that come within one round
-    trip; one that refuses it raises `OSError`.
+    On S3 by a conditional put (`If-None-Match: *`); a writer's id in the object's metadata distinguishes a successful
+    put whose answer was lost from one that came second. On a store that ignores the condition two calls within one
+    round trip may both return True; a store that refuses it raises `OSError`.
     """
-    if exists(uri):  # all that protects on a store that ignores the condition
+    if exists(uri):  # the only protection on a store that ignores the condition
         return False
     with _filesystem(uri) as (fs, path):
         if not is_remote(uri):
@@ -186,7 +188,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
 
 
 def check_writable(folder: str) -> None:
-    """Raises `StorageRefused` or `StorageError` when nothing can be written there, before anybody works for hours."""
+    """Raises `StorageRefused` or `StorageError` when the folder cannot be written; creates and removes a small file."""
     folder = absolute(folder)
     was_there = exists(folder)
     probe = join(folder, f".probe-{uuid.uuid4().hex}")
@@ -210,12 +212,12 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> None:
 
 
 def remove(uri: str) -> None:
-    """Remove a file or a folder with all it holds; nothing happens when it is not there."""
+    """Remove a file, or a folder with everything in it, if it exists."""
     with _filesystem(uri) as (fs, path):
         for attempt in range(ATTEMPTS):
             if not fs.exists(path):
                 return
-            time.sleep(attempt)  # S3 answers a bulk deletion key by key, and we leave unread which ones failed
+            time.sleep(attempt)  # S3's answer to a bulk deletion, which lists failures by key, is not read
             _remove_all(fs, path)
         if fs.exists(path):
             raise OSError(f"still there after {ATTEMPTS} deletions")
@@ -229,7 +231,7 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     folder = Path(tempfile.mkdtemp(prefix="lvlmrec-"))
     try:
-        name = os.fsencode(uri.rsplit("/", 1)[-1])[-MAX_NAME_BYTES:]  # its end tells FFmpeg what it may be
+        name = os.fsencode(uri.rsplit("/", 1)[-1])[-MAX_NAME_BYTES:]  # FFmpeg guesses formats by the ending
         target = folder / name.decode(errors="ignore")
         with writing(str(folder)):
             _read(uri, functools.partial(_copy, target))
@@ -240,14 +242,14 @@ def local_copy(uri: str) -> Iterator[Path]:
 
 @contextmanager
 def _filesystem(uri: str) -> Iterator[tuple[Any, str]]:
-    """The filesystem of `uri`, one per process for all its threads, and the path there; faults as `_faults_named`."""
+    """The filesystem of `uri`, one per process for all threads, and the path in it; errors as `_one_line_errors`."""
     options = _s3_options() if uri.startswith(("s3://", "s3a://")) else {}
     try:
-        # Listings are not cached: other processes write while we read.
+        # Listings are not cached, as other processes write meanwhile.
         fs, path = _opened(absolute(uri), use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise InputError(f"{uri!r}: no such storage: {error}") from error
-    with _faults_named(uri):
+    with _one_line_errors(uri):
         yield fs, path
 
 
@@ -259,8 +261,8 @@ def _opened(uri: str, **options: Any) -> tuple[Any, str]:
 
 
 @contextmanager
-def _faults_named(uri: str) -> Iterator[None]:
-    """Turns what s3fs and botocore raise into `FileNotFoundError`, `StorageRefused` or `StorageError` of one line."""
+def _one_line_errors(uri: str) -> Iterator[None]:
+    """Turns errors of s3fs and botocore into `FileNotFoundError`, `StorageRefused` or `StorageError` of one line."""
     try:
         yield
     except (StorageError, StorageRefused):
@@ -279,7 +281,7 @@ def _faults_named(uri: str) -> Iterator[None]:
 
 
 def _read(uri: str, read: Callable[[BinaryIO], T], ahead: bool = True) -> T:
-    """`read(file)` of the open file, begun again when another process replaces it meanwhile."""
+    """`read(file)` of the opened file, repeated when another process replaces it meanwhile."""
     for attempt in range(ATTEMPTS):
         try:
             with open_read(uri, ahead) as file:
@@ -291,8 +293,8 @@ def _read(uri: str, read: Callable[[BinaryIO], T], ahead: bool = True) -> T:
 
 
 def _fetch(uri: str, fetch: Callable[[int, int], bytes], start: int, end: int) -> bytes:
-    """Bytes `start` to `end` by `fetch`, which may be cheated by whatever stands between us and the store."""
-    with _faults_named(uri):
+    """Bytes `start` to `end` by `fetch`, repeated when a proxy or store returns fewer. Raises as `_one_line_errors`."""
+    with _one_line_errors(uri):
         for _ in range(ATTEMPTS):
             data = fetch(start, end)
             if len(data) == end - start:
@@ -307,10 +309,10 @@ def _copy(target: Path, source: BinaryIO) -> None:
 
 @contextmanager
 def _whole_temporary(target: Path, data: bytes | memoryview) -> Iterator[Path]:
-    """A hidden file beside `target` with all of `data` on the disk; removed at the end unless renamed."""
-    temporary = target.with_name(f".{uuid.uuid4().hex}")  # whatever it is to be called, its name may be at the limit
+    """A hidden file beside `target` with all of `data`, synced to disk; removed at the end unless renamed."""
+    temporary = target.with_name(f".{uuid.uuid4().hex}")  # without the target's name, which may have the maximal length
     with writing(str(target)):
-        with suppress(FileExistsError):  # a file, which the next line says
+        with suppress(FileExistsError):  # the parent is a file, for which opening raises below
             target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
@@ -327,10 +329,10 @@ def _s3_options() -> dict[str, Any]:
     """Arguments of `s3fs.S3FileSystem`."""
     from s3fs import core  # takes a second
 
-    # What botocore has repeated: s3fs would do so 5 times, and 25 times around the reading of a body.
+    # botocore retries these; s3fs would do so 5 times more, and 25 times while reading a body
     core.S3_RETRYABLE_ERRORS = tuple(kind for kind in core.S3_RETRYABLE_ERRORS if kind is not HTTPClientError)
     core.set_custom_error_handler(s3.is_passing)
-    region = os.environ.get("AWS_REGION")  # botocore reads AWS_DEFAULT_REGION alone
+    region = os.environ.get("AWS_REGION")  # botocore only reads AWS_DEFAULT_REGION
     return {
         "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": ATTEMPTS}},
         "client_kwargs": {"region_name": region} if region else {},
@@ -353,18 +355,18 @@ def _pages(fs: Any, path: str, recursive: bool, **options: Any) -> Iterator[list
                 item.get("ETag", "").strip('"'),
             )
             for item in page
-            if not item["Key"].endswith("/")  # consoles mark folders so
+            if not item["Key"].endswith("/")  # S3 consoles create such objects for folders
         ]
 
 
 def _remove_all(fs: Any, path: str) -> None:
-    """A file, or a folder with all it holds. A remote `fs.rm` reads the name as a pattern and removes what fits."""
+    """Remove a file, or a folder with everything in it. A remote `fs.rm` would take the name for a pattern."""
     if "file" in fs.protocol:
         fs.rm(path, recursive=True)
     elif _is_s3(fs):
         s3.delete_all(fs, path)
     else:
         found = fs.find(path, withdirs=True, detail=True)
-        for name in sorted(found, reverse=True):  # what a folder holds, then the folder, which may be gone with it
+        for name in sorted(found, reverse=True):  # content before its folder, which may vanish with it
             with suppress(FileNotFoundError):
                 (fs.rmdir if found[name]["type"] == "directory" else fs.rm_file)(name)
