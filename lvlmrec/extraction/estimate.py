@@ -33,7 +33,7 @@ class EstimateConfig:
     """The estimate before a run."""
 
     videos: int = option(
-        8, "videos timed before a run of at least 50 times as many; 0: hours are not estimated", minimum=0
+        8, "number of videos timed before a run of at least 50 times as many; 0: hours are not estimated", minimum=0
     )
     only: bool = option(False, "stop after the estimate")
 

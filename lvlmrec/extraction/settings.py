@@ -17,12 +17,18 @@ class PoolConfig:
     """Resources of the extraction's stages."""
 
     decode_tasks: int = option(1, "videos decoded at the same time, over the whole cluster", minimum=1)
-    cpus_per_decode: float = option(0.5, "CPUs that Ray reserves for one decode task", minimum=0)
-    min_actors: int = option(1, "LVLM actors that the pool never goes below", minimum=1)
-    max_actors: int = option(1, "LVLM actors that the pool may grow to", minimum=1)
-    cpus_per_actor: float = option(0.4, "CPUs that Ray reserves for one LVLM actor", minimum=0)
-    gpus_per_actor: float = option(0.0, "GPU for one LVLM actor: 1, or a share of one; 0 runs on CPU", minimum=0)
-    videos_per_block: int = option(8, "videos that travel together between stages", minimum=1)
+    cpus_per_decode: float = option(
+        0.5, "CPUs that Ray reserves for one decode task; a share of one is allowed", minimum=0
+    )
+    min_actors: int = option(1, "LVLM actors (processes with a model) that are kept at least", minimum=1)
+    max_actors: int = option(1, "LVLM actors that are started at most", minimum=1)
+    cpus_per_actor: float = option(
+        0.4, "CPUs that Ray reserves for one LVLM actor; a share of one is allowed", minimum=0
+    )
+    gpus_per_actor: float = option(
+        0.0, "GPUs that Ray reserves for one LVLM actor: 1, or a share of one; 0: the model runs on CPU", minimum=0
+    )
+    videos_per_block: int = option(8, "videos that are sent together from one stage to the next", minimum=1)
     videos_per_part: int = option(64, "videos in one file of the feature set, at most", minimum=1)
     mb_per_part: int = option(64, "MB of features in one file of the feature set, at most", minimum=1)
 
@@ -52,11 +58,11 @@ class ExtractConfig:
     recipe: RecipeConfig = option(RecipeConfig, "what to extract")
     decode: DecodeConfig = option(DecodeConfig, "limits of decoding")
     pool: PoolConfig = option(PoolConfig, "resources")
-    estimate: EstimateConfig = option(EstimateConfig, "what is told before the run")
-    retry_rejected: bool = option(False, "try again what was rejected")
-    redo_changed: bool = option(False, "extract again what has another file or other texts than when it was")
+    estimate: EstimateConfig = option(EstimateConfig, "the estimate of hours and size before the run")
+    retry_rejected: bool = option(False, "try rejected items again")
+    redo_changed: bool = option(False, "extract items again whose file or texts have changed since")
     max_rejected_in_a_row: int = option(
-        200, "stop when so many items one after another fail for the same reason; 0: never", minimum=0
+        200, "items in a row that fail for the same reason before the run stops; 0: it never stops", minimum=0
     )
 
     def check(self) -> None:

@@ -75,8 +75,8 @@ WRITTEN = pa.schema({ITEM_ID: pa.string(), **PLACED, **FAILURE, **MEASURED, **PL
 class DecodeConfig:
     """Limits of one video's decoding."""
 
-    timeout_s: float = option(60.0, "seconds after which a video is given up", minimum=0.1)
-    memory_mb: int = option(4096, "address space of the decoding process", minimum=256)
+    timeout_s: float = option(60.0, "time limit of decoding one video, in seconds", minimum=0.1)
+    memory_mb: int = option(4096, "address space of a decoding process, in MB", minimum=256)
 
 
 def decode(rows: pa.Table, recipe: Recipe, config: DecodeConfig) -> Iterator[pa.Table]:

@@ -52,8 +52,8 @@ class ImportConfig:
         "item_id, or a .txt of one id per line, in the order of the rows",
         uri=lambda value: value not in COUNTED,
     )
-    name: str = option(IMPORTED, "of the feature set, and first part of its columns' names", required=True)
-    layers: list[str] = option([], "taps that the layers are, such as [llm.14, llm.28]; none: llm.0, llm.1, ...")
+    name: str = option(IMPORTED, "name of the feature set, and first part of its columns' names", required=True)
+    layers: list[str] = option([], "names of the layers as taps, such as [llm.14, llm.28]; none: llm.0, llm.1, ...")
     dtype: str = option("float16", "dtype of the stored features", choices=DTYPES)
     store: str = option("${workspace}/features", "folder or prefix that holds feature sets", required=True, uri=True)
 

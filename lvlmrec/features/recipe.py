@@ -42,12 +42,16 @@ class Prompt:
     """One entry of the prompt bank. With `max_new_tokens` the model answers, and the answer is stored."""
 
     text: str = option("Describe this video.", "what the model is asked; {title}, {text}, ... are columns of the input")
-    place: str = option("after", "where the text stands relative to the video or cover", choices=PLACES)
+    place: str = option("after", "position of the text relative to the video or cover", choices=PLACES)
     input: str = option("video", "what the model is shown: the video, the cover image, or text alone", choices=INPUTS)
-    max_new_tokens: int = option(0, "length limit of the answer; 0: the model reads and does not answer", minimum=0)
+    max_new_tokens: int = option(
+        0, "length limit of the answer in tokens; 0: the model only reads the prompt", minimum=0
+    )
     stop: list[str] = option([], "strings that end an answer; they are not part of it")
-    temperature: float = option(0.0, "0: the likeliest token; else sampled, seeded for each item", minimum=0)
-    top_p: float = option(1.0, "sample from the likeliest tokens that make up this share", above=0, maximum=1)
+    temperature: float = option(0.0, "of sampled answers, seeded for each item; 0: the likeliest token", minimum=0)
+    top_p: float = option(
+        1.0, "sample from the likeliest tokens whose probabilities add up to this", above=0, maximum=1
+    )
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -41,10 +41,12 @@ class SearchConfig:
 
     trials: int = option(8, "configurations tried", minimum=1)
     max_concurrent: int = option(2, "trials that run at the same time", minimum=1)
-    cpus_per_trial: float = option(1.0, "CPUs that Ray reserves for one trial", minimum=0.1)
-    gpus_per_trial: float = option(0.0, "GPU for one trial: 1, or a share of one; 0 runs on CPU", minimum=0)
-    grace_epochs: int = option(3, "epochs before a trial may be stopped for being behind", minimum=1)
-    reduction: int = option(3, "of how many trials one goes on at each rung", minimum=2)
+    cpus_per_trial: float = option(1.0, "CPUs that Ray reserves for one trial; a share of one is allowed", minimum=0.1)
+    gpus_per_trial: float = option(
+        0.0, "GPUs that Ray reserves for one trial: 1, or a share of one; 0: it runs on CPU", minimum=0
+    )
+    grace_epochs: int = option(3, "epochs that every trial trains before a worse one may be stopped", minimum=1)
+    reduction: int = option(3, "at each rung of the search, one of so many trials goes on", minimum=2)
     lr_min: float = option(3e-4, "lower end of the learning rate, log-uniform", above=0)
     lr_max: float = option(3e-3, "upper end of the learning rate", above=0)
     embedding_dims: list[int] = option([32, 64, 128], "embedding sizes", minimum=1, required=True, distinct=True)

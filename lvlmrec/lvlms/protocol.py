@@ -43,7 +43,7 @@ class ModelConfig:
     dtype: str = option("float32", "dtype of weights and activations", choices=COMPUTE_DTYPES)
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is cuda when there is one")
     attention: str = option("sdpa", "attention kernel", choices=ATTENTIONS)
-    batch_size: int = option(4, "videos per forward", minimum=1)
+    batch_size: int = option(4, "videos per forward pass", minimum=1)
     compile: bool = option(False, "torch.compile the layers of the decoder; results then differ in their last bits")
     trust_remote_code: bool = option(
         False, "of lvlm.name=auto: run the code in the model's repository, a directory or a hub id at a pinned commit"

@@ -60,7 +60,10 @@ class EvaluateConfig:
     )
     ks: list[int] = option([10, 20], "cut-offs K of the metrics", minimum=1)
     baselines: list[str] = option(
-        ["popularity", "item_knn", "markov"], "fitted and ranked on the same split", choices=BASELINES, distinct=True
+        ["popularity", "item_knn", "markov"],
+        "baselines, fitted and ranked on the same split",
+        choices=BASELINES,
+        distinct=True,
     )
     item_knn_neighbours: int = option(NUM_NEIGHBOURS, NEIGHBOURS_HELP, minimum=1)
     against: Any = option("", "ranks of another evaluation, or a list of them: compared user by user", uri=True)

@@ -42,27 +42,33 @@ class TrainingConfig:
     """The optimisation, with the protocol's values as defaults."""
 
     epochs: int = option(40, "passes over the training users, at most", minimum=1)
-    lr: float = option(2e-3, "learning rate of AdamW, at its highest", minimum=0)
-    encoder_lr: float = option(0.0, "that of a video encoder that is trained; 0: the same", minimum=0)
+    lr: float = option(2e-3, "highest learning rate of AdamW", minimum=0)
+    encoder_lr: float = option(
+        0.0, "highest learning rate of a video encoder that is trained; 0: training.lr", minimum=0
+    )
     schedule: str = option(
-        "constant", "the learning rate after its warm-up: constant, or down to 0 at the last epoch", choices=SCHEDULES
+        "constant", "learning rate after the warm-up: constant, or falling to 0 at the last step", choices=SCHEDULES
     )
     warmup: float = option(0.0, "share of all steps in which the learning rate rises from 0", minimum=0, maximum=1)
     batch_size: int = option(512, "users per step, over all workers", minimum=1)
     num_workers: int = option(
-        1, "data-parallel workers; they share each batch, dropout alone is drawn by each", minimum=1
+        1, "data-parallel workers, which share each batch; only dropout differs with their number", minimum=1
     )
     min_workers: int = option(
-        0, "it starts, and goes on after a loss, with as few as these; 0: with num_workers alone", minimum=0
+        0, "workers with which training starts, or goes on after losing one, at least; 0: num_workers", minimum=0
     )
     use_gpu: bool = option(False, "one GPU for each worker")
     weight_decay: float = option(0.1, "weight decay of AdamW", minimum=0)
-    gradient_clip: float = option(5.0, "largest gradient norm; 0: any, nothing is clipped", minimum=0)
-    patience: int = option(
-        5, "epochs without a better validation HR@10 (README: other splits) before it stops", minimum=1
+    gradient_clip: float = option(
+        5.0, "largest norm of the gradient, to which it is clipped; 0: no clipping", minimum=0
     )
-    precision: str = option("float32", "arithmetic of the forward", choices=("float32", "bfloat16"))
-    loss: LossConfig = variant(LOSSES, "in_batch_softmax", "what is minimised")
+    patience: int = option(
+        5,
+        "epochs without a better validation metric (HR@10, or Recall@20 for several targets) before it stops",
+        minimum=1,
+    )
+    precision: str = option("float32", "arithmetic of the forward pass", choices=("float32", "bfloat16"))
+    loss: LossConfig = variant(LOSSES, "in_batch_softmax", "the loss")
     alignment: float = option(0.0, "weight of the mean squared distance between query and label, normalised", minimum=0)
     uniformity: float = option(0.0, "weight of the uniformity of queries and items, the mean of both", minimum=0)
 
@@ -98,7 +104,9 @@ class TrainConfig:
     features: Any = option(
         "${workspace}/features", "feature set, or a store that holds exactly one; or a list of them", uri=True
     )
-    feature_columns: list[str] = option([], "patterns of columns, as describe/llm.*/visual_mean; none: see README")
+    feature_columns: list[str] = option(
+        [], "columns to read, as patterns such as describe/llm.*/visual_mean; none: see docs/train.md"
+    )
     max_missing_features: float = option(
         compact.MAX_MISSING, "share of the items that may have no features", minimum=0, maximum=1
     )

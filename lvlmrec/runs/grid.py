@@ -44,7 +44,7 @@ METHOD = re.compile(r"[^,|\x00-\x1f\x7f]+")  # commas and bars separate in messa
 class StudySettings:
     """What is compared, and on what."""
 
-    name: str = option("sample", "of the folder that the tables go to")
+    name: str = option("sample", "name of the folder with the tables")
     methods: dict[str, Any] = option(
         {
             "ID": {"model.item_encoder.name": "id"},
@@ -76,14 +76,16 @@ class StudySettings:
     reference: str = option("ID", "the method that every other is tested against")
     baselines: list[str] = option(
         ["popularity", "item_knn", "markov"],
-        "fitted and ranked on the same split, once",
+        "baselines, fitted and ranked once on the same split",
         choices=BASELINES,
         distinct=True,
     )
     item_knn_neighbours: int = option(NUM_NEIGHBOURS, NEIGHBOURS_HELP, minimum=1)
     max_concurrent: int = option(2, "runs at the same time", minimum=1)
-    cpus_per_run: int = option(1, "CPUs that Ray reserves for a run, and its threads", minimum=1)
-    gpus_per_run: float = option(0.0, "GPU for a run: 1, or a share of one; 0 runs on CPU", minimum=0)
+    cpus_per_run: int = option(1, "CPUs that Ray reserves for one run, and its number of threads", minimum=1)
+    gpus_per_run: float = option(
+        0.0, "GPUs that Ray reserves for one run: 1, or a share of one; 0: it runs on CPU", minimum=0
+    )
 
     def check(self) -> None:
         if not NAME.fullmatch(self.name):
