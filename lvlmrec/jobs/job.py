@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -25,12 +24,6 @@ REPEAT_SECONDS = 10.0  # a signal so soon after another is the same one
 # Importing packages makes objects that stay. At its own threshold of 700 Python's collector looks through them again
 # and again, and a job takes longer to start.
 gc.set_threshold(10_000, 10, 10)
-
-# What Ray shows of its processes' output, before anything imports ray: all but the notes of its own C++ code, which its
-# log files keep; a crash stays. A line that several processes say is shown of each, not folded into one.
-RAYS_NOTE = r"\[[\d :,.-]+ [IWE] \d+ \d+\] (\(\w+\) )?\w+\.cc:\d+: "
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", f"^{RAYS_NOTE}")
-os.environ.setdefault("RAY_DEDUP_LOGS_ALLOW_REGEX", f"^(?!{RAYS_NOTE})")
 
 
 def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -> int:

@@ -81,6 +81,9 @@ def ensure_features(config: TrainConfig) -> None:
                 print(f"sample: waiting until the job that extracts them has ended: {error}", file=sys.stderr)
             is_waiting = True
             time.sleep(lease.BEAT)
+            sets = store.committed(own)
+            if sets and not any(map(lease.is_unfinished, sets)):
+                return
 
 
 def _ensure_world(root: Path) -> None:
