@@ -31,9 +31,28 @@ LINK = re.compile(r"\]\(([^)#]+)(#[\w-]+)?\)")
 PATH = re.compile(r"`((?:[\w-]+/)*[\w-]+\.py|(?:lvlmrec|conf|tests|benchmarks|rayjobs|docs)/[\w/.-]+)`")
 
 
+FENCED = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PROGRAM = re.compile(r"(python|ray|make|npm|pip|mlflow|for|aws|docker|curl|bash|sh|\./)\b.*")
+MARKS = ("# needs a GPU", "# needs a network", "# needs a cluster")
+
+
 def blocks(page: Path) -> str:
-    """The indented lines of a page, which are what a user copies."""
-    return "\n".join(line[4:] for line in page.read_text().splitlines() if line.startswith("    "))
+    """The indented and fenced lines of a page, which are what a user copies."""
+    text = page.read_text()
+    indented = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    return "\n".join([*indented, *FENCED.findall(text)])
+
+
+def command_lines(page: Path) -> list[str]:
+    """The commands of a page with their comments, continued lines joined."""
+    lines = blocks(page).replace("\\\n", " ").splitlines()
+    return [line for line in lines if PROGRAM.match(line)]
+
+
+def runnable() -> list[str]:
+    """The commands of jobs that are not marked and are no template, each once."""
+    lines = dict.fromkeys(line for page in PAGES for line in command_lines(page) if COMMAND.search(line))
+    return [line.partition(" #")[0].strip() for line in lines if "<job>" not in line and not line.endswith(MARKS)]
 
 
 def commands() -> Iterator[Any]:
@@ -51,7 +70,7 @@ def schema(job: str) -> type[Any]:
     return SCHEMAS[job]
 
 
-@pytest.mark.parametrize(("job", "arguments"), commands())
+@pytest.mark.parametrize(("job", "arguments"), list(commands()))
 def test_a_command_is_one_that_its_job_takes(job: str, arguments: str) -> None:
     """Words in capitals stand for what is the user's; all else is read as the job reads it."""
     assert (ROOT / "rayjobs" / f"{job}.py").exists()
@@ -79,3 +98,25 @@ def test_every_page_is_found_from_the_readme_which_is_short() -> None:
     for page in [*linked & pages]:
         linked |= {page.parent / target for target, _ in LINK.findall(page.read_text())}
     assert pages <= linked, f"not linked: {sorted(page.name for page in pages - linked)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_command_is_run_or_marked(page: Path) -> None:
+    """A comment marks the commands of jobs that do not run on the sample; targets of make exist."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in command_lines(page):
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "make":
+            assert set(arguments) <= targets, line
+        elif not line.endswith(MARKS) and "<job>" not in line:
+            known = line.partition(" #")[0].strip() in runnable() or line.startswith("npm install s3rver ")
+            assert known, f"{page.name}: neither run nor marked with one of {MARKS}: {line}"
+
+
+def test_commands_in_fences_and_of_several_lines_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n    python rayjobs/train.py a=1 \\\n        b=2  # c\n\n```bash\nray up x.yaml\n```\n")
+    assert [" ".join(line.split()) for line in command_lines(page)] == [
+        "python rayjobs/train.py a=1 b=2 # c",
+        "ray up x.yaml",
+    ]
