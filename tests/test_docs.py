@@ -101,7 +101,7 @@ def test_every_page_is_found_from_the_readme_which_is_short() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_command_is_run_or_marked(page: Path) -> None:
+def test_a_command_is_a_jobs_or_marked(page: Path) -> None:
     """A comment marks the commands of jobs that do not run on the sample; targets of make exist."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in command_lines(page):
