@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from record import save
 
 from lvlmrec import config
-from lvlmrec.columns import ITEM_ID, PART, ROW, SOURCE
+from lvlmrec.columns import ITEM_ID, MADE_WITH, PART, ROW, SOURCE
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.commits import Commits
 from lvlmrec.extraction.progress import Tally
@@ -132,6 +132,7 @@ def measure(folder: Path) -> dict[str, Any]:
     assert len(todo) == len(planned.manifest) - len(there)
     rows = rows_of(todo[ITEM_ID].combine_chunks(), SEGMENTS + 1).select([ITEM_ID, PART, ROW, SOURCE])
     rows = rows.set_column(1, PART, rows[PART].cast(pa.string()))
+    rows = rows.append_column(MADE_WITH, pa.array(["{}"] * len(rows), pa.string()))
     blocks = [rows.slice(begin, PART_ITEMS) for begin in range(0, len(rows), PART_ITEMS)]
     with lease.hold(planned.feature_set) as held, timed("commit"), Commits(planned.feature_set, held) as commits:
         for block in blocks:
