@@ -29,4 +29,7 @@ def run(config: VacuumConfig) -> dict[str, Any]:
     uri = store.find(config.features)
     with lease.hold(uri) as held:
         store.adopt(uri, held.number)
-        return {"feature_set": uri, **store.vacuum(uri, held.number)}
+        result = {"feature_set": uri, **store.vacuum(uri, held.number)}
+        if not held.after_break:  # what a killed extraction did not come to is still missing
+            held.finish()
+    return result

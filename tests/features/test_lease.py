@@ -131,3 +131,15 @@ def test_vacuum_is_refused_beside_a_writer_and_counts_what_it_removes(tmp_path: 
     assert result["removed_bytes"] > 100
     assert vacuum.run(config)["removed_parts"] == 0
     assert store.read(uri).index["part"][0].as_py().startswith("part-000005-")
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_vacuum_leaves_a_set_as_finished_as_it_was(tmp_path: Path, ended: bool) -> None:
+    """Also when it runs twice; and a killed extraction stays one."""
+    uri = write_set(tmp_path, [["a", "b"]], recipe_of())
+    with lease.hold(uri) as held:
+        if ended:
+            held.finish()
+    for _ in range(2):
+        vacuum.run(VacuumConfig(features=uri))
+        assert lease.is_unfinished(uri) is not ended
