@@ -25,3 +25,8 @@ SEVERAL_TARGETS = Shown(
 )
 DIFFERENCE, SEEDS_COMPARED = "difference", "seeds compared"
 P_SEEDS, P_HOLM, P_USERS = "p over seeds", "Holm p over seeds", f"p_users ({LEFT_OUT})"
+
+
+def shown_for(several_targets: bool) -> Shown:
+    """The metrics for a dataset whose users have one test item each, or several."""
+    return SEVERAL_TARGETS if several_targets else ONE_TARGET

@@ -25,6 +25,7 @@ from ray import ObjectRef
 from lvlmrec import cluster, storage, tracking
 from lvlmrec import config as configs
 from lvlmrec.errors import InputError, JobFailed, one_line
+from lvlmrec.evaluation.shown import shown_for
 from lvlmrec.report import study as report
 from lvlmrec.runs import checkpoint, evaluating, experiment, methods
 from lvlmrec.runs.evaluating import EvaluateConfig
@@ -223,7 +224,7 @@ def load_state(state: State, uri: str) -> None:
 def evaluate(
     config: TrainConfig, uri: str, baselines: list[str], item_knn_neighbours: int, threads: int
 ) -> dict[str, Any]:
-    """The test metrics of a checkpoint; an evaluation of it that is already written is reused."""
+    """The test metrics of a checkpoint; an evaluation of it that is already written and has them all is reused."""
     torch.set_num_threads(threads)
     cluster.device()  # without a GPU of its own it sees none
     written = storage.join(config.workspace, "evaluations", uri.rsplit("/", 1)[-1], "evaluation.json")
@@ -233,7 +234,8 @@ def evaluate(
         done = None
     if done and done["checkpoint"] == uri and done.get("format") == evaluating.FORMAT:
         same = not baselines or done["item_knn_neighbours"] == item_knn_neighbours
-        if same and set(baselines) <= set(done["baselines"]):
+        has_all = set(shown_for(config.dataset.several_targets).test) <= set(done["test"])  # its `ks` may be others
+        if same and has_all and set(baselines) <= set(done["baselines"]):
             return done | {"reused": True}
     given: dict[str, Any] = {"workspace": config.workspace, "checkpoint": uri, "baselines": baselines}
     given |= {"item_knn_neighbours": item_knn_neighbours}

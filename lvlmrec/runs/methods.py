@@ -19,13 +19,12 @@ from lvlmrec.errors import InputError
 from lvlmrec.evaluation.metrics import per_user
 from lvlmrec.evaluation.shown import (
     DIFFERENCE,
-    ONE_TARGET,
     P_HOLM,
     P_SEEDS,
     P_USERS,
     SEEDS_COMPARED,
-    SEVERAL_TARGETS,
     Shown,
+    shown_for,
 )
 from lvlmrec.evaluation.significance import holm, paired_t_test, permutation_test
 from lvlmrec.runs.evaluating import read_ranks
@@ -72,7 +71,7 @@ class Method:
 
     @property
     def shown(self) -> Shown:
-        return SEVERAL_TARGETS if self.config.dataset.several_targets else ONE_TARGET
+        return shown_for(self.config.dataset.several_targets)
 
     def test(self, metric: str) -> list[float]:
         """The metric of each seed that is evaluated, in the seeds' order."""

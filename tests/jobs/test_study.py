@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from lvlmrec import tracking
+from lvlmrec.config import load
 from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.jobs import study
 from lvlmrec.jobs.study import train as product_train
-from lvlmrec.runs import experiment, grid
+from lvlmrec.runs import evaluating, experiment, grid
+from lvlmrec.runs.evaluating import EvaluateConfig
 from lvlmrec.runs.grid import Trial
 from lvlmrec.tracking import Run
 from tests.conftest import ROOT
@@ -69,6 +71,20 @@ def test_an_evaluation_that_is_written_is_reused(world: Path, tmp_path: Path) ->
     assert study.evaluate(config, uri, ["markov"], 500, 1)["reused"] is False, "its baselines were not there"
     again = study.evaluate(config, uri, [], 500, 1)
     assert again["reused"] and list(again["baselines"]) == ["markov"]
+
+
+@pytest.mark.parametrize(("ks", "reused"), [([5, 10, 50], False), ([20], False), ([1, 10, 20, 100], True)])
+def test_an_evaluation_at_other_cut_offs_is_reused_where_it_has_those_of_the_tables(
+    world: Path, tmp_path: Path, ks: list[int], reused: bool
+) -> None:
+    config = train_config(world, tmp_path)
+    uri = publish(*fitted(config))
+    own = {"workspace": config.workspace, "checkpoint": uri, "baselines": ["popularity"], "ks": ks}
+    evaluating.run(load(EvaluateConfig, [own]))
+    result = study.evaluate(config, uri, ["popularity"], 500, 1)
+    assert result["reused"] is reused
+    for found in (result, result["baselines"]["popularity"]):
+        assert {"hr@10", "ndcg@10", "hr@20", "ndcg@20"} <= set(found["test"])
 
 
 def test_what_does_not_fit_is_told_before_any_run(world: Path, tmp_path: Path) -> None:
