@@ -1,11 +1,17 @@
 """README and docs: every command is one that its job takes, every link and path leads somewhere, no page is lost."""
 
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lvlmrec import config
@@ -16,6 +22,7 @@ from lvlmrec.runs.evaluating import EvaluateConfig
 from lvlmrec.runs.experiment import TrainConfig
 from lvlmrec.runs.grid import StudyConfig
 from tests.conftest import ROOT
+from tests.videos import write_video
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCHEMAS: dict[str, type[Any]] = {
@@ -34,6 +41,11 @@ PATH = re.compile(r"`((?:[\w-]+/)*[\w-]+\.py|(?:lvlmrec|conf|tests|benchmarks|ra
 FENCED = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"(python|ray|make|npm|pip|mlflow|for|aws|docker|curl|bash|sh|\./)\b.*")
 MARKS = ("# needs a GPU", "# needs a network", "# needs a cluster")
+SMALLER = {  # so that a command takes a minute: what is added to those of a job
+    "train": "training.epochs=1",
+    "tune": "search.trials=2 training.epochs=1",
+    "study": "study.seeds=[0] training.epochs=1",
+}
 
 
 def blocks(page: Path) -> str:
@@ -101,8 +113,8 @@ def test_every_page_is_found_from_the_readme_which_is_short() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_command_is_a_jobs_or_marked(page: Path) -> None:
-    """A comment marks the commands of jobs that do not run on the sample; targets of make exist."""
+def test_a_command_is_run_or_marked(page: Path) -> None:
+    """Commands of jobs without a mark are run below, targets of make by every change; a comment marks the others."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in command_lines(page):
         program, *arguments = shlex.split(line, comments=True)
@@ -120,3 +132,56 @@ def test_commands_in_fences_and_of_several_lines_are_found(tmp_path: Path) -> No
         "python rayjobs/train.py a=1 b=2 # c",
         "ray up x.yaml",
     ]
+
+
+def shell(command: str, workspace: Path, address: str) -> dict[str, Any]:
+    """Runs the command as it is written, in a workspace and made smaller, and gives its last JSON."""
+
+    def complete(found: re.Match[str]) -> str:
+        job, arguments = found.groups()
+        added = f"workspace={workspace} {SMALLER.get(job, '')}"
+        return f"{sys.executable} rayjobs/{job}.py {arguments} {added} "
+
+    script = "set -e\n" + COMMAND.sub(complete, command)
+    environment = os.environ | {"RAY_ADDRESS": address}
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=580, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, f"{script}\n{done.stderr[-3000:]}"
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> dict[str, str]:
+    """What stands for the words in capitals: the sample, its features, a checkpoint and its ranks."""
+    folder = tmp_path_factory.mktemp("docs")
+    workspace = folder / "workspace"
+    (folder / "videos").mkdir()
+    for name in ("a", "b"):
+        write_video(folder / "videos" / f"{name}.mp4", num_frames=30)
+    np.save(folder / "image_feat.npy", np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32))
+    features = shell("python rayjobs/extract.py", workspace, ray_address)["feature_set"]
+    checkpoint = shell("python rayjobs/train.py", workspace, ray_address)["checkpoint"]
+    ranks = shell(f"python rayjobs/evaluate.py checkpoint={checkpoint}", workspace, ray_address)["ranks"]
+    shutil.copyfile(ranks, folder / "ranks.parquet")
+    return {
+        "WORKSPACE": str(workspace),
+        "image_feat.npy": str(folder / "image_feat.npy"),
+        "VIDEOS": str(folder / "videos"),
+        "STORE": str(folder / "store"),
+        "FOLDER": str(workspace / "sample" / "interactions"),
+        "FEATURE_SET": features,
+        "CHECKPOINT": checkpoint,
+        "RANKS_OF_ANOTHER_RUN": ranks,
+        "RANKS_OF_ONE_RUN": ranks,
+        "RANKS_OF_ANOTHER": str(folder / "ranks.parquet"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", runnable())
+def test_a_command_runs_on_the_sample(command: str, places: dict[str, str], ray_address: str) -> None:
+    for word, place in sorted(places.items(), key=lambda pair: -len(pair[0])):
+        command = re.sub(rf"(?<![\w/]){re.escape(word)}(?!\w)", place, command)
+    assert shell(command, Path(places["WORKSPACE"]), ray_address)["run_id"]
