@@ -57,8 +57,9 @@ def main(name: str, schema: type[C], body: Callable[[C, Run], dict[str, Any]]) -
         else:  # of a temporary file, or of a library's
             print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, SystemExit):
-        print(f"{name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as error:
+        where = error.args[0] if isinstance(error, KeyboardInterrupt) and error.args else "where it stopped"
+        print(f"{name}: interrupted; the same command goes on {where}", file=sys.stderr)
         return 1
     except Exception:
         traceback.print_exc()

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,11 +29,12 @@ from lvlmrec.features import pca
 from lvlmrec.features.array import FeatureArray
 from lvlmrec.runs import checkpoint
 from lvlmrec.runs.divergence import Diverged
-from lvlmrec.runs.experiment import Experiment, TrainingConfig, load_features
+from lvlmrec.runs.experiment import Experiment, TrainConfig, TrainingConfig, load_features
 from lvlmrec.runs.loop import Progress, State, fit, new_state, publish
 from lvlmrec.tracking import Run
 
 MAX_WORKER_FAILURES = 3
+RECORD = "checkpoint_manager_snapshot.json"  # what Ray Train keeps of a run's checkpoints, in the run's folder
 CHECKPOINT_SECONDS = 10.0  # an epoch of a small dataset is over sooner than its checkpoint is written
 
 
@@ -40,7 +42,8 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
     """Train, publish the best epoch's checkpoint, and say what was measured.
 
     A run that is already published is not repeated; an interrupted one goes on after its last whole epoch.
-    Raises `JobFailed` when the workers failed more often than `MAX_WORKER_FAILURES`.
+    Raises `JobFailed` when the workers failed more often than `MAX_WORKER_FAILURES`; an interruption says after which
+    epoch the same run goes on.
     """
     done = checkpoint.read_result(experiment.checkpoint)
     if done is not None:
@@ -49,10 +52,14 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
         return done | {"checkpoint": experiment.checkpoint, "reused": True}
     for folder in (experiment.checkpoint.rpartition("/")[0], _runs(experiment)):
         storage.check_writable(folder)
-    with cluster.joined():
-        cluster.require_gpus("training.use_gpu", float(experiment.config.training.use_gpu))
-        trained = _fit(experiment, tracking)
-        result = _publish(experiment, trained)
+    try:
+        with cluster.joined():
+            cluster.require_gpus("training.use_gpu", float(experiment.config.training.use_gpu))
+            trained = _fit(experiment, tracking)
+            result = _publish(experiment, trained)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_resumes(experiment)) from None
+    print(f"train: {_ending(experiment.config, result)}", file=sys.stderr)
     tracking.log_best_epoch(result["validation"], result["best_epoch"], result["epochs"])
     return result | {"checkpoint": experiment.checkpoint, "reused": False}
 
@@ -101,6 +108,30 @@ def _fit(experiment: Experiment, tracking: Run) -> RayCheckpoint:
 def _runs(experiment: Experiment) -> str:
     """Where Ray Train keeps the checkpoints of runs that are not finished."""
     return storage.join(experiment.config.workspace, "runs")
+
+
+def _resumes(experiment: Experiment) -> str:
+    """From where an interrupted run goes on: after the epoch of the last checkpoint that Ray Train recorded."""
+    try:
+        recorded = json.loads(storage.read_bytes(storage.join(_runs(experiment), experiment.key, RECORD)))
+        epoch = int(recorded["latest_checkpoint_result"]["metrics"]["epoch"])
+    except (OSError, ValueError, KeyError, TypeError):  # none was saved, or by a Ray that keeps other records
+        return "from the start: no epoch was saved yet"
+    return f"after epoch {epoch} of {experiment.config.training.epochs}, the last that was saved"
+
+
+def _ending(config: TrainConfig, result: Mapping[str, Any]) -> str:
+    """Why the training ended, and its best epoch."""
+    settings, selected_by = config.training, config.dataset.selected_by
+    best = (
+        f"best: epoch {result['best_epoch']}, validation {selected_by.upper()} {result['validation'][selected_by]:.4f}"
+    )
+    if result["epochs"] >= settings.epochs:
+        return f"all {settings.epochs} epochs; {best}"
+    return (
+        f"stopped early after epoch {result['epochs']} of {settings.epochs}: {settings.patience} without a better one "
+        f"(training.patience); {best}"
+    )
 
 
 def _reason(error: Exception) -> str:

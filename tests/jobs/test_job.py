@@ -97,10 +97,11 @@ def test_a_wrong_configuration_is_one_line_and_status_2(start: Start, capsys, ar
         (InputError("features 'x': none there\n  extract first"), 2, "train: features 'x': none there extract first"),
         (ConfigError("seed: no"), 2, "train: seed: no"),
         (JobFailed("all 3 trials failed"), 1, "train: all 3 trials failed"),
+        (KeyboardInterrupt("after epoch 3 of 9"), 1, "train: interrupted; the same command goes on after epoch 3 of 9"),
         (KeyboardInterrupt(), 1, "train: interrupted; the same command goes on where it stopped"),
         (SystemExit(15), 1, "train: interrupted; the same command goes on where it stopped"),
     ],
-    ids=["input", "config", "failed", "interrupted", "terminated"],
+    ids=["input", "config", "failed", "interrupted at an epoch", "interrupted", "terminated"],
 )
 def test_an_error_is_one_line_and_its_status(
     start: Start, capsys, error: BaseException, status: int, line: str
