@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +44,22 @@ def test_a_folder_without_locks_is_used_without(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(fcntl, "flock", refused)
     with locked(tmp_path / "lock") as alone:
         assert not alone
+
+
+def test_who_waits_says_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(file)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        try:
+            monkeypatch.setattr(locks, "SILENT_SECONDS", 0.0)
+            monkeypatch.setattr(locks, "WAIT_SECONDS", 0.3)
+            with pytest.raises(InputError, match=rf"lock for 0 s, process {holder.pid} since 2"), locked(file):
+                pass
+        finally:
+            holder.kill()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"{file}: waiting for process {holder.pid} since \S+Z, which holds this lock", said)
+    with locked(file):
+        assert file.read_text().startswith(f"process {os.getpid()} since ")
