@@ -26,7 +26,7 @@ from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import Attempts, SharedAttempts, Streak
 from lvlmrec.extraction.manifest import ROWS_AT_ONCE, columns_for, describe, read_manifest, source_of, texts_from
 from lvlmrec.extraction.memory import Reserved
-from lvlmrec.extraction.progress import Tally
+from lvlmrec.extraction.progress import Tally, tell_rejected
 from lvlmrec.extraction.settings import ExtractConfig, PoolConfig
 from lvlmrec.features import lease, store
 from lvlmrec.features import recipe as recipes
@@ -302,6 +302,7 @@ def _result(plan: Plan, tally: Tally, seconds: float, index: pa.Table) -> dict[s
         first = gone.take(pc.select_k_unstable(gone, 3, [("", "ascending")])).to_pylist()
         names = ", ".join(first) + (", ..." if len(gone) > 3 else "")
         print(f"extract: {len(gone)} items with features are not in the input: {names}", file=sys.stderr)
+    tell_rejected(rejected, storage.join(plan.feature_set, store.REJECTED))
     report = tally.report(seconds) if tally.total else {}
     if report:
         print(f"extract: {report['slowest_stage']}", file=sys.stderr)

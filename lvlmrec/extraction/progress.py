@@ -11,10 +11,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lvlmrec.columns import ERROR, MESSAGE, STAGE
+from lvlmrec.columns import ERROR, ITEM_ID, MESSAGE, STAGE
+from lvlmrec.errors import one_line
 from lvlmrec.extraction import stages
 
 PROGRESS_SECONDS = 5.0
+REJECTED_SHOWN = 5  # items, of the first REJECTED_READ
+REJECTED_READ = 1000
+REASON_CHARACTERS = 200
+LIMITING = 0.5  # share of its workers' time that a stage is busy where it sets the pace
 REMEDY = {
     "decode": "more pool.decode_tasks, or nodes with CPUs, would help",
     "prepare": "the processor of the model is the limit: more CPUs beside each actor, or more actors",
@@ -58,10 +63,13 @@ class Tally:
         told = {name.removesuffix("_seconds"): {"seconds": round(spent, 3)} for name, spent in self.seconds.items()}
         for stage, share in shares.items():
             told[stage]["busy"] = round(share, 4)
-        return {
-            "stages": told,
-            "slowest_stage": f"{slowest}: {shares[slowest]:.0%} busy with {self.workers[slowest]}; {REMEDY[slowest]}",
-        }
+        return {"stages": told, "slowest_stage": f"{slowest}: {self._advice(slowest, shares[slowest])}"}
+
+    def _advice(self, slowest: str, share: float) -> str:
+        busy = f"{share:.0%} busy with {self.workers[slowest]}; "
+        if share >= LIMITING:
+            return busy + REMEDY[slowest]
+        return busy + "no stage was the limit: most of the time went to starting processes, loading the model, storage"
 
     def _tell(self, done: int, seconds: float) -> None:
         rate, busy = done / seconds, self.busy("forward", seconds)
@@ -72,3 +80,23 @@ class Tally:
         )
         metrics = {"videos": done, "rejected": done - self.written, "videos_per_second": rate, "busy_fraction": busy}
         self.log(metrics, done)
+
+
+def tell_rejected(rejected: pa.Table, folder: str) -> None:
+    """On stderr a few rejected items with their reasons, each reason once before any twice, and where all of them are.
+
+    `rejected`: rows of `store.REJECTED_SCHEMA`, which lie in `folder`.
+    """
+    rows, repeats = rejected.slice(0, REJECTED_READ).to_pylist(), Counter[tuple[str, str]]()
+    ranked = []
+    for row in rows:
+        reason = (row[STAGE], row[ERROR])
+        ranked.append((repeats[reason], row))
+        repeats[reason] += 1
+    for _, row in sorted(ranked, key=lambda each: each[0])[:REJECTED_SHOWN]:
+        message = one_line(row[MESSAGE], REASON_CHARACTERS)
+        print(f"extract: rejected {row[ITEM_ID]!r}: {row[STAGE]}/{row[ERROR]}: {message}", file=sys.stderr)
+    if more := max(0, len(rejected) - REJECTED_SHOWN):
+        print(f"extract: {more} more are rejected; all of them, with reasons: {folder}/*.parquet", file=sys.stderr)
+    elif rows:
+        print(f"extract: rejected items, with reasons: {folder}/*.parquet", file=sys.stderr)

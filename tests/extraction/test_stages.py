@@ -18,9 +18,10 @@ from lvlmrec.errors import JobFailed
 from lvlmrec.extraction import estimate, pipeline, stages
 from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import Streak
-from lvlmrec.extraction.progress import Tally
+from lvlmrec.extraction.progress import Tally, tell_rejected
 from lvlmrec.extraction.stages import DecodeConfig
 from lvlmrec.features import recipe as recipes
+from lvlmrec.features import store
 from lvlmrec.features.recipe import MOTION, LVLMInfo, Prompt, Recipe, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
@@ -318,6 +319,38 @@ def test_the_slowest_stage_is_named_with_a_remedy() -> None:
     assert report["stages"]["decode"] == {"seconds": 16.0, "busy": 0.8}
     assert report["stages"]["write"] == {"seconds": 0.4}
     assert report["slowest_stage"].startswith("decode: 80% busy with 2; more pool.decode_tasks")
+
+
+def test_where_no_stage_is_busy_no_stage_is_blamed() -> None:
+    tally = Tally(1, {"decode": 2, "prepare": 1, "forward": 1}, lambda metrics, step: None)
+    row = {"item_id": "a", "decode_seconds": 1.0, "prepare_seconds": 0.5, "forward_seconds": 2.9, "write_seconds": 0.1}
+    tally.add(pa.Table.from_pylist([row], schema=stages.WRITTEN))
+    assert tally.report(10.0)["slowest_stage"].startswith("forward: 29% busy with 1; no stage was the limit")
+    assert tally.report(5.0)["slowest_stage"].startswith("forward: 58% busy with 1; the accelerator is the limit")
+
+
+def test_a_few_rejected_items_are_named_of_each_reason_one_first(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(number: int, error: str) -> dict[str, str]:
+        message = f"of {error}\n at {number}"
+        return {
+            "item_id": f"v{number}",
+            "uri": "u",
+            "source": "",
+            "stage": "decode",
+            "error": error,
+            "message": message,
+        }
+
+    rows = [row(number, "truncated") for number in range(8)] + [row(8, "missing"), row(9, "no_video")]
+    tell_rejected(pa.Table.from_pylist(rows, schema=store.REJECTED_SCHEMA), "s3://b/set/rejected")
+    *named, last = capsys.readouterr().err.splitlines()
+    assert named[0] == "extract: rejected 'v0': decode/truncated: of truncated at 0"
+    assert [line.split("'")[1] for line in named] == ["v0", "v8", "v9", "v1", "v2"]
+    assert last == "extract: 5 more are rejected; all of them, with reasons: s3://b/set/rejected/*.parquet"
+    tell_rejected(pa.Table.from_pylist(rows[:2], schema=store.REJECTED_SCHEMA), "/set/rejected")
+    assert capsys.readouterr().err.splitlines()[2] == "extract: rejected items, with reasons: /set/rejected/*.parquet"
+    tell_rejected(store.REJECTED_SCHEMA.empty_table(), "/set/rejected")
+    assert capsys.readouterr().err == ""
 
 
 MOTION_INFO = dataclasses.replace(INFO, video_form=MOTION, video_encoder=ENCODER, is_random=True)
