@@ -27,7 +27,7 @@ from lvlmrec import cluster, storage, tracking
 from lvlmrec.config import check_gpus, option
 from lvlmrec.errors import ConfigError, InputError, JobFailed, one_line
 from lvlmrec.runs.divergence import Diverged
-from lvlmrec.runs.experiment import Experiment, TrainConfig, check_model, check_video
+from lvlmrec.runs.experiment import Experiment, TrainConfig, check_model, check_one_process, check_video
 from lvlmrec.runs.loop import State, fit, new_state
 from lvlmrec.taps import parse_feature
 from lvlmrec.tracking import Run
@@ -67,6 +67,7 @@ class TuneConfig(TrainConfig):
     search: SearchConfig = option(SearchConfig, "search space and budget")
 
     def check(self) -> None:
+        check_one_process(self.training, "a trial", "search.gpus_per_trial")
         check_video(self)
         for width in self.search.embedding_dims:  # in place of `model.embedding_dim`
             try:

@@ -130,6 +130,14 @@ class TrainConfig:
         self.model.backbone.check_width(self.model.embedding_dim)
 
 
+def check_one_process(training: TrainingConfig, what: str, gpus: str) -> None:
+    """Raises `ConfigError` where a run of one process is to have several, or a GPU by another key than `gpus`."""
+    if training.num_workers != 1:
+        raise ConfigError(f"training.num_workers: {training.num_workers}: {what} is one process; leave it 1")
+    if training.use_gpu:
+        raise ConfigError(f"training.use_gpu: {what} has the GPU that {gpus} says; leave it false")
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """What training may see: no test interaction is in here.

@@ -22,7 +22,7 @@ from lvlmrec.baselines import BASELINES
 from lvlmrec.baselines.item_knn import NEIGHBOURS_HELP, NUM_NEIGHBOURS
 from lvlmrec.config import MAX_SEED, check_gpus, option
 from lvlmrec.errors import ConfigError
-from lvlmrec.runs.experiment import NOT_LEARNED, TrainConfig
+from lvlmrec.runs.experiment import NOT_LEARNED, TrainConfig, check_one_process
 
 # One split, one budget: neither a method nor the search may change them.
 SAME_FOR_ALL = (
@@ -103,8 +103,7 @@ class StudyConfig(TrainConfig):
 
     def check(self) -> None:
         """What the train job checks is checked of each method: the base alone need not be a run."""
-        if self.training.num_workers != 1:
-            raise ConfigError(f"training.num_workers: {self.training.num_workers}: a run of a study is one process")
+        check_one_process(self.training, "a run of a study", "study.gpus_per_run")
 
 
 class Trial(NamedTuple):
