@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import re
 import sqlite3
@@ -310,8 +309,7 @@ def _client(tracking_uri: str) -> mlflow.MlflowClient:
         os.environ.setdefault(name, value)
     import mlflow
 
-    for noisy in ("mlflow.store.db.utils", "mlflow.tracking"):  # they print stacks of errors that are one line here
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    database.silence()
     file, options = database.file_of(tracking_uri)
     return mlflow.MlflowClient(database.uri_of(file) + options if file else tracking_uri)
 

@@ -6,6 +6,7 @@ that is killed meanwhile, leave a database that no process can open again.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sqlite3
@@ -50,6 +51,7 @@ def _create(file: Path, replace: bool) -> None:
     """Create the database under a temporary name, then rename it. Of several processes the first one's counts."""
     import mlflow
 
+    silence()
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.making")
     mlflow.MlflowClient(uri_of(temporary)).search_experiments(max_results=1)
     if replace:
@@ -64,6 +66,12 @@ def _create(file: Path, replace: bool) -> None:
     except OSError:  # a file system without links
         temporary.rename(file)
     temporary.unlink(missing_ok=True)
+
+
+def silence() -> None:
+    """Once mlflow is imported, which sets their levels: its loggers of what the project says itself, in one line."""
+    for noisy in ("mlflow.store.db.utils", "mlflow.tracking"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 def file_of(tracking_uri: str) -> tuple[Path | None, str]:

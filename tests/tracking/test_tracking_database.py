@@ -183,3 +183,11 @@ def test_two_jobs_that_make_the_experiment_at_once_use_one(
     second = tracking.start(f"sqlite:///{whole}", str(tmp_path), "test", {})
     assert len(seen) == 2
     assert sorted(run_ids(whole.rename(tmp_path / "mlflow.db").parent)) == sorted([first.id, second.id])
+
+
+@pytest.mark.thorough
+def test_the_first_job_of_a_workspace_says_nothing_of_tables(tmp_path: Path) -> None:
+    code = "import sys; from lvlmrec import tracking; tracking.start(sys.argv[1], sys.argv[2], 'first', {})"
+    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (tmp_path / "mlflow.db").exists() and "INFO" not in done.stderr and "tables" not in done.stderr
