@@ -76,11 +76,11 @@ def test_what_was_there_stays_where_a_file_does_not_fit(tmp_path: Path, writes: 
     assert left(tmp_path) == ["there"] and (tmp_path / "there").read_bytes() == b"before"
 
 
-COMPACT = """
+COMPACT = f"""
 from lvlmrec.features import store
 from lvlmrec.features.compact import compact
-from tests.jobs.test_disk_full import LLM, MANY
-compact([(store.read(sys.argv[1]), LLM)], MANY, sys.argv[2])
+items = [f"item{{i}}" for i in range({len(MANY)})]
+compact([(store.read(sys.argv[1]), {LLM})], items, sys.argv[2])
 """
 
 

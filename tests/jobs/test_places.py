@@ -132,9 +132,11 @@ def uris(resolved: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_job_is_given_absolute_places(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_given_absolute_places(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking_uri: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [name, "workspace=w", *RELATIVE[name]])
+    monkeypatch.setattr(sys, "argv", [name, "workspace=w", f"tracking_uri={tracking_uri}", *RELATIVE[name]])
     given: list[Any] = []
     assert job.main(name, JOBS[name], lambda resolved, run: given.append(resolved) or {}) == 0
     (resolved,) = given
