@@ -1,4 +1,4 @@
-"""What processes of a Ray with a GPU take for their device; apart from the tests, because Ray's workers import it."""
+"""Devices that Ray's processes choose where there is a GPU. A module of its own, because Ray's workers import it."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from lvlmrec.runs.experiment import Experiment, TrainConfig
 from tests.extraction import stand_ins
 
 
-class Told(BaseException):
-    """Carries a device out of what would go on with it."""
+class DeviceReport(BaseException):
+    """Raised with the device's name when a model would be loaded, to end the process under test there."""
 
 
 def pretend_cuda() -> None:
-    """First thing in each of Ray's workers: a GPU that is seen unless it is hidden, as the driver does it."""
+    """Run first in each of Ray's workers: torch reports a GPU unless CUDA_VISIBLE_DEVICES hides it."""
     torch.cuda.is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-    LVLMS["stand_in"] = Named()  # type: ignore[index]
+    LVLMS["stand_in"] = ReportingFamily()  # type: ignore[index]
 
 
-class Named(stand_ins.Family):
-    """Its models say for which device they were loaded."""
+class ReportingFamily(stand_ins.Family):
+    """Raises `DeviceReport` with the device for which a model is loaded."""
 
     def __init__(self) -> None:
         super().__init__(lambda titles: None)
 
     def load(self, config: Any, recipe: Any) -> Any:
-        raise Told(config.device)
+        raise DeviceReport(config.device)
 
 
 def of_the_process() -> tuple[str, bool, str]:
-    """Our answer, torch's after it, and how messages name the place."""
+    """The device of `cluster.device`, whether torch then reports CUDA, and the place as messages name it."""
     return cluster.device(), torch.cuda.is_available(), cluster.place()
 
 
 def of_an_actor(device: str) -> str:
     try:
         Extractor(LVLMConfig(name="stand_in", device=device), stand_ins.RECIPE)
-    except Told as told:
-        return str(told)
+    except DeviceReport as report:
+        return str(report)
     raise AssertionError
 
 
@@ -61,7 +61,7 @@ def of_a_run(experiment: Experiment) -> list[str]:
     """Of a run of a study, of a trial of a search, and what an evaluation would see."""
 
     def tell(config: TrainConfig, data: Any, features: Any, device: torch.device) -> Any:
-        raise Told(device.type)
+        raise DeviceReport(device.type)
 
     study.new_state = tuning.new_state = tell
     sampled = {"model.embedding_dim": 8, "training.lr": 1e-3}
@@ -72,7 +72,7 @@ def of_a_run(experiment: Experiment) -> list[str]:
     ):
         try:
             run()
-        except Told as told:
-            found.append(str(told))
+        except DeviceReport as report:
+            found.append(str(report))
     evaluating.run = lambda config: {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     return [*found, study.evaluate(experiment.config, "/nowhere/x", [], 1, 1)["device"]]

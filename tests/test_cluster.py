@@ -44,11 +44,11 @@ def test_what_is_said_on_stderr_while_ray_starts_is_kept_but_for_its_level(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Ray's C++ code reads the level from the process's environment, which Python's mapping does not show."""
-    said = "echo seen >&2; echo I logging.cc: Set ray log level from RAY_BACKEND_LOG_LEVEL to 3 >&2; exit"
+    command = "echo seen >&2; echo I logging.cc: Set ray log level from RAY_BACKEND_LOG_LEVEL to 3 >&2; exit"
 
     def start() -> None:
         assert "RAY_BACKEND_LOG_LEVEL" not in os.environ, "processes that Ray starts would be silent too"
-        assert os.system(f'test "$RAY_BACKEND_LOG_LEVEL" = fatal || {{ echo loud >&2; }}; {said}') == 0
+        assert os.system(f'test "$RAY_BACKEND_LOG_LEVEL" = fatal || {{ echo loud >&2; }}; {command}') == 0
         raise ConnectionError("no Ray")
 
     monkeypatch.delenv("RAY_BACKEND_LOG_LEVEL", raising=False)

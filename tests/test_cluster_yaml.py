@@ -53,8 +53,8 @@ def node_configs() -> dict[str, dict]:
 def test_ec2_takes_what_the_nodes_are_given() -> None:
     """Ray checks nothing inside node_config: EC2 itself would, when the first node is launched."""
     model = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
-    for name, given in node_configs().items():
-        report = ParamValidator().validate(given | {"MinCount": 1, "MaxCount": 1}, model)
+    for name, node_config in node_configs().items():
+        report = ParamValidator().validate(node_config | {"MinCount": 1, "MaxCount": 1}, model)
         assert not report.has_errors(), f"{name}: {report.generate_report()}"
     misspelt = node_configs()["gpu"] | {"IamInstanceProfil": {}, "MinCount": 1, "MaxCount": 1}
     assert "IamInstanceProfil" in ParamValidator().validate(misspelt, model).generate_report()
@@ -62,9 +62,9 @@ def test_ec2_takes_what_the_nodes_are_given() -> None:
 
 def test_every_node_names_its_image_and_its_rights() -> None:
     """Ray's default image is Ubuntu 18.04, and it gives a profile to the head alone."""
-    for name, given in node_configs().items():
-        assert "ubuntu-22.04" in given["ImageId"], name
-        assert given["IamInstanceProfile"]["Name"].startswith("lvlmrec-"), name
+    for name, node_config in node_configs().items():
+        assert "ubuntu-22.04" in node_config["ImageId"], name
+        assert node_config["IamInstanceProfile"]["Name"].startswith("lvlmrec-"), name
     assert "deadsnakes" in yaml.safe_load(CLUSTER.read_text())["setup_commands"][0], "22.04 has no released Python 3.11"
 
 

@@ -116,8 +116,8 @@ def test_an_unreadable_layer_is_named(content: str, tmp_path: Path) -> None:
 
 def test_what_is_changed_are_the_names_of_parts_and_the_values_that_are_no_defaults() -> None:
     assert dict(changed(Config())) == {"backbone.name": "attention"}
-    given = load(Config, [], ["backbone.name=recurrent", "backbone.layers=1", "dtype=float32", "taps=[llm.0]"])
-    assert dict(changed(given)) == {
+    loaded = load(Config, [], ["backbone.name=recurrent", "backbone.layers=1", "dtype=float32", "taps=[llm.0]"])
+    assert dict(changed(loaded)) == {
         "input": "./workspace/videos",
         "backbone.name": "recurrent",
         "dtype": "float32",

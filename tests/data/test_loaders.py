@@ -103,8 +103,8 @@ def test_amazon_reviews(tmp_path: Path, packed: bool) -> None:
     assert histories(found.interactions) == {"u": ["B2", "B1"], "v": ["B1"]}  # the first review of B2 counts
     assert found.interactions.timestamps.tolist() == [5, 10, 1]
     assert found.titles == {"B1": "One"}
-    told = {reason: count for reason, count in found.report.items() if count}
-    assert told == {"duplicate_interactions": 1, "items_without_title": 1}
+    nonzero = {reason: count for reason, count in found.report.items() if count}
+    assert nonzero == {"duplicate_interactions": 1, "items_without_title": 1}
 
 
 def test_amazon_reviews_that_are_malformed(tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_the_real_tiktok(real_data: Path) -> None:
     assert found.item_ids.tolist() == [str(item) for item in range(6710)]  # rows of the feature arrays
     assert (found.num_users, found.train_counts().sum()) == (9298, 59_541)
     assert (len(found.validation().targets), len(found.test().targets)) == (3051 - 5, 6130 - 5)
-    told = {reason: count for reason, count in report.items() if count}
-    assert told == {
+    nonzero = {reason: count for reason, count in report.items() if count}
+    assert nonzero == {
         "users_without_training": 10,
         "validation_targets_without_history": 5,
         "users_without_validation_target": 9308 - 3046,

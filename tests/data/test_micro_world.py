@@ -1,4 +1,4 @@
-"""The micro-world: determinism, what it promises about users and items, and its files."""
+"""The micro-world: determinism, properties of its users and items, and its files."""
 
 import csv
 import json

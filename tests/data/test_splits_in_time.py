@@ -55,8 +55,8 @@ def test_two_points_in_time_by_hand() -> None:
     assert rows_of(found, found.test()) == [("cd", "e", "abcd")]
     assert (found.user_ids.tolist(), found.num_users) == (["u"], 4)
     assert found.is_cold(found.test().targets).tolist() == [True]
-    told = {reason: count for reason, count in found.report.items() if count}
-    assert told == {"users_without_validation_target": 3, "users_without_test_target": 3}
+    nonzero = {reason: count for reason, count in found.report.items() if count}
+    assert nonzero == {"users_without_validation_target": 3, "users_without_test_target": 3}
 
 
 def test_ties_at_a_point_stay_before_it() -> None:
@@ -161,8 +161,8 @@ def test_as_published_by_hand() -> None:
     assert rows_of(found, found.test()) == [("u", "s", "pqrtu")]
     assert found.user_ids.tolist() == ["a"] and found.num_users == 2
     assert named(found, np.arange(1, 8)) == ["pqrstuv"]
-    told = {reason: count for reason, count in found.report.items() if count}
-    assert told == {
+    nonzero = {reason: count for reason, count in found.report.items() if count}
+    assert nonzero == {
         "users_without_training": 1,
         "users_without_validation_target": 2,
         "test_targets_without_history": 1,

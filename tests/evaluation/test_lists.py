@@ -1,4 +1,4 @@
-"""The lists that users are shown, against a plain sort of one user at a time."""
+"""The lists of recommendations, against sorting one user at a time."""
 
 import numpy as np
 import pytest

@@ -8,7 +8,7 @@ from lvlmrec.evaluation.significance import holm, paired_t_test, permutation_tes
 
 
 def paired_test(ranks_a, ranks_b, metric="ndcg@10", users=None, **settings):
-    """Of two runs' ranks of the same targets."""
+    """The permutation test for two runs' ranks of the same targets."""
     return permutation_test(per_user(ranks_a, metric, users), per_user(ranks_b, metric, users), **settings)
 
 

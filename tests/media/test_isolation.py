@@ -1,4 +1,4 @@
-"""A file that hangs, kills or starves the decoder costs that file; the next one works."""
+"""A file that hangs or crashes the decoder, or exhausts its memory, is rejected, and the next one works."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def assert_works(decoder: IsolatedDecoder, good: Path) -> None:
     assert (there.num_source_frames, there.duration) == (here.num_source_frames, here.duration)
 
 
-def is_gone(pid: int, within_s: float = 10.0) -> bool:
+def has_ended(pid: int, within_s: float = 10.0) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         stat = Path(f"/proc/{pid}/stat")
@@ -53,8 +53,8 @@ def is_gone(pid: int, within_s: float = 10.0) -> bool:
     return False
 
 
-def soon(decoder: IsolatedDecoder, act: int) -> threading.Thread:
-    """Sends the signal `act` to the child when it has had time to begin with a video."""
+def signal_soon(decoder: IsolatedDecoder, act: int) -> threading.Thread:
+    """Sends the signal `act` to the child half a second later, while it decodes."""
 
     def send() -> None:
         time.sleep(0.5)
@@ -68,7 +68,7 @@ def soon(decoder: IsolatedDecoder, act: int) -> threading.Thread:
 
 @pytest.fixture
 def endless(tmp_path: Path) -> Path:
-    """A pipe that nobody writes to: opening it never returns."""
+    """A named pipe without a writer: opening it never returns."""
     path = tmp_path / "endless.mp4"
     os.mkfifo(path)
     return path
@@ -103,7 +103,7 @@ def test_a_file_that_hangs(decoder: IsolatedDecoder, good: Path, endless: Path) 
     assert time.monotonic() - started < 5
     assert (caught.value.stage, caught.value.error) == ("decode", "timeout")
     assert pid is not None
-    assert is_gone(pid)
+    assert has_ended(pid)
     assert_works(decoder, good)
 
 
@@ -120,7 +120,7 @@ def test_a_child_that_is_stopped(decoder: IsolatedDecoder, good: Path) -> None:
 @pytest.mark.parametrize("act", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_child_that_dies_midway(decoder: IsolatedDecoder, good: Path, endless: Path, act: signal.Signals) -> None:
     assert_works(decoder, good)
-    thread = soon(decoder, act)
+    thread = signal_soon(decoder, act)
     with pytest.raises(VideoError, match=act.name) as caught:
         decoder.sample_clip(endless, 4, 50, timeout_s=20)
     thread.join()
@@ -132,7 +132,7 @@ def test_a_child_that_died_between_videos(decoder: IsolatedDecoder, good: Path) 
     assert_works(decoder, good)
     assert decoder.pid is not None
     os.kill(decoder.pid, signal.SIGKILL)
-    assert is_gone(decoder.pid)
+    assert has_ended(decoder.pid)
     assert_works(decoder, good)
 
 
@@ -191,7 +191,7 @@ def test_close_ends_the_child_and_a_later_video_starts_another(good: Path) -> No
         assert_works(decoder, good)
         pid = decoder.pid
     assert pid is not None
-    assert is_gone(pid)
+    assert has_ended(pid)
     assert decoder.pid is None
     assert_works(decoder, good)
     decoder.close()
@@ -213,9 +213,9 @@ def test_the_child_dies_with_its_parent_even_while_it_hangs(endless: Path) -> No
     ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        assert not is_gone(pid, within_s=0.3)
+        assert not has_ended(pid, within_s=0.3)
         parent.kill()
-    assert is_gone(pid)
+    assert has_ended(pid)
 
 
 def test_the_child_imports_little() -> None:
@@ -260,7 +260,7 @@ def test_motion_comes_from_the_same_child(decoder: IsolatedDecoder, tmp_path: Pa
 
 @pytest.mark.thorough
 def test_a_stream_that_outgrows_memory_goes_to_a_file(decoder: IsolatedDecoder, tmp_path: Path) -> None:
-    """Noise takes all the bits there are: more than `motion.STREAM_MEMORY_BYTES` of them."""
+    """Noise does not compress: its stream is longer than `motion.STREAM_MEMORY_BYTES`."""
     path = tmp_path / "noise.mp4"
     rng = np.random.default_rng(0)
     noise = [av.VideoFrame.from_ndarray(rng.integers(0, 255, (480, 640, 3), dtype=np.uint8)) for _ in range(7)]

@@ -26,7 +26,7 @@ def features_of(dtype: torch.dtype, scaled: bool) -> ItemFeatures:
 
 
 def plain(features: ItemFeatures, dtype: torch.dtype) -> torch.Tensor:
-    """[N, L, D]: one item and layer after the other."""
+    """Features [N, L, D], read one item and layer at a time."""
     rows = []
     for n, row in enumerate(features.row.tolist()):
         for layer in range(len(COLUMNS)):

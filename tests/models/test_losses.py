@@ -25,8 +25,8 @@ NUM_ITEMS = 12
 NEGATIVES = torch.tensor([1, 4, 6, 10, 12])  # in nobody's sequence
 
 
-def given(seed=0, users=range(6), num_negatives=0, whole_catalogue=False, popularity=None):
-    """A global batch as the losses read it, its queries and the table [13, E] behind its items; `users`: a worker's.
+def loss_inputs(seed=0, users=range(6), num_negatives=0, whole_catalogue=False, popularity=None):
+    """Loss inputs of a global batch, its queries and the table [13, E] of all items; `users`: those of the worker.
 
     popularity: log shares [13].
     """
@@ -74,14 +74,14 @@ def duplicated_columns(queries, table, log_popularity):
 
 @pytest.fixture(params=[1, 3, 1 << 19], ids=lambda number: f"{number} logits at once")
 def blocks(request, monkeypatch):
-    """Losses made query by query, in a few blocks, and at once."""
+    """Losses computed query by query, in a few blocks, and at once."""
     monkeypatch.setitem(softmax.LOGITS_AT_ONCE, "cpu", request.param * NUM_ITEMS)
 
 
 @pytest.mark.parametrize("with_popularity", [False, True])
 def test_equals_the_loss_over_duplicated_columns_gradients_too(with_popularity, blocks):
     popularity = torch.randn(13, dtype=torch.float64)
-    inputs, queries, table = given(popularity=popularity)
+    inputs, queries, table = loss_inputs(popularity=popularity)
     actual = LOSSES["in_batch_softmax"](log_popularity_correction=with_popularity).sum(inputs)
     expected = duplicated_columns(queries, table, popularity if with_popularity else torch.zeros_like(popularity))
     assert abs(actual.item() - expected.item()) < 1e-10
@@ -106,7 +106,7 @@ def test_a_hand_computed_case():
 
 
 def test_autocast_multiplies_in_half_precision_and_normalises_in_float32():
-    inputs, *_ = given()
+    inputs, *_ = loss_inputs()
     single = dataclasses.replace(inputs, queries=inputs.queries.float(), items=inputs.items.float())
     with torch.autocast("cpu", torch.bfloat16):
         half = in_batch_softmax(single, True)
@@ -123,7 +123,7 @@ def test_autocast_multiplies_in_half_precision_and_normalises_in_float32():
 
 
 def test_a_label_that_is_next_to_impossible_costs_what_it_costs():
-    """float32 has no probability below 1e-45; the loss is a difference of logits and goes on."""
+    """float32 has no probability below 1e-45; the loss, a difference of logits, stays exact."""
     queries, items = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[0.0], [500.0]])
     loss = softmax.softmax_loss(queries, items, torch.tensor([0]))
     assert loss.item() == 500.0
@@ -131,7 +131,7 @@ def test_a_label_that_is_next_to_impossible_costs_what_it_costs():
 
 
 def formula(name, inputs, table):
-    """One position after the other; table [13, E]."""
+    """The loss from its formula, one position at a time; table [13, E]."""
     total = torch.zeros((), dtype=torch.float64)
     for place, h in enumerate(inputs.queries):
         score = h @ table[inputs.labels[place]]
@@ -172,7 +172,7 @@ EVERY = [*LOSSES, "alignment"]
 
 @pytest.mark.parametrize("name", [*OTHERS, "alignment"])
 def test_values_and_gradients_follow_the_formula(name, blocks):
-    inputs, queries, table = given(num_negatives=3, whole_catalogue=name == "full_softmax")
+    inputs, queries, table = loss_inputs(num_negatives=3, whole_catalogue=name == "full_softmax")
     ours, theirs = actual(name, inputs), formula(name, inputs, table)
     assert abs(ours.item() - theirs.item()) < 1e-10
     gradients = [torch.autograd.grad(loss, [queries, table], retain_graph=True) for loss in (ours, theirs)]
@@ -182,10 +182,10 @@ def test_values_and_gradients_follow_the_formula(name, blocks):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_workers_sums_add_up_and_one_without_a_position_adds_zero(name):
-    whole, *_ = given(num_negatives=3)
-    parts = [given(users=users, num_negatives=3)[0] for users in (range(2), range(2, 6))]
+    whole, *_ = loss_inputs(num_negatives=3)
+    parts = [loss_inputs(users=users, num_negatives=3)[0] for users in (range(2), range(2, 6))]
     assert abs(sum(actual(name, part) for part in parts).item() - actual(name, whole).item()) < 1e-10
-    nobody, _, table = given(users=[4], num_negatives=3)  # one item: no next one
+    nobody, _, table = loss_inputs(users=[4], num_negatives=3)  # one item: no next one
     loss = actual(name, nobody)
     gradient = torch.autograd.grad(loss, table)[0]
     assert loss.item() == 0 and gradient.isfinite().all() and gradient.abs().sum() == 0
@@ -193,14 +193,14 @@ def test_the_workers_sums_add_up_and_one_without_a_position_adds_zero(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_scores_in_half_precision(name):
-    inputs, *_ = given(num_negatives=3)
+    inputs, *_ = loss_inputs(num_negatives=3)
     half = dataclasses.replace(inputs, queries=inputs.queries.bfloat16(), items=inputs.items.bfloat16())
     assert actual(name, half).dtype in (torch.float32, torch.float64)
     assert actual(name, half).item() == pytest.approx(actual(name, inputs).item(), rel=0.05)
 
 
 def test_gbce_without_calibration_is_binary_cross_entropy_and_with_all_of_it_beta_is_the_share_drawn():
-    inputs, *_ = given(num_negatives=3)
+    inputs, *_ = loss_inputs(num_negatives=3)
     positive, negative = inputs.sampled_scores()
     wrong = torch.nn.functional.softplus(negative).sum()
     right = torch.nn.functional.softplus(-positive).sum()
@@ -210,7 +210,7 @@ def test_gbce_without_calibration_is_binary_cross_entropy_and_with_all_of_it_bet
 
 
 def test_a_sampled_softmax_that_draws_everything_else_is_the_full_softmax():
-    inputs, *_ = given(whole_catalogue=True)
+    inputs, *_ = loss_inputs(whole_catalogue=True)
     every = torch.arange(1, 13)
     others = torch.stack([every[every != label] for label in inputs.labels])
     read = dataclasses.replace(inputs, negatives=others)

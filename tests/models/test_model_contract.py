@@ -1,4 +1,4 @@
-"""What holds for every fusion with every backbone."""
+"""The contract of every fusion with every backbone."""
 
 import dataclasses
 import itertools
@@ -115,9 +115,9 @@ def test_with_a_temperature_a_score_is_the_cosine_divided_by_it(fusion, backbone
     model, features = build(fusion, backbone, temperature=0.1)
     model.double().eval()
     index = torch.arange(NUM_ITEMS + 1)
-    given = None if features is None else as_stored(features)
-    items = model.encode_items(index, given)
-    embeddings = model.item_encoder(index, given)
+    stored_features = None if features is None else as_stored(features)
+    items = model.encode_items(index, stored_features)
+    embeddings = model.item_encoder(index, stored_features)
     lengths = embeddings.square().sum(-1, keepdim=True).sqrt()
     torch.testing.assert_close(items[1:], (embeddings / lengths)[1:])
     assert items[0].abs().sum() == 0

@@ -1,4 +1,4 @@
-"""Which users a batch holds, and where its features lie: in the mapped file, or on the device that trains."""
+"""The users of a batch, and the memory of its features: the mapped files, or the device that trains."""
 
 import itertools
 from pathlib import Path
@@ -49,9 +49,9 @@ def test_what_a_device_holds_is_what_the_file_has(
     array = prepared.features
     assert array is not None
     array = array.select(array.names[kept])
-    held = batches.columns_on_device(array.files, CPU)
-    assert held is not None and torch.equal(held[0], array.stored()[0])
-    assert held[0].dtype == array.stored()[0].dtype
+    copies = batches.columns_on_device(array.files, CPU)
+    assert copies is not None and torch.equal(copies[0], array.stored()[0])
+    assert copies[0].dtype == array.stored()[0].dtype
 
 
 @pytest.mark.gpu
@@ -82,7 +82,7 @@ def users_of(batch: batches.Batch) -> list[list[int]]:
 
 
 def order_of_users(world: Path, workspace: Path, epoch: int, **values: int) -> list[list[int]]:
-    """One user at a time: the order of an epoch."""
+    """The order of the users in an epoch, from batches of one user."""
     chosen: dict[str, Any] = {"training__batch_size": 1, "training__loss__name": "full_softmax", **values}
     config = train_config(world, workspace, **chosen)
     data = experiment.prepare(config).data
@@ -106,10 +106,10 @@ def test_the_batches_of_all_workers_are_the_users_the_last_batch_too(world: Path
     data = experiment.prepare(config).data
     seen, sizes = [], []
     for rank in range(workers):
-        mine = list(batches_of_epoch(config, data, None, 0, CPU, rank, workers))
-        seen += [user for batch in mine for user in users_of(batch)]
-        sizes.append([batch.num_positions for batch in mine])
-        for batch in mine:
+        local_batches = list(batches_of_epoch(config, data, None, 0, CPU, rank, workers))
+        seen += [user for batch in local_batches for user in users_of(batch)]
+        sizes.append([batch.num_positions for batch in local_batches])
+        for batch in local_batches:
             assert len(batch.local.labels) == sum(len(user) - 1 for user in users_of(batch))
     expected = [[int(item[1:]) for item in row[:-2]] for row in walks()]
     assert sorted(seen) == sorted(expected)

@@ -1,4 +1,4 @@
-"""A run that leaves the finite numbers ends with epoch, step and remedy, publishes nothing and can go on."""
+"""A run with a loss, gradient or score that is not finite ends with epoch, step and advice, and can be resumed."""
 
 import dataclasses
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_features_that_are_not_finite_and_a_low_precision_are_named(world: Path,
 
 
 class NoGradient(torch.autograd.Function):
-    """The loss as it is, and a gradient that is nan."""
+    """Leaves the loss unchanged and makes its gradient NaN."""
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The training loop: the same result whatever the workers and the interruptions, early stopping, schedules."""
+"""The training loop: results do not depend on workers or interruptions; early stopping, schedules."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -105,7 +105,7 @@ def test_any_number_of_workers_gives_the_same_result(world: Path, tmp_path: Path
 
 
 def gradients(case: Experiment) -> list[dict[str, torch.Tensor]]:
-    """What one step of each batch would follow, float64; the group of workers is the caller's."""
+    """The gradient of each batch, float64, within the caller's process group."""
     state = Fitting(case).new_state()
     loss: torch.nn.Module = Loss(state.model.double(), case.config.training, case.data.train_counts).double()
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -146,7 +146,7 @@ def test_the_gradient_of_items_that_workers_share_is_that_of_one_worker(world: P
 
 
 def interrupted_and_resumed(prepared: Experiment, folder: Path) -> tuple[State, list[dict[str, float]]]:
-    """Stopped after the second epoch, saved, and gone on with in a fresh state; the epochs of the second part."""
+    """Train two epochs, save, load into a new state and train on; returns the state and the second part's epochs."""
 
     def interrupt(state: State) -> None:
         if state.progress.epoch == 2:
@@ -221,7 +221,7 @@ def test_the_best_epochs_weights_are_kept(world: Path, tmp_path: Path) -> None:
 
 
 def test_alignment_and_uniformity_move_queries_and_items(world: Path, tmp_path: Path) -> None:
-    """Each weight makes its own term smaller than it is without."""
+    """With a weight, its term becomes smaller than without."""
     terms = {}
     for name in ("neither", "alignment", "uniformity"):
         weight = {} if name == "neither" else {f"training__{name}": 2.0}
@@ -235,9 +235,9 @@ def test_alignment_and_uniformity_move_queries_and_items(world: Path, tmp_path: 
             labels = sequences[:, 1:].flatten()[histories.grid_index]
             queries = state.model.encode_sequences(items[read], histories)
             index = torch.arange(1, len(ITEM_IDS) + 1)
-            given = LossInputs(queries, labels, labels, items[1:], index, index, index, None, len(ITEM_IDS))
+            inputs = LossInputs(queries, labels, labels, items[1:], index, index, index, None, len(ITEM_IDS))
             terms[name] = {
-                "alignment": alignment(given).item() / len(queries),
+                "alignment": alignment(inputs).item() / len(queries),
                 "uniformity": uniformity(queries).item() + uniformity(items[1:]).item(),
             }
     assert terms["alignment"]["alignment"] < 0.9 * terms["neither"]["alignment"]
@@ -267,7 +267,7 @@ def test_bfloat16_learns_with_float32_weights(world: Path, tmp_path: Path) -> No
 
 
 def test_a_video_encoder_learns_at_a_rate_of_its_own(world: Path, tmp_path: Path) -> None:
-    """Frozen blocks stay; the rest of the encoder moves with encoder_lr, all else with lr; settings of nothing fail."""
+    """Frozen blocks stay; other weights of the encoder learn at encoder_lr, all else at lr; bad settings fail."""
     frozen = "item_encoder.encoder.blocks.0."
     moved = {}
     for rate in (1e-9, 0.01):

@@ -1,10 +1,11 @@
-"""What is learned is the order of a history, which a bag of its items cannot know.
+"""Models learn the order of a history, which a bag of its items does not have.
 
 Users walk a ring of 60 items one step at a time, half of them forwards and half backwards; both have the same sets of
 items. The next item is one of the two neighbours of the set, and the order alone says which of them. So a model of the
 set is right at the first place half of the time, and a model of the order always.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tests.toy import CPU, ITEM_IDS, NUM_ITEMS, Fitting, arguments, settings, vi
 
 @dataclass(frozen=True)
 class BagConfig(BackboneConfig):
-    """The control: after every item the mean of the items up to it, through a layer."""
+    """The control: at each position the mean of the items up to it, through a linear layer."""
 
     name: str = option("bag", "the mean of the history's items")
     dropout: float = option(0.0, "none")
@@ -68,15 +69,21 @@ def two_ways(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def right_at_first(folder: Path, workspace: Path, **values: Any) -> float:
     """The share of users whose validation target ranks first after the last epoch."""
-    given = {"training__epochs": 20, "training__patience": 100, "training__lr": 0.01, **values}
-    dotted = settings(folder, workspace, **given)
-    if given.get("model__backbone__name") == "nextitnet":
+    overrides = {"training__epochs": 20, "training__patience": 100, "training__lr": 0.01, **values}
+    dotted = settings(folder, workspace, **overrides)
+    if overrides.get("model__backbone__name") == "nextitnet":
         del dotted["model.backbone.dropout"]  # it has none
     case = experiment.prepare(load(TrainConfig, [], arguments(dotted)))
     state = Fitting(case).run()
     state.model.eval()
     catalogue = encode_catalogue(state.model, NUM_ITEMS, case.features, CPU)
     return float((rank_holdout(state.model, catalogue, case.data.validation) == 1).mean())
+
+
+def first_quick(names: Iterable[str]) -> list[Any]:
+    """The names as parameters, of which the quick part of the suite runs the first."""
+    first, *others = names
+    return [first, *(pytest.param(name, marks=pytest.mark.thorough) for name in others)]
 
 
 def with_loss(name: str) -> dict[str, Any]:
@@ -88,26 +95,26 @@ def with_loss(name: str) -> dict[str, Any]:
     return chosen
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", first_quick(LOSSES))
 def test_a_bag_of_items_is_right_no_more_often_than_by_chance(
     two_ways: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
-    """Were it right, the tests below would tell nothing of the order."""
+    """If the bag were right, the tests below would not show that order is learned."""
     monkeypatch.setitem(BACKBONES, "bag", BagConfig)
     assert 0.4 < right_at_first(two_ways, tmp_path, model__backbone__name="bag", **with_loss(loss)) < 0.7
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", first_quick(BACKBONES))
 def test_every_backbone_learns_the_order(two_ways: Path, tmp_path: Path, backbone: str) -> None:
     assert right_at_first(two_ways, tmp_path, model__backbone__name=backbone) > 0.9
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "in_batch_softmax"])
+@pytest.mark.parametrize("loss", first_quick(name for name in LOSSES if name != "in_batch_softmax"))
 def test_every_loss_learns_the_order(two_ways: Path, tmp_path: Path, loss: str) -> None:
     assert right_at_first(two_ways, tmp_path, **with_loss(loss)) > 0.9
 
 
-@pytest.mark.parametrize("encoder", [name for name in FUSIONS if name != "id"])
+@pytest.mark.parametrize("encoder", first_quick(name for name in FUSIONS if name != "id"))
 def test_every_item_encoder_learns_the_order(two_ways: Path, tmp_path: Path, encoder: str) -> None:
     chosen: dict[str, Any] = video(two_ways) if encoder == "video" else {"model__item_encoder__name": encoder}
     assert right_at_first(two_ways, tmp_path, **chosen) > 0.9

@@ -44,7 +44,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_sequences() -> list[list[int]]:
-    """What leave-one-out trains on: of each user's last L + 3 items all but the last two; v1 is item 1."""
+    """Training items of leave-one-out: of each user's last L + 3 items all but the last two; v1 is item 1."""
     return [[int(item[1:]) for item in row[-(LENGTH + 3) :][:-2]] for row in histories()]
 
 
@@ -97,7 +97,7 @@ def item_table(p: Parameters, encoder: str) -> Tensor:
 
 
 def mean_loss(p: Parameters, encoder: str, batch: list[list[int]], loss: Callable[..., Tensor]) -> Tensor:
-    """Over the positions of all users that an item follows."""
+    """Mean over all positions that are followed by an item."""
     items, backbone = item_table(p, encoder), {k.removeprefix("backbone."): v for k, v in p.items()}
     width = max(map(len, batch))
     negatives = iter(drawn(np.array([[0] * (width - len(s)) + s for s in batch])).tolist())
@@ -110,7 +110,7 @@ def mean_loss(p: Parameters, encoder: str, batch: list[list[int]], loss: Callabl
 
 
 def rate(progress: float, scheduled: bool) -> float:
-    """A quarter of all steps rising, then a line down to nothing at the end."""
+    """Factor of the learning rate: rises over a quarter of all steps, then falls linearly to 0."""
     if not scheduled:
         return LR
     return LR * (progress / 0.25 if progress < 0.25 else (1 - progress) / 0.75)
@@ -120,7 +120,7 @@ def plain_loop(
     p: Parameters, encoder: str, loss: Callable[..., Tensor], scheduled: bool, clip: float = CLIP
 ) -> list[float]:
     """Trains `p` in place: epochs, batches, gradients clipped by their norm, AdamW. Returns each epoch's mean loss."""
-    sequences, step, told = train_sequences(), 0, []
+    sequences, step, losses = train_sequences(), 0, []
     moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in p.items()}
     for epoch in range(EPOCHS):
         order = np.random.default_rng((SEED, epoch)).permutation(len(sequences))
@@ -141,8 +141,8 @@ def plain_loop(
                     weight *= 1 - lr * DECAY
                     weight -= lr * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
             sums, positions = sums + value.item() * size, positions + size
-        told.append(sums / positions)
-    return told
+        losses.append(sums / positions)
+    return losses
 
 
 CASES: dict[str, tuple[str, Callable[..., Tensor], dict[str, Any]]] = {

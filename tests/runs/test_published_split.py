@@ -41,9 +41,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_config(published: Path, workspace: Path, **values: object) -> experiment.TrainConfig:
-    given = {"dataset__name": "tiktok", "dataset__path": published, "dataset__split": "given"}
-    given |= {"dataset__min_interactions": 1, "dataset__max_length": 6, "training__epochs": 2}
-    return train_config(published, workspace, **given | values)
+    overrides = {"dataset__name": "tiktok", "dataset__path": published, "dataset__split": "given"}
+    overrides |= {"dataset__min_interactions": 1, "dataset__max_length": 6, "training__epochs": 2}
+    return train_config(published, workspace, **overrides | values)
 
 
 def test_two_imported_sets_through_training_and_evaluation(published: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def apart(ranks: pd.DataFrame) -> list[int]:
 
 
 def metrics_by_hand(users: Iterable[str], places: Iterable[int]) -> dict[str, float]:
-    """Means over users, each user's targets together."""
+    """Means over users; a user's targets count together."""
     of_user: dict[str, list[int]] = {}
     for user, place in zip(users, places, strict=True):
         of_user.setdefault(user, []).append(place)
@@ -135,14 +135,14 @@ def metrics_by_hand(users: Iterable[str], places: Iterable[int]) -> dict[str, fl
 
 
 def users_of_rows(uri: str) -> list[int]:
-    """Of validation: the histories of two users are never the same."""
+    """The user of each row of validation, found by its history: no two users have the same."""
     split, _ = load_split(load_checkpoint(uri, {}).config.dataset)
     return [hash(tuple(row)) for row in split.validation().histories.tolist()]
 
 
 @torch.inference_mode()
 def ranks_by_hand(uri: str, published: Path, part: str) -> list[int]:
-    """One target at a time: masked is what train.tsv, and on test validation.tsv, say of the user, nothing else."""
+    """One target at a time: masked are the user's items in train.tsv, and for test those in validation.tsv."""
     loaded = load_checkpoint(uri, {})
     items = encode_catalogue(loaded.model, len(loaded.item_ids), loaded.features, CPU)
     known: dict[str, set[str]] = {}
@@ -178,7 +178,7 @@ def test_epochs_are_chosen_by_recall_and_such_runs_have_names_of_their_own(publi
 
 
 def test_what_has_one_item_is_counted_and_not_learned_from(published: Path, tmp_path: Path) -> None:
-    """Batches of one sequence: each has something to predict."""
+    """Batches of one sequence: each has an item to predict."""
     values = {"training__batch_size": 1, "training__loss__name": "full_softmax", "training__epochs": 1}
     prepared, _ = fitted(run_config(published, tmp_path, **values))
     lengths = [1 + user % 30 for user in range(NUM_USERS)]

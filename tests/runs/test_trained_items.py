@@ -1,4 +1,4 @@
-"""What losses that look beyond the batch may read: items that occur in training, none of the user's own."""
+"""Items that losses may read beyond the batch: those that occur in training, without the user's own."""
 
 import itertools
 from collections import Counter
@@ -35,8 +35,8 @@ def cold_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare(world: Path, workspace: Path, loss: str = "sampled_softmax", **values: Any) -> Experiment:
-    given = {"training__loss__name": loss, "training__batch_size": 16} | values
-    return experiment.prepare(train_config(world, workspace, **given))
+    overrides = {"training__loss__name": loss, "training__batch_size": 16} | values
+    return experiment.prepare(train_config(world, workspace, **overrides))
 
 
 def batches(case: Experiment, epochs: int = 1) -> Iterator[Batch]:
@@ -92,25 +92,25 @@ def test_items_that_are_never_trained_keep_their_weights(
 
 
 @dataclass(frozen=True)
-class Asked(LossConfig):
-    """Keeps what it was asked."""
+class RecordingLoss(LossConfig):
+    """Keeps the inputs of each call."""
 
-    asked: list[LossInputs]
+    recorded: list[LossInputs]
 
     def sum(self, inputs: LossInputs) -> Tensor:
-        self.asked.append(inputs)
+        self.recorded.append(inputs)
         return inputs.queries.sum() * 0.0
 
 
 @pytest.mark.parametrize("loss", ["full_softmax", *SAMPLED])
 def test_a_loss_is_told_how_many_items_are_drawn_from(cold_world: Path, tmp_path: Path, loss: str) -> None:
-    """The share of the negatives that is drawn is of these, not of the catalogue: gBCE's alpha, sampled softmax's N."""
+    """gBCE's alpha and sampled softmax's N count trained items, not the catalogue."""
     case = prepare(cold_world, tmp_path, loss)
-    settings = replace(case.config.training, loss=Asked("asked", []))
-    told = Loss(Fitting(case).new_state().model, settings, case.data.train_counts)
+    settings = replace(case.config.training, loss=RecordingLoss("recording", []))
+    loss_module = Loss(Fitting(case).new_state().model, settings, case.data.train_counts)
     batch = next(batches(case))
-    told(batch.items, batch.local)
-    (inputs,) = settings.loss.asked  # type: ignore[attr-defined]
+    loss_module(batch.items, batch.local)
+    (inputs,) = settings.loss.recorded  # type: ignore[attr-defined]
     assert inputs.num_items == len(trained(case)) < len(case.data.item_ids)
 
 
@@ -121,7 +121,7 @@ def histories_of(case: Experiment) -> list[set[int]]:
 
 @pytest.mark.parametrize("split", ["random", "global_time", "given"])
 def test_negatives_are_none_of_the_users_items_where_histories_are_cut(tmp_path: Path, split: str) -> None:
-    """Users of 28 or 32 training items in sequences of four: what a sequence leaves out is the user's all the same."""
+    """Users of 28 or 32 training items in sequences of four: items of the other sequences are the user's too."""
     rng = np.random.default_rng(0)
     rows = [rng.permutation(50)[:40].tolist() for _ in range(20)]
     lines: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
@@ -163,7 +163,7 @@ def test_negatives_are_none_of_the_users_items_where_histories_are_cut(tmp_path:
 
 
 def test_held_out_items_may_be_drawn(cold_world: Path, tmp_path: Path) -> None:
-    """To leave them out would tell training what validation and test ask for."""
+    """Leaving them out would leak the targets of validation and test into training."""
     case = prepare(cold_world, tmp_path, training__loss__negatives=60)
     held_out = set()
     targets = {tuple(row[row > 0]): target for row, target in zip(*holdout(case), strict=True)}
@@ -182,12 +182,12 @@ def test_a_user_who_has_every_item_is_refused(tmp_path: Path) -> None:
     for part, items in {"train": range(8), "validation": [8], "test": [9]}.items():
         lines = [f"{user}\t{item}" for user in range(8) for item in items if part != "train" or item <= user]
         (tmp_path / f"{part}.tsv").write_text("\n".join(["user_id\titem_id", *lines]) + "\n")
-    given = {"dataset__name": "tiktok", "dataset__path": str(tmp_path), "dataset__split": "given"}
-    given["dataset__min_interactions"] = "1"
+    overrides = {"dataset__name": "tiktok", "dataset__path": str(tmp_path), "dataset__split": "given"}
+    overrides["dataset__min_interactions"] = "1"
     for loss in SAMPLED:
         with pytest.raises(ConfigError, match=rf"training.loss.name: '{loss}' .*one has all 8.*choices: in_batch"):
-            prepare(tmp_path, tmp_path, loss, **given)
-    prepare(tmp_path, tmp_path, "in_batch_softmax", **given)
+            prepare(tmp_path, tmp_path, loss, **overrides)
+    prepare(tmp_path, tmp_path, "in_batch_softmax", **overrides)
 
 
 def test_runs_that_learn_something_else_have_another_name(

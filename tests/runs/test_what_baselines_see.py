@@ -1,4 +1,4 @@
-"""What baselines are fitted on: each user's whole training history in one row, and nothing that is held out."""
+"""Baselines are fitted on each user's whole training history, in one row, and on nothing held out."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def measured(split: Split, folder: Path, **values: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
-    """What a baseline is fitted on and what it reads of whom it scores."""
+    """Records the histories that a baseline is fitted on, and those that it scores."""
     found: dict[str, list[np.ndarray]] = {"fit": [], "score": []}
 
     class Watched(Popularity):
@@ -117,7 +117,7 @@ def test_a_drawn_or_published_split_fits_whole_users_not_pieces(
 
 
 def scored(rows: list[list[str]], folder: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
-    """Of each baseline, in leave-one-out: the scores of one history, and the metrics on validation."""
+    """For each baseline in leave-one-out: the scores of one history, and the metrics on validation."""
     users = [str(user) for user, row in enumerate(rows) for _ in row]
     split = SPLITS["leave_one_out"](from_columns(users, [item for row in rows for item in row]))
     assert split.item_ids.tolist() == ITEM_IDS

@@ -26,7 +26,7 @@ Broken = Callable[[Faults], AbstractContextManager[Proxy]]
 
 @pytest.fixture
 def broken(bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Broken]:
-    """`broken(faults)`: inside, storage reaches the bucket through a proxy with these faults."""
+    """`broken(faults)`: within the block storage reaches the bucket through a proxy with these faults."""
 
     @contextmanager
     def through(faults: Faults) -> Iterator[Proxy]:
@@ -42,7 +42,7 @@ def broken(bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds between tries, however fast the machine is. Those of botocore's standard mode are a tenth as long."""
+    """Records the seconds that are waited between tries. Those of botocore's standard mode are a tenth as long."""
     from botocore.retries import standard
 
     seconds: list[float] = []
@@ -58,7 +58,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def everything(root: str) -> None:
-    """Uses every function of storage, and checks what it gives."""
+    """Calls every function of storage and checks its result."""
     files = {f"folder/{i:02d}.bin": bytes([i]) * 50_000 for i in range(10)}
     for name, content in files.items():
         storage.write_bytes(storage.join(root, name), content)

@@ -1,4 +1,4 @@
-"""Whatever the name of a file or an object: all of storage takes it as it is."""
+"""Names of files and objects are literal in every function of storage."""
 
 import unicodedata
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_a_name_is_no_pattern_of_what_is_removed(root: str, name: str, others: l
 
 
 def test_a_prefix_goes_with_the_marks_that_consoles_put_there(bucket: str, s3_server: str) -> None:
-    """As it always did: they would keep the folder there, and deletion list what it deletes itself now."""
+    """Markers left behind would keep the removed folder listed."""
     import boto3
 
     client = boto3.client("s3", endpoint_url=s3_server)
@@ -104,7 +104,7 @@ def test_a_file_uri_is_what_a_path_writes(tmp_path: Path, name: str) -> None:
 
 
 def test_a_file_uri_without_percent_signs_is_a_path_as_well(tmp_path: Path) -> None:
-    """As it always was, now that such are decoded."""
+    """A percent sign that begins no code, a question mark and a hash stay as they are."""
     for name in ("a b?c#d.mp4", "100%.mp4"):
         (tmp_path / name).write_bytes(b"frames")
         assert storage.read_bytes(f"file://{tmp_path}/{name}") == b"frames"

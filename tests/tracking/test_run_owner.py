@@ -1,4 +1,4 @@
-"""Whether the process behind a run is gone."""
+"""Whether the process of a run is dead."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The tracking database of a new workspace: several first jobs, and one that is killed while it makes it."""
+"""The tracking database of a new workspace: first jobs at the same time, and one killed while creating it."""
 
 import shutil
 import sqlite3
@@ -72,7 +72,7 @@ def tables(file: Path) -> int:
 
 @pytest.fixture
 def whole(tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A whole database, which is also what is made where one is missing, without the seconds that takes."""
+    """A complete database; jobs that need a new one copy it, which saves the seconds that creating one takes."""
     tracking.start(tracking_uri, str(tmp_path), "test", {})
     file = tmp_path / "whole.db"
     shutil.copy(tracking_uri.removeprefix("sqlite:///"), file)
@@ -92,13 +92,13 @@ def whole(tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return file
 
 
-def half_made(whole: Path, file: Path, left: str) -> None:
-    """What a process killed in the middle of the migrations leaves."""
+def write_incomplete(whole: Path, file: Path, left: str) -> None:
+    """Write the database that a process killed in the middle of the migrations leaves."""
     shutil.copy(whole, file)
     with closing(sqlite3.connect(file)) as connection:
         kept = {"initial": {"experiments"}, "unversioned": {"experiments", "metrics", "params", "runs", "tags"}}
-        gone = database._tables(connection) - kept.get(left, {"alembic_version"} | kept["unversioned"])
-        for name in gone:
+        emptied = database._tables(connection) - kept.get(left, {"alembic_version"} | kept["unversioned"])
+        for name in emptied:
             connection.execute(f'drop table "{name}"')
         if left == "migrating":
             connection.execute("update alembic_version set version_num = ?", [EARLY])
@@ -114,7 +114,7 @@ def test_a_half_made_database_without_a_run_is_made_anew(
 ) -> None:
     file = tmp_path / "ws" / "mlflow.db"
     file.parent.mkdir()
-    half_made(whole, file, left)
+    write_incomplete(whole, file, left)
     file.with_name("mlflow.db-journal").write_bytes(b"")
     run = tracking.start(f"sqlite:///{file}", str(file.parent), "test", {})
     assert run_ids(file.parent) == [run.id]
@@ -135,7 +135,7 @@ def test_an_empty_database_is_made_anew_in_silence(
 
 def test_a_half_made_database_with_runs_is_named_with_what_to_do(whole: Path, tmp_path: Path) -> None:
     file = tmp_path / "mlflow.db"
-    half_made(whole, file, "migrating")
+    write_incomplete(whole, file, "migrating")
     with closing(sqlite3.connect(file)) as connection:
         connection.execute("insert into runs (run_uuid) values ('one')")
         connection.commit()
@@ -170,7 +170,7 @@ def test_a_database_of_a_later_mlflow_stays(whole: Path) -> None:
 def test_two_jobs_that_make_the_experiment_at_once_use_one(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a server, where no lock is between them: the second sees none, and then cannot make it."""
+    """Two processes without a lock, as on a server: the second sees no experiment, and then cannot create it."""
     first = tracking.start(f"sqlite:///{whole}", str(tmp_path), "test", {})
     found = mlflow.tracking.MlflowClient.get_experiment_by_name
     seen: list[str] = []

@@ -1,4 +1,4 @@
-"""A tracker that goes away, hangs or refuses ends no run: what it did not take is kept in the workspace."""
+"""A tracker that stops, hangs or refuses does not end a run: what could not be sent is saved in the workspace."""
 
 import json
 import math
@@ -22,14 +22,14 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_earlier_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(untracked, "_retry_at", {})
     monkeypatch.setattr(untracked, "_warned", set())
     monkeypatch.setattr(tracking, "_unsent_statuses", {})
 
 
 def kept(run: Run) -> list[tuple[str, Any]]:
-    """Kind and content of what was kept of a run."""
+    """Kind and content of each record saved in the workspace for a run."""
     file = Path(run.workspace, "untracked", f"{run.id}.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [(line["kind"], line["content"]) for line in lines]
@@ -84,7 +84,7 @@ def test_a_server_that_is_killed_in_the_middle(
 def test_a_server_that_comes_back_is_used_again(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is told how those children ended that ended while it was away."""
+    """It also gets the final status of children that ended meanwhile."""
     monkeypatch.setattr(untracked, "PAUSE_FACTOR", 0.0)
     with server(database) as (uri, _):
         opened = tracking.tracked(uri, str(tmp_path), "tune", {})
@@ -104,7 +104,7 @@ def test_a_server_that_comes_back_is_used_again(
 def test_a_tracker_that_hangs_is_left_alone(
     database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is asked again when the pause, a multiple of what the failure took, is over."""
+    """It is tried again after the pause, a multiple of the failure's duration."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -178,8 +178,8 @@ def test_artifacts_are_in_the_workspace_where_it_is_now(
     assert [json.loads(path.read_text()) for path in artifacts] == [{"run": 1}, {"run": 2}]
     place = old if how == "linked" else new
     assert all(path.is_relative_to(place / "artifacts") for path in artifacts)
-    said = f"tracking: the workspace was at {old}; its artifacts are now those in {new}/artifacts\n"
-    assert capsys.readouterr().err == ("" if how == "linked" else said)
+    warning = f"tracking: the workspace was at {old}; its artifacts are now those in {new}/artifacts\n"
+    assert capsys.readouterr().err == ("" if how == "linked" else warning)
     assert not kept(second) and (how == "moved") == (not old.exists())
 
 

@@ -117,29 +117,41 @@ NAMES = {  # RecBole's, of a layer
 
 def test_recbole_computes_the_same_queries_loss_and_gradients_from_the_same_weights():
     """What RecBole 1.2.1 made of them lies in sasrec_recbole.npz, written by benchmarks/sasrec_recbole.py."""
-    given = dict(np.load(Path(__file__).with_name("sasrec_recbole.npz")))
-    theirs = {key.removeprefix("weights/"): torch.from_numpy(given[key]) for key in given if key.startswith("weights/")}
-    theirs = {key: value.requires_grad_() for key, value in theirs.items()}
-    width, length = theirs["item_embedding.weight"].shape[1], len(theirs["position_embedding.weight"])
-    ours = {"norm.weight": theirs["LayerNorm.weight"], "norm.bias": theirs["LayerNorm.bias"]}
+    reference = dict(np.load(Path(__file__).with_name("sasrec_recbole.npz")))
+    reference_weights = {
+        key.removeprefix("weights/"): torch.from_numpy(reference[key])
+        for key in reference
+        if key.startswith("weights/")
+    }
+    reference_weights = {key: value.requires_grad_() for key, value in reference_weights.items()}
+    width, length = (
+        reference_weights["item_embedding.weight"].shape[1],
+        len(reference_weights["position_embedding.weight"]),
+    )
+    ours = {"norm.weight": reference_weights["LayerNorm.weight"], "norm.bias": reference_weights["LayerNorm.bias"]}
     for block in range(2):
-        ours |= {f"blocks.{block}.{name}": theirs[f"trm_encoder.layer.{block}.{key}"] for key, name in NAMES.items()}
+        ours |= {
+            f"blocks.{block}.{name}": reference_weights[f"trm_encoder.layer.{block}.{key}"]
+            for key, name in NAMES.items()
+        }
     module = SASRec(width, length, num_blocks=2, num_heads=2, dropout=0.1).double().eval()
 
     queries = []
-    for row, n in zip(given["histories"], given["lengths"].tolist(), strict=True):
+    for row, n in zip(reference["histories"], reference["lengths"].tolist(), strict=True):
         # RecBole counts positions from a history's first item, this SASRec from its last.
-        positions = functional.pad(theirs["position_embedding.weight"][:n], (0, 0, length - n, 0))
-        items = theirs["item_embedding.weight"][torch.from_numpy(row[:n])]
+        positions = functional.pad(reference_weights["position_embedding.weight"][:n], (0, 0, length - n, 0))
+        items = reference_weights["item_embedding.weight"][torch.from_numpy(row[:n])]
         call = items, pack(torch.ones(1, n, dtype=torch.bool)), True
         queries.append(torch.func.functional_call(module, ours | {"positions.weight": positions}, call))
-    torch.testing.assert_close(torch.cat(queries), torch.from_numpy(given["queries"]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.cat(queries), torch.from_numpy(reference["queries"]), rtol=1e-9, atol=1e-9)
 
-    labels = torch.from_numpy(given["labels"]) - 1
-    loss = softmax_loss(torch.cat(queries), theirs["item_embedding.weight"][1:], labels) / len(labels)
-    assert loss.item() == pytest.approx(given["loss"].item(), rel=1e-9)
-    shared = [key for key in theirs if not key.endswith(("query.bias", "key.bias", "value.bias"))]
+    labels = torch.from_numpy(reference["labels"]) - 1
+    loss = softmax_loss(torch.cat(queries), reference_weights["item_embedding.weight"][1:], labels) / len(labels)
+    assert loss.item() == pytest.approx(reference["loss"].item(), rel=1e-9)
+    shared = [key for key in reference_weights if not key.endswith(("query.bias", "key.bias", "value.bias"))]
     shared = [key for key in shared if not key.endswith("multi_head_attention.dense.bias")]  # which are zero there
-    for key, gradient in zip(shared, torch.autograd.grad(loss, [theirs[key] for key in shared]), strict=True):
-        expected = torch.from_numpy(given[f"gradients/{key}"])
+    for key, gradient in zip(
+        shared, torch.autograd.grad(loss, [reference_weights[key] for key in shared]), strict=True
+    ):
+        expected = torch.from_numpy(reference[f"gradients/{key}"])
         torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-9, msg=key)
