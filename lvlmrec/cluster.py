@@ -9,8 +9,11 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from unittest.mock import patch
 
 import ray
+from ray._private import services
 from ray._private.worker import global_worker
 
 from lvlmrec.errors import ConfigError
@@ -29,7 +32,10 @@ def join() -> AbstractContextManager[object]:
         return nullcontext()
     set_limits()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with _quiet():
+    # A signal to the job's process group is the job's to handle. Ray's processes would end first, and its C++ code then
+    # ends this one, at once and without a word, before the job has closed its runs.
+    outside = partial(services.ConsolePopen, process_group=0)
+    with _quiet(), patch.object(services, "ConsolePopen", outside):
         context: AbstractContextManager[object] = ray.init()
     for number, handler in handlers.items():  # Ray's own prints a stack and aborts the process three seconds later
         signal.signal(number, handler)

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from lvlmrec.tracking import database
 from tests.chaos import raylets
 from tests.toy import write_world
 
@@ -132,8 +133,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One MLflow database for all tests: making its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+    """One MLflow database for all tests: making its tables takes seconds.
+
+    It exists from the start, so that a test may look into it while a job has hardly begun.
+    """
+    file = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+    with database.prepared(file):
+        return database.uri_of(file)
 
 
 @pytest.fixture

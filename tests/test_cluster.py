@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import ray
+from ray._private import services
 
 from lvlmrec import cluster
 
@@ -107,3 +108,20 @@ def test_rays_signal_handlers_are_taken_back(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ray, "init", init)
     with cluster.joined():
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_rays_processes_are_not_in_the_group_that_a_signal_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[int] = []
+
+    def init() -> nullcontext[None]:
+        process = services.start_ray_process(["sleep", "60"], "test", fate_share=False).process
+        groups.append(os.getpgid(process.pid))
+        process.kill()
+        process.wait()
+        return nullcontext()
+
+    original = services.ConsolePopen
+    monkeypatch.setattr(ray, "init", init)
+    with cluster.joined():
+        assert groups and os.getpgrp() not in groups
+    assert services.ConsolePopen is original

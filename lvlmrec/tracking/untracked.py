@@ -39,6 +39,8 @@ def attempt(tracker: str, call: Callable[[], None], urgent: bool = False) -> Exc
         ended = time.monotonic()
         _retry_at[tracker] = ended + PAUSE_FACTOR * (ended - started)
         return error
+    if urgent:  # it answers again
+        _retry_at.pop(tracker, None)
     return None
 
 

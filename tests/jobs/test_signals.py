@@ -37,6 +37,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 class Job:
     """A job in a group of its own, and what it says on stderr."""
 
+    name: str
     process: "subprocess.Popen[bytes]"
     log: Path
 
@@ -53,11 +54,10 @@ class Job:
             os.killpg(self.process.pid, number)
         assert self.process.wait(timeout=120) == 1, self.said()[-3000:]
         said = self.said()
-        name = said.splitlines()[-1].partition(":")[0]
-        goes_on = (
-            "after epoch [1-9][0-9]* of 100000, the last that was saved" if name == "train" else "where it stopped"
-        )
-        assert re.fullmatch(f"{name}: interrupted; the same command goes on {goes_on}", said.splitlines()[-1]), said
+        saved = "after epoch [1-9][0-9]* of 100000, the last that was saved"
+        goes_on = saved if self.name == "train" else "where it stopped"
+        line = said.splitlines()[-1]
+        assert re.fullmatch(f"{self.name}: interrupted; the same command goes on {goes_on}", line), said[-3000:]
         assert "Traceback" not in said and "***" not in said
 
 
@@ -71,7 +71,7 @@ def begun(job: str, log: Path, given: list[str], code: str = "") -> Iterator[Job
             command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
         )
         try:
-            yield Job(process, log)
+            yield Job(job, process, log)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,21 @@ def test_a_database_that_is_locked(database: Path, tmp_path: Path, capsys: pytes
     assert mlflow.MlflowClient(run.tracking_uri).get_run(run.id).info.status == "FINISHED"
     (line,) = capsys.readouterr().err.splitlines()
     assert "database is locked" in line
+
+
+def test_children_that_end_while_the_tracker_is_paused_are_closed_with_their_job(
+    database: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{database}"
+
+    with pytest.raises(KeyboardInterrupt), tracking.tracked(uri, str(tmp_path), "tune", {}) as run:
+        children = [tracking.start(uri, str(tmp_path), f"trial {i}", {}, run) for i in range(2)]
+        untracked._retry_at[uri] = time.monotonic() + 600
+        for child in children:
+            child.finish("KILLED")
+        raise KeyboardInterrupt
+    client = mlflow.MlflowClient(uri)
+    assert [client.get_run(each.id).info.status for each in (run, *children)] == ["KILLED"] * 3
 
 
 def test_values_that_are_too_long_are_cut_and_kept_whole(
