@@ -37,10 +37,11 @@ import numpy as np
 import torch
 from record import save
 
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import Prompt, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig, tiny
-from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_tokens
+from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_columns
 from lvlmrec.lvlms.files import source, torchvision_shim
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.lvlms.tiny.llava_onevision import sized
@@ -128,7 +129,7 @@ def lvlmrec(model: str, depth: str, num_prompts: int, poolings: Sequence[str] = 
     """This project's extractor."""
     config = LVLMConfig(name="llava_onevision", model=model, device="cpu")
     entry = LVLMS[config.name]
-    recipe = recipes.resolve(
+    recipe = recipes.resolve_source(
         RecipeConfig(
             frames=FRAMES,
             taps=[f"llm.{layer}" for layer in TAPS[depth]],
@@ -173,8 +174,8 @@ def hugging_face(model: str, kind: str, num_prompts: int) -> Variant:
                     # transformers keeps the listed states alone, the others are None
                     states = whole.base_model(**inputs, output_hidden_states=layers, use_cache=False).hidden_states
                 for layer in layers:
-                    for pooling in POOLINGS:
-                        features[f"{prompt}/llm.{layer}/{pooling}"] = pool_tokens(pooling, states[layer], masks)
+                    for pooling, pooled in pool_columns(POOLINGS, states[layer], masks).items():
+                        features[f"{prompt}/llm.{layer}/{pooling}"] = pooled
         return features
 
     return run

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import LVLMInfo, Prompt, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe_config import LVLMInfo, RecipeConfig
 from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.engine.native import NativeLVLM
 from lvlmrec.lvlms.files import torchvision_shim
@@ -216,7 +217,7 @@ def ours(
     )
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     base = copy.deepcopy(model.base_model, weights)  # modules of its own to hook and cut, the same weights
-    lvlm = NativeLVLM(entry, base, processor, recipes.resolve(wanted, info), info, arguments.batch)  # type: ignore[arg-type]
+    lvlm = NativeLVLM(entry, base, processor, recipes.resolve_source(wanted, info), info, arguments.batch)  # type: ignore[arg-type]
     if arguments.compile:
         lvlm.hooks.compile()
     items = [Item(str(row), clip) for row, clip in enumerate(clips)]

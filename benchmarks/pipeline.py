@@ -48,7 +48,8 @@ from lvlmrec import cluster
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.estimate import EstimateConfig
 from lvlmrec.extraction.settings import ExtractConfig, PoolConfig
-from lvlmrec.features.recipe import LVLMInfo, Recipe, RecipeConfig
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe_config import LVLMInfo, RecipeConfig
 from lvlmrec.lvlms import LVLMConfig
 from lvlmrec.lvlms.protocol import Item, ModelConfig
 from lvlmrec.media.sampling import sample_clip
@@ -156,7 +157,7 @@ def bare_loops(recipe: Recipe, folder: Path, seconds_per_batch: float) -> tuple[
     """Videos per second of one decoder alone, and of the stand-in alone over clips decoded before."""
     paths = sorted((folder / "clips").iterdir())
     started = time.perf_counter()
-    clips = [sample_clip(path, recipe.frames, recipe.frame_max_side) for path in paths]
+    clips = [sample_clip(path, recipe.reading.frames, recipe.reading.frame_max_side) for path in paths]
     decoding = time.perf_counter() - started
     stand_in = StandIn(StandInFamily().inspect(LVLMConfig()), recipe, seconds_per_batch, folder / "bare_calls")
     started = time.perf_counter()

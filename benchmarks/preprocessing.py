@@ -30,8 +30,9 @@ import torch
 from decode import CLIPS, NUM_FRAMES, WIDTH, write_clip
 from record import markdown_table, save
 
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import Prompt, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig, tiny
 from lvlmrec.lvlms.families.family import NativeFamily
 from lvlmrec.lvlms.files import torchvision_shim
@@ -117,7 +118,7 @@ def measure_difference(family: str, clip: Clip, folder: Path) -> dict[str, float
 def load(family: str, directory: Path) -> Any:
     config = LVLMConfig(name=family, model=str(directory), device="cpu")
     wanted = RecipeConfig(taps=["llm.*", "vision.*"], prompts={"p": Prompt("What is shown?")}, poolings=["visual_mean"])
-    return LVLMS[family].load(config, recipes.resolve(wanted, LVLMS[family].inspect(config)))
+    return LVLMS[family].load(config, recipes.resolve_source(wanted, LVLMS[family].inspect(config)))
 
 
 def pixels_of(prepared: Sequence[Any]) -> list[torch.Tensor]:

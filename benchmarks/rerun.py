@@ -126,8 +126,7 @@ def reruns(folder: Path, num_items: int, rounds: int) -> dict[str, Any]:
     for begin in range(0, num_items, PART):
         items = [f"item{k}" for k in range(begin, min(begin + PART, num_items))]
         vectors = {
-            str(name): torch.randn(len(items), *plan.recipe.shape(name), generator=rng)
-            for name in plan.recipe.feature_names
+            str(column.name): torch.randn(len(items), *column.shape, generator=rng) for column in plan.recipe.columns
         }
         rows = store.feature_table(plan.recipe, items, [0] * len(items), vectors)
         store.write_part(plan.feature_set, plan.recipe, rows, generation=1)

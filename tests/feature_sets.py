@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from lvlmrec.features import store
-from lvlmrec.features.recipe import LVLMInfo, Prompt, Recipe, RecipeConfig, resolve
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe_config import LVLMInfo, RecipeConfig, resolve
 
 INFO = LVLMInfo("llava_onevision", "content:1", "float32", {"llm": 4, "vision": 2}, {"llm": 8, "vision": 6})
 
@@ -29,12 +31,12 @@ def recipe_of(dtype: str = "float16", poolings: Sequence[str] = ("visual_mean",)
 
 def vectors(recipe: Recipe, items: Sequence[str]) -> dict[str, torch.Tensor]:
     features = {}
-    for column, name in enumerate(recipe.feature_names):
+    for number, column in enumerate(recipe.columns):
         rows = []
         for item in items:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{column} {item}".encode()))
-            rows.append(torch.randn(math.prod(recipe.shape(name)), generator=generator))
-        features[str(name)] = torch.stack(rows)
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{number} {item}".encode()))
+            rows.append(torch.randn(math.prod(column.shape), generator=generator))
+        features[str(column.name)] = torch.stack(rows)
     return features
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from lvlmrec.config import CONF, load, to_dict
 from lvlmrec.extraction.settings import ExtractConfig
-from lvlmrec.features import recipe as recipes
+from lvlmrec.features import recipe_config as recipes
 from lvlmrec.features.imported import ImportConfig
-from lvlmrec.features.recipe import LVLMInfo
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.features.vacuum import VacuumConfig
 from lvlmrec.jobs.tuning import TuneConfig
 from lvlmrec.models.sequential.backbones import BACKBONES
@@ -58,8 +58,8 @@ def test_every_job_has_its_own_layer() -> None:
 @pytest.mark.parametrize("layer", sorted((CONF / "recipe").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_layer_resolves_on_a_model(layer: Path) -> None:
     info = LVLMInfo("any", "x", "float32", {"llm": 6, "vision": 3}, {"llm": 128, "vision": 96})
-    recipe = recipes.resolve(load(ExtractConfig, [layer]).recipe, info)
-    named = {name.prompt for name in recipe.feature_names} | {name.split("/")[0] for name in recipe.text_names}
+    recipe = recipes.resolve_source(load(ExtractConfig, [layer]).recipe, info)
+    named = {name.prompt for name in recipe.shapes} | {name.split("/")[0] for name in recipe.text_names}
     assert named == set(recipe.prompts)
 
 

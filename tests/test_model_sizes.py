@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.media.sampling import Clip
@@ -46,7 +46,7 @@ def test_operations_are_those_that_torch_counts(family: str, tmp_path: Path) -> 
     LVLMS[family].write_tiny(tmp_path, seed=0)
     config = dataclasses.replace(LVLMConfig(), name=family, model=str(tmp_path), device="cpu", attention="eager")
     lvlm: Any = LVLMS[family].load(
-        config, recipes.resolve(RecipeConfig(frames=FRAMES, taps=["llm.-1"]), LVLMS[family].inspect(config))
+        config, recipes.resolve_source(RecipeConfig(frames=FRAMES, taps=["llm.-1"]), LVLMS[family].inspect(config))
     )
     pixels = np.random.default_rng(0).integers(0, 256, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
     indices = np.arange(FRAMES, dtype=np.int64) * 30

@@ -43,7 +43,7 @@ def bytes_per_item(recipe: Recipe) -> int:
     schema = store.schema(recipe)
     vectors = [schema.field(str(name)).type for name in recipe.feature_names]
     features = sum(vector.list_size * vector.value_type.byte_width for vector in vectors)
-    answers = sum(TEXT_BYTES_PER_TOKEN * prompt.max_new_tokens for prompt in recipe.prompts.values())
+    answers = sum(TEXT_BYTES_PER_TOKEN * prompt.max_new_tokens for prompt in recipe.reading.prompts.values())
     return features + answers
 
 

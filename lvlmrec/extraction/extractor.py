@@ -63,7 +63,7 @@ class Extractor:
             lvlm = dataclasses.replace(lvlm, code=str(authors_code.unpack(code)))
         if lvlm.device == "auto":
             lvlm = dataclasses.replace(lvlm, device=cluster.device())
-        self.lvlm = LVLMS[lvlm.name].load(lvlm, recipe)
+        self.lvlm = LVLMS[lvlm.name].load(lvlm, recipe.reading)
         self._made_with = {"device": device.name(lvlm.device), "attention": lvlm.attention, "compile": lvlm.compile}
         self._made_with |= provenance.versions()
         self._fitted = 0  # items of the largest forward that went through

@@ -23,7 +23,9 @@ from ray.exceptions import RayTaskError
 import lvlmrec
 from lvlmrec import cluster, storage
 from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
+from lvlmrec.features.sources import FramesRecipe
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.files import authors_code, remote_code, source
 
@@ -75,7 +77,7 @@ def inspect_here(lvlm: LVLMConfig) -> LVLMInfo:
     return LVLMS[lvlm.name].inspect(lvlm)
 
 
-def check_length(lvlm: LVLMConfig, recipe: Recipe, limit: int) -> None:
+def check_length(lvlm: LVLMConfig, recipe: ModelRecipe | FramesRecipe, limit: int) -> None:
     """Raises `ConfigError` when the recipe's prompts cannot fit in the `limit` tokens that the model reads at most.
 
     Says nothing of models that a process of their own must read: there each item is rejected.

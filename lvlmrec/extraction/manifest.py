@@ -43,13 +43,13 @@ SYSTEM_FILES = {"Thumbs.db", "_SUCCESS"}
 
 def columns_for(recipe: Recipe) -> list[str]:
     """The columns, beside `item_id`, that a recipe needs: where its media lie, and what its prompts name."""
-    return list(dict.fromkeys([*(MEDIA_COLUMNS[kind] for kind in recipe.media), *recipe.fields]))
+    return list(dict.fromkeys([*(MEDIA_COLUMNS[kind] for kind in recipe.reading.media), *recipe.reading.fields]))
 
 
 def source_of(row: Mapping[str, str], recipe: Recipe, version: Callable[[str], str]) -> str:
     """16 hex digits that change with the texts of a manifest's row and, by `version`, with its files."""
-    uris = [row[MEDIA_COLUMNS[kind]] for kind in recipe.media]
-    seen = [*(version(uri) if uri else "" for uri in uris), *(row[field] for field in recipe.fields)]
+    uris = [row[MEDIA_COLUMNS[kind]] for kind in recipe.reading.media]
+    seen = [*(version(uri) if uri else "" for uri in uris), *(row[field] for field in recipe.reading.fields)]
     return hashlib.blake2b("\x1f".join(seen).encode(), digest_size=8).hexdigest()
 
 

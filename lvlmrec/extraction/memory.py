@@ -9,7 +9,8 @@ from lvlmrec import cluster
 from lvlmrec.errors import ConfigError
 from lvlmrec.extraction import stages
 from lvlmrec.extraction.settings import ExtractConfig
-from lvlmrec.features.recipe import MOTION, Recipe
+from lvlmrec.features.model_recipe import MOTION
+from lvlmrec.features.recipe import Recipe
 from lvlmrec.media.motion import CLIP_FRAMES, KEYFRAME_SIZE, MAP_SIZE
 
 # Bytes of a worker that decodes or writes. Without a figure Ray Data asks for what outputs needed on average so far,
@@ -31,10 +32,10 @@ class Reserved:
 
 def item_bytes(recipe: Recipe) -> int:
     """Bytes of what an item shows once it is decoded, at most: frames are no larger than `frame_max_side` both ways."""
-    frame = recipe.frame_max_side**2 * 3
+    frame = recipe.reading.frame_max_side**2 * 3
     motion = 3 * KEYFRAME_SIZE**2 + 4 * 2 * CLIP_FRAMES * MAP_SIZE[0] * MAP_SIZE[1]
-    video = recipe.frames * (motion if recipe.video_form == MOTION else frame)
-    return sum({"video": video, "cover": frame}[kind] for kind in recipe.media)
+    video = recipe.reading.frames * (motion if recipe.reading.video_form == MOTION else frame)
+    return sum({"video": video, "cover": frame}[kind] for kind in recipe.reading.media)
 
 
 def needed(recipe: Recipe, batch_size: int, decode_memory_mb: int) -> Reserved:

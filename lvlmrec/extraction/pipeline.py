@@ -29,7 +29,7 @@ from lvlmrec.extraction.memory import Reserved
 from lvlmrec.extraction.progress import Tally, tell_rejected
 from lvlmrec.extraction.settings import ExtractConfig, PoolConfig
 from lvlmrec.features import lease, store
-from lvlmrec.features import recipe as recipes
+from lvlmrec.features import recipe_config as recipes
 from lvlmrec.features.index import is_among
 from lvlmrec.features.lease import Lease
 from lvlmrec.features.recipe import Recipe
@@ -101,7 +101,7 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
     sources = _sources(plan) if config.redo_changed else None
     todo = missing(plan, index, sources)
     if len(todo):
-        inspection.check_length(config.lvlm, plan.recipe, plan.context)
+        inspection.check_length(config.lvlm, plan.recipe.reading, plan.context)
     if config.estimate.only:
         with _ray(plan, todo):
             return {"feature_set": uri, "items": len(plan.manifest), "estimate": _estimate(plan, todo)}

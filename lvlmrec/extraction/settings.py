@@ -8,7 +8,7 @@ from lvlmrec.config import MAX_SEED, check_gpus, option
 from lvlmrec.errors import ConfigError
 from lvlmrec.extraction.estimate import EstimateConfig
 from lvlmrec.extraction.stages import DecodeConfig
-from lvlmrec.features.recipe import RecipeConfig
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMConfig
 
 

@@ -22,7 +22,8 @@ from lvlmrec.errors import one_line
 from lvlmrec.extraction.failures import DECODED_ON, EXTRACTED_ON
 from lvlmrec.extraction.manifest import MEDIA_COLUMNS, source_of
 from lvlmrec.features import store
-from lvlmrec.features.recipe import MEDIA, MOTION, Recipe
+from lvlmrec.features.model_recipe import MEDIA, MOTION
+from lvlmrec.features.recipe import Recipe
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.media.file import VideoError
 from lvlmrec.media.isolation import IsolatedDecoder, NoDecoderError
@@ -85,12 +86,12 @@ def decode(rows: pa.Table, recipe: Recipe, config: DecodeConfig) -> Iterator[pa.
     Row by row, to bound memory; texts alone are one table, for a table per row would cost more than they do.
     Raises `RuntimeError` where the fault is this worker's, whatever the row.
     """
-    if recipe.video_form == MOTION and "video" in recipe.media:
+    if recipe.reading.video_form == MOTION and "video" in recipe.reading.media:
         _check_encoder(recipe)
     cluster.device()  # none of its node's GPUs is a decoder's
     here = {DECODED_ON: cluster.place()}
     outcomes = (_outcome(row, recipe, config) | here for row in rows.to_pylist())
-    for known in ([outcome] for outcome in outcomes) if recipe.media else [[*outcomes]]:
+    for known in ([outcome] for outcome in outcomes) if recipe.reading.media else [[*outcomes]]:
         yield pa.Table.from_pylist(known, schema=DECODED)
 
 
@@ -100,8 +101,8 @@ def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[
     try:
         source = source_of(row, recipe, storage.version)
         _check_texts(recipe, row)
-        outcome: dict[str, Any] = {TEXTS: [(field, row[field]) for field in recipe.fields]}
-        for kind in recipe.media:
+        outcome: dict[str, Any] = {TEXTS: [(field, row[field]) for field in recipe.reading.fields]}
+        for kind in recipe.reading.media:
             outcome |= _decode(row[MEDIA_COLUMNS[kind]], kind, recipe, config)
     except VideoError as error:
         outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: message_of(error.message)}
@@ -119,23 +120,24 @@ def _decode(uri: str, kind: str, recipe: Recipe, config: DecodeConfig) -> dict[s
         raise VideoError("fetch", "missing", "the manifest names no file")
     decoder, limit = _decoder(config.memory_mb), config.timeout_s
     with storage.local_copy(uri) as path:
-        if kind == "video" and recipe.video_form == MOTION:
-            kind, values = MOTION, _motion_row(decoder.motion_clips(path, recipe.frames, limit))
+        if kind == "video" and recipe.reading.video_form == MOTION:
+            kind, values = MOTION, _motion_row(decoder.motion_clips(path, recipe.reading.frames, limit))
         else:
-            num_frames = recipe.frames if kind == "video" else 1
-            values = _clip_row(decoder.sample_clip(path, num_frames, recipe.frame_max_side, limit))
+            num_frames = recipe.reading.frames if kind == "video" else 1
+            values = _clip_row(decoder.sample_clip(path, num_frames, recipe.reading.frame_max_side, limit))
     return {f"{kind}.{name}": value for name, value in values.items()}
 
 
 def _check_encoder(recipe: Recipe) -> None:
     """Motion depends on the encoder's version: one feature set, one version. Raises `RuntimeError`."""
-    if recipe.video_encoder != ENCODER:
-        raise RuntimeError(f"this worker's encoder is {ENCODER}, the recipe's {recipe.video_encoder}: install one PyAV")
+    expected = recipe.reading.video_encoder
+    if expected != ENCODER:
+        raise RuntimeError(f"this worker's encoder is {ENCODER}, the recipe's {expected}: install one PyAV")
 
 
 def _check_texts(recipe: Recipe, row: Mapping[str, str]) -> None:
     """A prompt that shows text alone needs some. Raises `VideoError`."""
-    for name, prompt in recipe.prompts.items():
+    for name, prompt in recipe.reading.prompts.items():
         if prompt.input == "text" and prompt.fields and not any(row[field].strip() for field in prompt.fields):
             raise VideoError("text", "empty", f"prompt {name!r} shows {', '.join(prompt.fields)} alone: empty")
 
@@ -205,7 +207,8 @@ def _motion_row(clips: MotionClips) -> dict[str, Any]:
 
 def items(rows: pa.Table, recipe: Recipe) -> list[Item]:
     """Rows of `DECODED` as the model takes them; pictures and motion are buffers that are not copied."""
-    kinds = [MOTION if kind == "video" and recipe.video_form == MOTION else kind for kind in recipe.media]
+    video = MOTION if recipe.reading.video_form == MOTION else "video"
+    kinds = [video if kind == "video" else kind for kind in recipe.reading.media]
     shown: dict[str, Any] = {kind: _motions(rows) if kind == MOTION else _clips(rows, kind) for kind in kinds}
     texts = rows[TEXTS].to_pylist()
     return [

@@ -28,7 +28,8 @@ from lvlmrec.features import store
 from lvlmrec.features.array import Column, FeatureArray
 from lvlmrec.features.cache import GB, Cache, InUse, NewArray, key_of
 from lvlmrec.features.imported import COUNTED
-from lvlmrec.features.recipe import PIXELS, SIZES
+from lvlmrec.features.poolings.pooling import SIZES
+from lvlmrec.features.sources import PIXELS
 from lvlmrec.features.store import FeatureSet
 from lvlmrec.taps import READS_TEXT, parse_feature
 
@@ -74,7 +75,7 @@ def choose_columns(feature_set: FeatureSet, patterns: Sequence[str], layers: str
 
 def token_shape(feature_set: FeatureSet, name: str) -> tuple[int, int]:
     """(T, D) of a column: a pooled vector is one token, and so is a frame."""
-    shape = feature_set.recipe.shape(parse_feature(name))
+    shape = feature_set.recipe.column(parse_feature(name)).shape
     return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
 
 
@@ -289,7 +290,7 @@ def _item_shape(chosen: Sequence[tuple[FeatureSet, Sequence[str]]]) -> tuple[int
     if len(columns) != 1 or not is_frames(columns[0][1]):
         return ()
     ((feature_set, name),) = columns
-    return feature_set.recipe.shape(parse_feature(name))
+    return feature_set.recipe.column(parse_feature(name)).shape
 
 
 def _distinct_names(chosen: Sequence[tuple[FeatureSet, Sequence[str]]]) -> tuple[str, ...]:

@@ -1,9 +1,6 @@
 """Published feature arrays as feature sets: one file of [items, dim] or [items, layers, dim].
 
-The recipe of such a set has the family `imported`. Its `identity` names the file, and its content and the order of the
-items by their hashes. Nobody here knows what was asked, of what, or how tokens became one vector: its one prompt is
-empty and called as the set, the pooling is called `imported`, and frames are 0. A column is `name/llm.3/imported`,
-where the tap is what the user calls the layer.
+A column is called `name/llm.3/imported`, where the tap is what the user calls the layer.
 """
 
 from __future__ import annotations
@@ -25,11 +22,12 @@ from lvlmrec.config import option
 from lvlmrec.errors import ConfigError, InputError, one_line
 from lvlmrec.features import lease, provenance, rounding, store
 from lvlmrec.features.lease import Lease
-from lvlmrec.features.recipe import DTYPES, MEDIA, Prompt, Recipe
+from lvlmrec.features.model_recipe import MEDIA
+from lvlmrec.features.recipe import DTYPES, Recipe, make
+from lvlmrec.features.sources import IMPORTED, ArrayRecipe
 from lvlmrec.tables import text_file
 from lvlmrec.taps import Tap
 
-IMPORTED = "imported"
 COUNTED = {"from_zero": 0, "from_one": 1}  # item_ids without a file -> id of the first row
 ARRAY_ENDINGS = (".npy", ".safetensors", ".pt", ".pth")
 READABLE = (*DTYPES, "float64")
@@ -160,24 +158,20 @@ def _ids_of_table(source: str) -> list[str]:
 
 
 def recipe_of(config: ImportConfig, array: Array, content: str, item_ids: Sequence[str]) -> Recipe:
-    """What a reader of recipe.json is told. Raises `ConfigError`."""
+    """The recipe of an array. Raises `ConfigError`."""
     if "/" in config.name or config.name in MEDIA or not config.name:
         raise ConfigError(f"name: {config.name!r}: expected a name without '/' that is not one of {', '.join(MEDIA)}")
     layers = _layers(config.layers, array.shape[1] if len(array.shape) == 3 else 1)
     order = hashlib.blake2b("\n".join(item_ids).encode(), digest_size=8).hexdigest()
     tensor = f" tensor:{config.tensor}" if config.tensor else ""
-    return Recipe(
-        family=IMPORTED,
+    source = ArrayRecipe(
         identity=f"{config.file.rsplit('/', 1)[-1]}{tensor} content:{content} items:{order}",
-        compute_dtype=array.dtype,
-        frames=0,
-        frame_max_side=0,
-        taps=layers,
-        prompts={config.name: Prompt(text="")},
-        poolings=(IMPORTED,),
-        dtype=config.dtype,
-        width={layers[0].tower: array.shape[-1]},
+        dtype=array.dtype,
+        name=config.name,
+        layers=layers,
+        width=array.shape[-1],
     )
+    return make(source, config.dtype)
 
 
 def _layers(names: Sequence[str], number: int) -> tuple[Tap, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from lvlmrec.features.model_recipe import ModelRecipe
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 # it differs from its default, so that a new key renames no feature set.
 FORMAT_3 = frozenset(
     (
-        *("family", "identity", "compute_dtype", "frames", "frame_max_side", "taps", "prompts", "poolings", "dtype"),
+        *("family", "identity", "compute_dtype", "frames", "frame_max_side", "taps", "prompts", "poolings"),
         *("width", "video_options", "seed", "texts_from", "video_form", "video_encoder"),
     )
 )
@@ -30,6 +32,15 @@ def counting(value: DataclassInstance, always: frozenset[str]) -> dict[str, Any]
         one.name: plain[one.name]
         for one in fields(value)
         if one.init and (one.name in always or getattr(value, one.name) != _default(one))
+    }
+
+
+def of_model(recipe: ModelRecipe) -> dict[str, Any]:
+    """Plain values of the keys of a model's recipe that count in its fingerprint."""
+    return counting(recipe, FORMAT_3) | {
+        "taps": [str(tap) for tap in recipe.taps],
+        "prompts": {name: counting(prompt, FORMAT_3_PROMPT) for name, prompt in recipe.prompts.items()},
+        "poolings": list(recipe.poolings),
     }
 
 

@@ -34,8 +34,9 @@ from lvlmrec.columns import ERROR, GENERATION, ITEM_ID, MESSAGE, NUM_DISTINCT_FR
 from lvlmrec.errors import InputError
 from lvlmrec.features import index as segments
 from lvlmrec.features import provenance
-from lvlmrec.features.recipe import ANSWER, FINGERPRINT, PIXEL_DTYPE, SIZES, Recipe
-from lvlmrec.taps import FeatureName
+from lvlmrec.features.model_recipe import ANSWER, ModelRecipe
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.sources import PIXEL_DTYPE
 
 if TYPE_CHECKING:
     import torch
@@ -116,9 +117,9 @@ def create(uri: str, recipe: Recipe, ids_from: str = "") -> None:
     if storage.exists(storage.join(uri, RECIPE)) and (not ids_from or _read_about(uri).get(IDS_FROM) == ids_from):
         return
     versions = provenance.versions()
-    if "video" in recipe.media and "llm" in recipe.width and not ids_from:
+    if isinstance(recipe.source, ModelRecipe) and "llm" in recipe.source.width and "video" in recipe.source.media:
         versions["frame_times"] = FRAME_TIMES
-    content = recipe.to_json() | {FINGERPRINT: recipe.fingerprint, "versions": versions}
+    content = recipe.to_json() | {"versions": versions}
     content |= {IDS_FROM: ids_from} if ids_from else {}
     storage.write_bytes(storage.join(uri, RECIPE), json.dumps(content, indent=2).encode())
 
@@ -164,11 +165,11 @@ def read_recipe(uri: str) -> Recipe:
 def schema(recipe: Recipe) -> pa.Schema:
     """The schema of a part: item_id, num_distinct_frames, and the features with dtype and shape in their metadata."""
     fields = [pa.field(ITEM_ID, pa.string()), pa.field(NUM_DISTINCT_FRAMES, pa.int32()), pa.field(SOURCE, pa.string())]
-    for name in recipe.feature_names:
-        dtype, shape = _stored_dtype(recipe, name), recipe.shape(name)
-        metadata = {DTYPE_KEY: dtype.encode(), SHAPE_KEY: ",".join(map(str, shape)).encode()}
-        element = pa.from_numpy_dtype(_numpy_dtype(dtype))
-        fields.append(pa.field(str(name), pa.list_(element, math.prod(shape)), metadata=metadata))
+    for column in recipe.columns:
+        shape = ",".join(map(str, column.shape))
+        metadata = {DTYPE_KEY: column.dtype.encode(), SHAPE_KEY: shape.encode()}
+        element = pa.from_numpy_dtype(_numpy_dtype(column.dtype))
+        fields.append(pa.field(str(column.name), pa.list_(element, math.prod(column.shape)), metadata=metadata))
     return pa.schema([*fields, *(pa.field(name, pa.string()) for name in recipe.text_names)])
 
 
@@ -190,8 +191,8 @@ def feature_table(
         pa.array(num_distinct_frames, pa.int32()),
         pa.array(sources, pa.string()),
     ]
-    for name in recipe.feature_names:
-        values = cast(columns[str(name)], _stored_dtype(recipe, name), str(name))
+    for name, dtype in ((str(column.name), column.dtype) for column in recipe.columns):
+        values = cast(columns[name], dtype, name)
         arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
     arrays += [pa.array(columns[name], pa.string()) for name in recipe.text_names]
     return pa.Table.from_arrays(arrays, schema=schema(recipe))
@@ -378,11 +379,6 @@ def _write_named(uri: str, folder: str, generation: int, item_ids: Sequence[str]
         one_page=is_plain,
     )
     return name
-
-
-def _stored_dtype(recipe: Recipe, name: FeatureName) -> str:
-    """Counts keep float32: in float16 they are exact up to 2048 only."""
-    return "float32" if name.pooling.endswith(SIZES) else recipe.dtype
 
 
 def _numpy_dtype(dtype: str) -> np.dtype:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.media.motion import MotionClips
 from lvlmrec.media.sampling import Clip
 
@@ -94,8 +94,8 @@ class LVLM(Protocol):
     def extract(self, prepared: Any) -> dict[str, torch.Tensor | list[str]]:
         """The recipe's columns of prepared items, in their order.
 
-        A feature, `str(FeatureName)`, is float32 [B, D] on the CPU; a text column (`Recipe.text_names`) is B strings.
-        Merged tokens [K, D] lie in one row, one after another; `Recipe.shape` tells.
+        A feature, `str(FeatureName)`, is float32 [B, D] on the CPU; a text column (`text_names`) is B strings.
+        Merged tokens [K, D] lie in one row, one after another; the recipe's `shapes` tell.
         Pooled means are accumulated and returned in float32 whatever the compute dtype, so that they are rounded
         once, where they are stored. An item's features are the same for any batch up to the order of summation:
         2e-6 of a feature's largest entry in float32 (4e-5 with layers of linear attention), 2e-2 in bfloat16. Of
@@ -124,10 +124,10 @@ class LVLMFamily(Protocol):
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
 
-    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+    def load(self, config: ModelConfig, recipe: Any) -> LVLM:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
 
-    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+    def check_length(self, config: ModelConfig, recipe: Any, limit: int) -> None:
         """Raises `ConfigError` when the recipe's prompts cannot fit in the `limit` tokens that the model reads at most.
 
         Reads the model's processor. Does nothing for models that cut what is too long.

@@ -13,8 +13,10 @@ import pyarrow as pa
 import torch
 
 from lvlmrec.extraction import failures, stages
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import LVLMInfo, Prompt, Recipe, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe_config import LVLMInfo, RecipeConfig
 from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.protocol import Item, ModelConfig
 

@@ -10,7 +10,7 @@ import pytest
 
 import lvlmrec
 from lvlmrec.extraction import inspection
-from lvlmrec.features.recipe import LVLMInfo
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 
 FAMILIES = ("llava_onevision", "smolvlm", "text_encoder", "video_encoder")

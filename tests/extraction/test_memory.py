@@ -15,8 +15,10 @@ from lvlmrec.errors import ConfigError
 from lvlmrec.extraction import memory
 from lvlmrec.extraction.memory import WORKER_MEMORY, Reserved
 from lvlmrec.extraction.settings import ExtractConfig
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import MOTION, LVLMInfo, Prompt, Recipe, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import MOTION, Prompt
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe_config import LVLMInfo, RecipeConfig
 from tests.extraction.test_faults import model, plan_of, run, write_items
 
 __all__ = ["model"]  # the fixture
@@ -40,7 +42,8 @@ def test_it_follows_from_the_sizes_of_the_recipe() -> None:
     assert cover == item + 1280 * 1280 * 3
     texts = memory.needed(recipe_of(t=Prompt("{title}", input="text")), 8, 4096)
     assert texts == Reserved(WORKER_MEMORY, WORKER_MEMORY)
-    moving = dataclasses.replace(recipe_of(), video_form=MOTION, frame_max_side=0)
+    recipe = recipe_of()
+    moving = dataclasses.replace(recipe, source=dataclasses.replace(recipe.source, video_form=MOTION, frame_max_side=0))
     assert 10**6 < memory.item_bytes(moving) < item
 
 

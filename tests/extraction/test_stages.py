@@ -20,9 +20,11 @@ from lvlmrec.extraction.extractor import Extractor
 from lvlmrec.extraction.failures import Streak
 from lvlmrec.extraction.progress import Tally, tell_rejected
 from lvlmrec.extraction.stages import DecodeConfig
-from lvlmrec.features import recipe as recipes
+from lvlmrec.features import recipe_config as recipes
 from lvlmrec.features import store
-from lvlmrec.features.recipe import MOTION, LVLMInfo, Prompt, Recipe, RecipeConfig
+from lvlmrec.features.model_recipe import MOTION, Prompt
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe_config import LVLMInfo, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.media.isolation import IsolatedDecoder, NoDecoderError
@@ -367,7 +369,7 @@ def test_videos_travel_as_key_frames_and_motion(tmp_path: Path, monkeypatch: pyt
     uris = [str(tmp_path / "short.mp4"), __file__, str(tmp_path / "long.mp4")]
     rows = pa.table({"item_id": ["short", "text", "long"], "uri": uris})
     recipe = motion_recipe()
-    assert (recipe.seed, recipe.frame_max_side) == (5, 0)
+    assert (recipe.source.seed, recipe.source.frame_max_side) == (5, 0)
     decoded = pa.concat_tables(list(stages.decode(rows, recipe, DecodeConfig())))
     assert decoded.schema == stages.DECODED
     assert decoded["stage"].to_pylist() == [None, "open", None]
@@ -399,7 +401,9 @@ def test_videos_travel_as_key_frames_and_motion(tmp_path: Path, monkeypatch: pyt
 
 def test_another_encoder_than_the_recipes_stops_the_run(tmp_path: Path) -> None:
     rows = pa.table({"item_id": ["a"], "uri": [str(write_video(tmp_path / "a.mp4"))]})
-    other = dataclasses.replace(motion_recipe(), video_encoder="libavcodec 1.0.0 mpeg4")
+    recipe = motion_recipe()
+    source = dataclasses.replace(recipe.source, video_encoder="libavcodec 1.0.0 mpeg4")
+    other = dataclasses.replace(recipe, source=source)
     with pytest.raises(RuntimeError, match=r"encoder is libavcodec .*, the recipe's libavcodec 1\.0\.0 mpeg4"):
         next(stages.decode(rows, other, DecodeConfig()))
 

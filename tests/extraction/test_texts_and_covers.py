@@ -14,9 +14,11 @@ from lvlmrec import storage
 from lvlmrec.columns import COVER_URI, ERROR, ITEM_ID
 from lvlmrec.extraction import stages
 from lvlmrec.extraction.extractor import Extractor
-from lvlmrec.features import recipe as recipes
+from lvlmrec.features import recipe_config as recipes
 from lvlmrec.features import store
-from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.media.sampling import sample_clip

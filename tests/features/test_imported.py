@@ -14,6 +14,7 @@ from lvlmrec import config
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import compact, imported, index, lease, store
 from lvlmrec.features.imported import ImportConfig
+from lvlmrec.features.sources import ArrayRecipe
 
 IDS = [f"v{i}" for i in range(7)]
 
@@ -92,9 +93,9 @@ def test_the_recipe_says_where_it_came_from(tmp_path: Path) -> None:
     path = write_npy(tmp_path, values(7, 2, 5).astype(np.float16))
     first = run(tmp_path, path, layers=["llm.28", "llm.14"], dtype="float16")
     recipe = store.read_recipe(first["feature_set"])
-    assert recipe.family == "imported" and recipe.identity.startswith("features.npy content:")
+    assert isinstance(recipe.source, ArrayRecipe) and recipe.source.identity.startswith("features.npy content:")
     assert first["columns"] == ["imported/llm.28/imported", "imported/llm.14/imported"]
-    assert (recipe.compute_dtype, recipe.dtype, recipe.frames) == ("float16", "float16", 0)
+    assert (recipe.source.dtype, recipe.dtype) == ("float16", "float16")
     array = np.load(path)
     kept = stored(tmp_path, first["feature_set"], [*"0123456"])  # training orders layers by depth
     np.testing.assert_array_equal(kept, array[:, ::-1].astype(np.float32))

@@ -1,10 +1,17 @@
 import dataclasses
+import re
+from typing import Any
 
 import pytest
 
 from lvlmrec.config import load
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features.recipe import LVLMInfo, Prompt, Recipe, RecipeConfig, resolve
+from lvlmrec.features import recipe_keys
+from lvlmrec.features.model_recipe import ModelRecipe, Prompt
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe import make as make_recipe
+from lvlmrec.features.recipe_config import LVLMInfo, RecipeConfig, resolve
+from lvlmrec.features.sources import ArrayRecipe
 from lvlmrec.taps import Tap
 
 INFO = LVLMInfo("llava_onevision", "content:1", "float32", {"llm": 4, "vision": 2}, {"llm": 8, "vision": 6})
@@ -12,6 +19,12 @@ INFO = LVLMInfo("llava_onevision", "content:1", "float32", {"llm": 4, "vision": 
 
 def make(*overrides: str, info: LVLMInfo = INFO) -> Recipe:
     return resolve(load(RecipeConfig, [], list(overrides)), info)
+
+
+def in_format_3(recipe: Recipe) -> dict[str, Any]:
+    """recipe.json as it was before sources were told apart, without the fingerprint."""
+    model = recipe.source if isinstance(recipe.source, ModelRecipe) else recipe.source.in_format_3()
+    return recipe_keys.of_model(model) | {"dtype": recipe.dtype, "format": 3}
 
 
 def test_names_have_one_column_per_prompt_tap_and_pooling_and_vision_once() -> None:
@@ -35,7 +48,7 @@ def test_names_have_one_column_per_prompt_tap_and_pooling_and_vision_once() -> N
 
 def test_merged_tokens_are_two_columns_with_shapes_of_their_own() -> None:
     recipe = make("taps=[llm.1,projector]", "poolings=[merged_16,visual_mean]")
-    assert {str(name): recipe.shape(name) for name in recipe.feature_names} == {
+    assert {str(column.name): column.shape for column in recipe.columns} == {
         "video/projector/visual_mean": (8,),
         "describe/llm.1/merged_16": (16, 8),
         "describe/llm.1/merged_16.sizes": (16,),
@@ -113,16 +126,15 @@ def test_what_is_wrong_is_named(override: str, message: str) -> None:
 def test_recipes_that_draw_no_answer_keep_their_fingerprints(prompt: str, fingerprint: str) -> None:
     recipe = make(f"prompts={{p: {prompt}}}")
     assert recipe.fingerprint == fingerprint
-    assert "noise" not in recipe.to_json()
+    assert "noise" not in recipe.to_json()["source"]
 
 
 def test_recipes_that_draw_answers_are_other_ones_than_those_of_another_generator() -> None:
     recipe = make("prompts={p: {text: x, max_new_tokens: 5, temperature: 0.7}}")
-    assert recipe.noise == 2
-    before = {key: value for key, value in recipe.to_json().items() if key != "noise"}
-    assert (
-        Recipe.from_json(before).fingerprint == "f654bc79344bc82d"
-    )  # what was stored stays readable, under its own name
+    assert recipe.source.noise == 2
+    before = {key: value for key, value in in_format_3(recipe).items() if key != "noise"}
+    # what was stored stays readable, under its own name
+    assert Recipe.from_json(before).fingerprint == "f654bc79344bc82d"
     assert recipe.fingerprint != "f654bc79344bc82d"
     assert Recipe.from_json(recipe.to_json()) == recipe
 
@@ -233,22 +245,14 @@ MODELS = {
 def test_every_kind_of_recipe_keeps_its_fingerprint(model: str, overrides: list[str], fingerprint: str) -> None:
     recipe = resolve(load(RecipeConfig, [], overrides), MODELS[model], seed=3, texts_from="0123456789abcdef")
     assert recipe.fingerprint == Recipe.from_json(recipe.to_json()).fingerprint == fingerprint
+    assert Recipe.from_json(in_format_3(recipe)) == Recipe.from_json(recipe.to_json()) == recipe
 
 
 def test_an_imported_set_keeps_its_fingerprint() -> None:
-    recipe = Recipe(
-        family="imported",
-        identity="a.npy content:00 items:11",
-        compute_dtype="float64",
-        frames=0,
-        frame_max_side=0,
-        taps=(Tap("llm", 0), Tap("llm", 1)),
-        prompts={"imported": Prompt(text="")},
-        poolings=("imported",),
-        dtype="float16",
-        width={"llm": 8},
-    )
+    layers = (Tap("llm", 0), Tap("llm", 1))
+    recipe = make_recipe(ArrayRecipe("a.npy content:00 items:11", "float64", "imported", layers, 8), "float16")
     assert recipe.fingerprint == "2bde850507160375"
+    assert Recipe.from_json(recipe.to_json()) == Recipe.from_json(in_format_3(recipe)) == recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +263,7 @@ class GrownPrompt(Prompt):
 
 
 @dataclasses.dataclass(frozen=True)
-class GrownRecipe(Recipe):
+class GrownRecipe(ModelRecipe):
     sampling: str = "uniform"
     windows: int = 0
 
@@ -267,39 +271,77 @@ class GrownRecipe(Recipe):
 @pytest.mark.parametrize("change", [{"audio": True}, {"speakers": ["a"]}, {"rate": 8_000}])
 def test_a_new_key_of_a_prompt_counts_where_it_is_not_at_its_default(change: dict[str, object]) -> None:
     recipe = make()
-    grown = dataclasses.replace(recipe, prompts={"describe": GrownPrompt()})
-    assert grown.fingerprint == recipe.fingerprint
-    assert (
-        dataclasses.replace(grown, prompts={"describe": GrownPrompt(**change)}).fingerprint  # type: ignore[arg-type]
-        != recipe.fingerprint
-    )
+
+    def grown(**values: object) -> Recipe:
+        prompts = {"describe": GrownPrompt(**values)}  # type: ignore[arg-type]
+        return dataclasses.replace(recipe, source=dataclasses.replace(recipe.source, prompts=prompts))
+
+    assert grown().fingerprint == recipe.fingerprint != grown(**change).fingerprint
 
 
 @pytest.mark.parametrize("change", [{"sampling": "scenes"}, {"windows": 3}])
 def test_a_new_key_of_a_recipe_counts_where_it_is_not_at_its_default(change: dict[str, object]) -> None:
     recipe = make()
-    values = {one.name: getattr(recipe, one.name) for one in dataclasses.fields(recipe) if one.init}
-    assert GrownRecipe(**values).fingerprint == recipe.fingerprint != GrownRecipe(**values, **change).fingerprint
+    values = vars(recipe.source)
+
+    def grown(**more: object) -> Recipe:
+        return dataclasses.replace(recipe, source=GrownRecipe(**values, **more))
+
+    assert grown().fingerprint == recipe.fingerprint != grown(**change).fingerprint
 
 
+TREES = ["today", "format 3"]
+
+
+def tree_of(recipe: Recipe, form: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """recipe.json, and the part of it that says what a model was asked."""
+    tree = recipe.to_json() if form == "today" else in_format_3(recipe)
+    return tree, tree["source"] if form == "today" else tree
+
+
+@pytest.mark.parametrize("form", TREES)
 @pytest.mark.parametrize("value", [False, 0, "", {}, [], None])
-def test_unknown_keys_that_are_empty_are_ignored(value: object) -> None:
-    tree = make().to_json()
-    tree["prompts"]["describe"]["audio"] = value
-    assert Recipe.from_json(tree | {"audio_rate": value}) == make()
+def test_unknown_keys_that_are_empty_are_ignored(form: str, value: object) -> None:
+    tree, source = tree_of(make(), form)
+    source["prompts"]["describe"]["audio"] = source["audio_rate"] = tree["later"] = value
+    assert Recipe.from_json(tree) == make()
 
 
+@pytest.mark.parametrize("form", TREES)
 @pytest.mark.parametrize("value", [True, 16_000, "scenes", {"a": 1}, ["a"]])
-def test_unknown_keys_that_are_in_use_are_named_in_one_line(value: object) -> None:
-    tree = make().to_json()
-    tree["prompts"]["describe"]["audio"] = value
+def test_unknown_keys_that_are_in_use_are_named_in_one_line(form: str, value: object) -> None:
+    tree, source = tree_of(make(), form)
+    source["prompts"]["describe"]["audio"] = source["sampling"] = value
     with pytest.raises(
         InputError, match=r"^[^\n]*newer version[^\n]*sampling=.*prompts\.describe\.audio=[^\n]*install"
     ):
-        Recipe.from_json(tree | {"sampling": value})
+        Recipe.from_json(tree)
+
+
+def test_what_is_unknown_of_columns_and_of_other_sources_is_named() -> None:
+    recipe = make_recipe(ArrayRecipe("a.npy", "float64", "imported", (Tap("llm", 0),), 8), "float16")
+    tree = recipe.to_json()
+    for change, named in (
+        ({"windows": 3}, "windows=3"),
+        ({"source": tree["source"] | {"codec": "x"}}, "source.codec='x'"),
+        ({"source": {"kind": "compressor"}}, "source.kind='compressor'"),
+    ):
+        with pytest.raises(InputError, match=rf"newer version of lvlmrec: unknown {re.escape(named)}; install"):
+            Recipe.from_json(tree | change)
+
+
+def test_recipe_json_says_where_values_come_from_and_which_columns_there_are() -> None:
+    tree = make("taps=[llm.1]", "poolings=[merged_4,visual_mean]").to_json()
+    assert tree["source"]["kind"] == "model" and tree["source"]["family"] == "llava_onevision"
+    assert tree["columns"] == [
+        {"name": "describe/llm.1/merged_4", "shape": [4, 8], "dtype": "float16"},
+        {"name": "describe/llm.1/merged_4.sizes", "shape": [4], "dtype": "float32"},
+        {"name": "describe/llm.1/visual_mean", "shape": [8], "dtype": "float16"},
+    ]
 
 
 def test_a_recipe_that_was_read_has_the_fingerprint_it_was_stored_with_and_one_made_of_it_its_own() -> None:
     read = Recipe.from_json(make().to_json() | {"fingerprint": "00112233aabbccdd"})
     assert read == make() and read.fingerprint == "00112233aabbccdd"
-    assert dataclasses.replace(read, frames=4).fingerprint == make("frames=4").fingerprint
+    changed = dataclasses.replace(read, source=dataclasses.replace(read.source, frames=4))
+    assert changed.fingerprint == make("frames=4").fingerprint

@@ -90,7 +90,7 @@ def large_set(tmp_path_factory: pytest.TempPathFactory) -> str:
     recipe = recipe_of()
     uri = store.locate(str(tmp_path_factory.mktemp("large")), "tiny", recipe)
     store.create(uri, recipe)
-    columns = {str(name): torch.ones(len(MANY), int(np.prod(recipe.shape(name)))) for name in recipe.feature_names}
+    columns = {str(column.name): torch.ones(len(MANY), int(np.prod(column.shape))) for column in recipe.columns}
     store.write_part(uri, recipe, store.feature_table(recipe, MANY, [8] * len(MANY), columns))
     store.commit(uri)
     return uri

@@ -48,16 +48,17 @@ class Job:
         wait_for(lambda: words in self.said() or self.process.poll() is not None, timeout_s=240)
         assert words in self.said(), self.said()[-3000:]
 
-    def end(self, number: int, times: int = 1) -> None:
-        """Signal the whole group, as often as `times`, and check how the job ends."""
+    def end(self, number: int, times: int = 1, name: str = "") -> None:
+        """Signal the whole group, as often as `times`, and check how the job ends, which calls itself `name`."""
         for _ in range(times):
             os.killpg(self.process.pid, number)
         assert self.process.wait(timeout=120) == 1, self.said()[-3000:]
         said = self.said()
         saved = "after epoch [1-9][0-9]* of 100000, the last that was saved"
-        goes_on = saved if self.name == "train" else "where it stopped"
+        name = name or self.name
+        goes_on = saved if name == "train" else "where it stopped"
         line = said.splitlines()[-1]
-        assert re.fullmatch(f"{self.name}: interrupted; the same command goes on {goes_on}", line), said[-3000:]
+        assert re.fullmatch(f"{name}: interrupted; the same command goes on {goes_on}", line), said[-3000:]
         assert "Traceback" not in said and "***" not in said
 
 
@@ -110,7 +111,7 @@ def test_a_job_of_one_process(tmp_path: Path, tracking_uri: str, job: str, numbe
 def test_the_demo_ends_with_its_job(tmp_path: Path, number: int) -> None:
     with begun("demo", tmp_path / "log", [f"workspace={tmp_path}"]) as running:
         running.wait_until_said("sample: rendering")
-        running.end(number)
+        running.end(number, name="extract")
     assert statuses(f"sqlite:///{tmp_path}/mlflow.db", tmp_path) == {"jobs": ["KILLED"], "children": []}
 
 

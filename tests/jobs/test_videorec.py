@@ -18,7 +18,7 @@ from lvlmrec.evaluation.ranking import rank_from_scores
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.settings import ExtractConfig
 from lvlmrec.features import store
-from lvlmrec.features.recipe import resolve
+from lvlmrec.features.recipe_config import resolve, resolve_source
 from lvlmrec.jobs import training
 from lvlmrec.lvlms import LVLMS
 from lvlmrec.lvlms.protocol import Item
@@ -49,7 +49,7 @@ def train_config(small_world: Path, workspace: Path, *overrides: str) -> TrainCo
 
 def frames_of(small_world: Path, config: ExtractConfig) -> tuple[list[str], dict[str, Any]]:
     """Items and their columns, made in this process."""
-    recipe = resolve(config.recipe, LVLMS["frames"].inspect(config.lvlm))
+    recipe = resolve_source(config.recipe, LVLMS["frames"].inspect(config.lvlm))
     videos = sorted((small_world / "videos").glob("*.mp4"))
     items = [Item(video.stem, sample_clip(video, recipe.frames, recipe.frame_max_side)) for video in videos]
     model = LVLMS["frames"].load(config.lvlm, recipe)

@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import ModelRecipe, Prompt
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
 from lvlmrec.lvlms.engine import inputs, prefix
-from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_tokens
+from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_columns
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.media.sampling import Clip
 from tests.lvlms.conftest import LVLM_FAMILIES
@@ -68,12 +69,14 @@ def load(
     poolings: tuple[str, ...] = POOLINGS,
     prompts: tuple[str, ...] = ("after", "before", "bare"),
     **changes: object,
-) -> tuple[LVLM, Recipe]:
+) -> tuple[LVLM, ModelRecipe]:
     """A loaded model, shared by the tests that ask for the same one."""
     config = make_config(directory, **changes)
     entry = LVLMS[config.name]
     bank = {name: PROMPTS[name] for name in prompts}
-    recipe = recipes.resolve(RecipeConfig(taps=[*taps], prompts=bank, poolings=[*poolings]), entry.inspect(config))
+    recipe = recipes.resolve_source(
+        RecipeConfig(taps=[*taps], prompts=bank, poolings=[*poolings]), entry.inspect(config)
+    )
     return entry.load(config, recipe), recipe
 
 
@@ -212,7 +215,7 @@ def test_llm_features_are_hugging_face_hidden_states_bit_for_bit(tiny_models, cl
     for layer, hidden in enumerate(expected.hidden):
         for pooling in POOLINGS:
             feature = features[f"{prompt}/llm.{layer}/{pooling}"]
-            assert torch.equal(feature, pool_tokens(pooling, hidden, expected.masks)), (layer, pooling)
+            assert torch.equal(feature, pool_columns([pooling], hidden, expected.masks)[pooling]), (layer, pooling)
             plain = plain_pool(pooling, hidden, expected.masks)
             np.testing.assert_allclose(feature.numpy(), plain, rtol=1e-5, atol=1e-5)
     assert list(features) == [str(name) for name in recipe.feature_names]
@@ -382,7 +385,7 @@ def test_another_family_or_content_is_refused(tiny_models, clips, family) -> Non
         with pytest.raises(ConfigError, match=rf"lvlm\.model: .*{found} model.*; lvlm.name={family}"):
             entry.inspect(make_config(tiny_models[other]))
     config = make_config(tiny_models[family])
-    recipe = recipes.resolve(RecipeConfig(taps=["llm.0"]), entry.inspect(config))
+    recipe = recipes.resolve_source(RecipeConfig(taps=["llm.0"]), entry.inspect(config))
     with pytest.raises(ConfigError, match=r"lvlm\.model: .*the recipe names content:0"):
         entry.load(config, dataclasses.replace(recipe, identity="content:0"))
 
@@ -391,6 +394,6 @@ def test_a_prompt_may_not_hold_a_place_holder(tiny_models, family) -> None:
     token = inputs.placeholder(hugging_face(tiny_models[family])[1], "video")
     entry, config = LVLMS[family], make_config(tiny_models[family])
     prompts = {"sly": Prompt(f"Compare with {token}")}
-    recipe = recipes.resolve(RecipeConfig(taps=["llm.0"], prompts=prompts), entry.inspect(config))
+    recipe = recipes.resolve_source(RecipeConfig(taps=["llm.0"], prompts=prompts), entry.inspect(config))
     with pytest.raises(ConfigError, match=r"recipe\.prompts\.sly\.text"):
         entry.load(config, recipe)

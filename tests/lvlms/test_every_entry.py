@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import ModelRecipe, Prompt
+from lvlmrec.features.recipe_config import RecipeConfig
+from lvlmrec.features.sources import FramesRecipe
 from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
 from lvlmrec.lvlms.files import authors_code
 from lvlmrec.lvlms.protocol import Item
@@ -33,7 +35,7 @@ class Made:
     """An entry, its model as configured, a recipe of every input that it knows, and items that have all of them."""
 
     config: LVLMConfig
-    recipe: Recipe
+    recipe: ModelRecipe
     items: list[Item]
 
     def load(self, **changes: object) -> LVLM:
@@ -61,7 +63,7 @@ def make(name: str, directory: Path | None) -> Made:
         (gradient_clip(60 + 10 * k, 90, FRAMES, k), gradient_clip(80, 50 + 9 * k, 1, 9 + k)) for k in range(len(titles))
     ]
     items = [Item(f"item{k}", *shown[k], {"title": title}) for k, title in enumerate(titles)]
-    return Made(config, recipes.resolve(wanted, info), items)
+    return Made(config, recipes.resolve_source(wanted, info), items)
 
 
 def extract(model: LVLM, items: Sequence[Item]) -> dict[str, Any]:
@@ -70,12 +72,12 @@ def extract(model: LVLM, items: Sequence[Item]) -> dict[str, Any]:
 
 def columns_are_those_of_the_recipe(made: Made) -> None:
     columns = extract(made.load(), made.items)
-    assert [*columns] == [str(name) for name in made.recipe.feature_names]
-    for name in made.recipe.feature_names:
+    assert [*columns] == [str(name) for name in made.recipe.shapes]
+    for name in made.recipe.shapes:
         column = columns[str(name)]
         assert column.shape[0] == len(made.items)
-        assert column[0].numel() == torch.Size(made.recipe.shape(name)).numel()
-        assert column.dtype == (torch.uint8 if made.recipe.dtype == "uint8" else torch.float32)
+        assert column[0].numel() == torch.Size(made.recipe.shapes[name]).numel()
+        assert column.dtype == (torch.uint8 if isinstance(made.recipe, FramesRecipe) else torch.float32)
         assert column.device.type == "cpu"
 
 

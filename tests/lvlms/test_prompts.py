@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import ModelRecipe, Prompt
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
 from lvlmrec.lvlms.engine.inputs import placeholder
 from lvlmrec.lvlms.protocol import Item
@@ -27,13 +28,15 @@ pytestmark = pytest.mark.parametrize("family", LVLM_FAMILIES)
 
 
 @functools.cache
-def load(directory: Path, batch_size: int, seed: int, poolings: tuple[str, ...], *names: str) -> tuple[LVLM, Recipe]:
+def load(
+    directory: Path, batch_size: int, seed: int, poolings: tuple[str, ...], *names: str
+) -> tuple[LVLM, ModelRecipe]:
     config = dataclasses.replace(
         LVLMConfig(), name=directory.name, model=str(directory), device="cpu", batch_size=batch_size
     )
     bank = {name: BANK[name] for name in names}
     wanted = RecipeConfig(taps=["llm.1", "llm.-1"], prompts=bank, poolings=[*poolings])
-    recipe = recipes.resolve(wanted, LVLMS[config.name].inspect(config), seed)
+    recipe = recipes.resolve_source(wanted, LVLMS[config.name].inspect(config), seed)
     return LVLMS[config.name].load(config, recipe), recipe
 
 
@@ -98,7 +101,7 @@ def test_one_pass_over_everything_equals_passes_alone(tiny_models, items, family
     together = extract(model, items)
     assert [*together] == [*map(str, recipe.feature_names), *recipe.text_names]
     for name in names:
-        own = tuple(p for p in poolings if p in recipes.poolings_of(BANK[name], poolings))
+        own = recipe.poolings_of(name)
         alone = extract(load(tiny_models[family], 1, 0, own, name)[0], items)
         for column, values in alone.items():
             if isinstance(values, list):
@@ -240,7 +243,7 @@ def test_recipes_that_cannot_be(tiny_models, family, prompt, poolings, message) 
     config = dataclasses.replace(LVLMConfig(), name=family, model=str(tiny_models[family]), device="cpu")
     wanted = RecipeConfig(taps=["llm.1"], prompts={"p": prompt}, poolings=poolings)
     with pytest.raises(ConfigError, match=message):
-        recipes.resolve(wanted, LVLMS[family].inspect(config))
+        recipes.resolve_source(wanted, LVLMS[family].inspect(config))
 
 
 @pytest.mark.thorough
@@ -249,7 +252,7 @@ def test_a_compiled_layer_gives_the_same_up_to_the_last_bits(tiny_models, items,
         pytest.skip("compiling takes a minute: one family, with multimodal positions, stands for all")
     config = dataclasses.replace(LVLMConfig(), name=family, model=str(tiny_models[family]), device="cpu")
     wanted = RecipeConfig(taps=["llm.1"], prompts={"plain": BANK["plain"]})
-    recipe = recipes.resolve(wanted, LVLMS[family].inspect(config))
+    recipe = recipes.resolve_source(wanted, LVLMS[family].inspect(config))
     plain = extract(LVLMS[family].load(config, recipe), items)
     compiled = LVLMS[family].load(dataclasses.replace(config, compile=True), recipe)
     assert_close(

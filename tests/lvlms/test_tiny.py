@@ -16,8 +16,9 @@ import transformers
 from safetensors import safe_open
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import Prompt, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.families.family import NativeFamily
 from lvlmrec.lvlms.protocol import Item
@@ -143,7 +144,7 @@ def test_colour_can_be_read_from_every_tap_of_the_sample_model(tiny_models) -> N
     config = dataclasses.replace(LVLMConfig(), model=str(tiny_models["llava_onevision"]), device="cpu", batch_size=8)
     entry = LVLMS["llava_onevision"]
     wanted = RecipeConfig(taps=["llm.*", "vision.*"], poolings=["visual_mean", "last_token"])
-    model = entry.load(config, recipes.resolve(wanted, entry.inspect(config)))
+    model = entry.load(config, recipes.resolve_source(wanted, entry.inspect(config)))
     features = model.extract(model.prepare([Item(str(row), coloured_clip(c, rng)) for row, c in enumerate(colours)]))
     blind = features.pop("describe/llm.0/last_token")
     assert torch.equal(blind, blind[:1].expand_as(blind))

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms.engine import hooks
 from lvlmrec.lvlms.engine.hooks import Pool
 from lvlmrec.lvlms.files import loading, source, torchvision_shim
@@ -20,7 +21,7 @@ LAYER_LISTS = {"layer", "layers", "stages"}
 UNREAD = ("pooler", "head")  # behind the last layer; a checkpoint of another task lacks them
 
 
-def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any) -> Any:
+def load(config: ModelConfig, recipe: ModelRecipe, info: LVLMInfo, model_config: Any) -> Any:
     """The model that `model_config` describes, on its device, without the layers above the highest tap.
 
     The default attention, sdpa, means the model's own where it has no sdpa. Raises `ConfigError`.

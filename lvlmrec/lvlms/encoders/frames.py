@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features.recipe import PIXEL_DTYPE, PIXELS, SIDE, LVLMInfo, Recipe
+from lvlmrec.features.recipe_config import LVLMInfo
+from lvlmrec.features.sources import FRAMES_FAMILY, PIXEL_DTYPE, PIXELS, SIDE, FramesRecipe
 from lvlmrec.lvlms.engine.inputs import required
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import Item, ModelConfig
@@ -26,7 +27,7 @@ RESIZING = "bilinear-antialiased:1"  # counted up when the same frames give othe
 class FramesFamily:
     """The entry of `LVLMS`. Square frames: the shorter side is scaled to `side`, the middle is cut out."""
 
-    name: str = "frames"
+    name: str = FRAMES_FAMILY
 
     def inspect(self, config: ModelConfig) -> LVLMInfo:
         """What its states are. Raises `ConfigError` when a model is named: none is read."""
@@ -44,13 +45,13 @@ class FramesFamily:
             dtypes=(PIXEL_DTYPE,),
         )
 
-    def load(self, config: ModelConfig, recipe: Recipe) -> Frames:
+    def load(self, config: ModelConfig, recipe: FramesRecipe) -> Frames:
         """Raises `ConfigError` as `inspect`, and when the recipe's frames were resized in another way."""
         info = self.inspect(config)
         source.check_identity(config, recipe, info)
         return Frames(info, recipe, config.batch_size)
 
-    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+    def check_length(self, config: ModelConfig, recipe: FramesRecipe, limit: int) -> None:
         """Nothing: no prompt is read."""
 
     def write_tiny(self, directory: Path, seed: int) -> None:
@@ -61,7 +62,7 @@ class FramesFamily:
 class Frames:
     """See `protocol.LVLM`."""
 
-    def __init__(self, info: LVLMInfo, recipe: Recipe, batch_size: int) -> None:
+    def __init__(self, info: LVLMInfo, recipe: FramesRecipe, batch_size: int) -> None:
         self.info, self.batch_size = info, batch_size
         self._recipe = recipe
 
@@ -73,7 +74,7 @@ class Frames:
 
     def extract(self, prepared: torch.Tensor) -> dict[str, torch.Tensor | list[str]]:
         """See `protocol.LVLM.extract`: of one column, and in uint8."""
-        (name,) = self._recipe.feature_names
+        (name,) = self._recipe.shapes
         return {str(name): prepared}
 
     def _resize(self, item: Item) -> torch.Tensor:
@@ -83,7 +84,7 @@ class Frames:
         frames = required(item.video, item.item_id, "video").frames
         if len(frames) != self._recipe.frames:
             raise InputError(f"item {item.item_id!r}: {len(frames)} frames, not {self._recipe.frames}")
-        side = self._recipe.video_options[SIDE]
+        side = self._recipe.side
         pixels = torch.from_numpy(frames.copy()).permute(0, 3, 1, 2).float()  # [F, 3, H, W]
         height, width = pixels.shape[-2:]
         scaled = [max(side, round(length * side / min(height, width))) for length in (height, width)]

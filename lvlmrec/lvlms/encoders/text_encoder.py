@@ -15,18 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms import protocol
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
 
-POOLINGS = ("all_mean", FIRST_TOKEN, "last_token")
+POOLINGS = ("all_mean", "first_token", "last_token")
 # what sentence-transformers calls them: true keys `pooling_mode_...`, or one key `pooling_mode`
 PUBLISHED = {
     "mean_tokens": "all_mean",
     "mean": "all_mean",
-    "cls_token": FIRST_TOKEN,
-    "cls": FIRST_TOKEN,
+    "cls_token": "first_token",
+    "cls": "first_token",
     "lasttoken": "last_token",
 }
 EXPECTED = "a text encoder"
@@ -51,7 +52,7 @@ class TextFamily:
             poolings=POOLINGS,
         )
 
-    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+    def load(self, config: ModelConfig, recipe: ModelRecipe) -> LVLM:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
         from lvlmrec.lvlms.encoders import text_model
 
@@ -63,7 +64,7 @@ class TextFamily:
             print(f"{self.name}: {published}", file=sys.stderr)
         return model
 
-    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+    def check_length(self, config: ModelConfig, recipe: ModelRecipe, limit: int) -> None:
         """Nothing: a text that is too long is cut."""
 
     def write_tiny(self, directory: Path, seed: int) -> None:

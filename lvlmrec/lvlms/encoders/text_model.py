@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.poolings import find
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms.encoders import encoder
 from lvlmrec.lvlms.engine import conversation
 from lvlmrec.lvlms.engine.copies import to_device, to_host
 from lvlmrec.lvlms.engine.hooks import Pool, ignore
-from lvlmrec.lvlms.engine.pooling import last_position, masked_mean
 from lvlmrec.lvlms.files import loading, source
 from lvlmrec.lvlms.protocol import Item, ModelConfig
 from lvlmrec.taps import FeatureName, Tap
@@ -39,7 +40,7 @@ class Batch:
 
 
 def load(
-    config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any, sentence_config: Mapping[str, Any]
+    config: ModelConfig, recipe: ModelRecipe, info: LVLMInfo, model_config: Any, sentence_config: Mapping[str, Any]
 ) -> TextModel:
     """The model of `config`, ready for `recipe`; `sentence_config` is what sentence-transformers says of it.
 
@@ -71,7 +72,7 @@ class TextModel:
     """A loaded text encoder; see `protocol.LVLM`."""
 
     def __init__(
-        self, model: Any, layers: Any, tokenizer: Any, limit: int, recipe: Recipe, info: LVLMInfo, batch_size: int
+        self, model: Any, layers: Any, tokenizer: Any, limit: int, recipe: ModelRecipe, info: LVLMInfo, batch_size: int
     ) -> None:
         self.info, self.limit = info, limit
         self._model, self._tokenizer = model, tokenizer
@@ -111,7 +112,7 @@ class TextModel:
         """See `protocol.LVLM.extract`."""
         first = next(iter(self._recipe.prompts))
         num_items = sum(len(batch.rows) for batch in prepared if batch.prompt == first)
-        features = {str(name): torch.empty(num_items, *self._recipe.shape(name)) for name in self._recipe.feature_names}
+        features = {str(name): torch.empty(num_items, *shape) for name, shape in self._recipe.shapes.items()}
         for batch in prepared:
             for name, pooled_BD in self._extract_batch(batch).items():
                 features[name][batch.rows] = pooled_BD.cpu()
@@ -125,7 +126,8 @@ class TextModel:
 
         def pool(tap: Tap, hidden_BSD: Tensor) -> None:
             for pooling in self._recipe.poolings:
-                pooled[str(FeatureName(batch.prompt, tap, pooling))] = pool_text(pooling, hidden_BSD, attended_BS)
+                (feature_BD,) = find(pooling).pool(hidden_BSD, attended_BS)
+                pooled[str(FeatureName(batch.prompt, tap, pooling))] = feature_BD
 
         self._pool = pool
         output = self._model(input_ids=ids_BS, attention_mask=attended_BS.long())
@@ -153,10 +155,3 @@ def group(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         else:
             batches.append([row])
     return batches
-
-
-def pool_text(pooling: str, hidden_BSD: Tensor, attended_BS: Tensor) -> Tensor:
-    """float32 [B, D]: the states of texts that begin at position 0, pooled by one of `text_encoder.POOLINGS`."""
-    if pooling == FIRST_TOKEN:
-        return hidden_BSD[:, 0].float()
-    return (masked_mean if pooling == "all_mean" else last_position)(hidden_BSD, attended_BS)

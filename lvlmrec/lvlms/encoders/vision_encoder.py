@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms import protocol
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
@@ -65,12 +66,12 @@ class VisionFamily:
             num_layers={"vision": len(widths) if widths else model_config.num_hidden_layers},
             width=width,
             inputs=self.inputs,
-            poolings=("visual_mean", FIRST_TOKEN) if self.model_types[model_config.model_type] else ("visual_mean",),
+            poolings=("visual_mean", "first_token") if self.model_types[model_config.model_type] else ("visual_mean",),
             frames=0 if self.reads_images else getattr(model_config, "num_frames", 0),
             frame_group=1 if self.reads_images else group_size(model_config),
         )
 
-    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+    def load(self, config: ModelConfig, recipe: ModelRecipe) -> LVLM:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
         from lvlmrec.lvlms.encoders import vision_model
 
@@ -85,7 +86,7 @@ class VisionFamily:
         model_config = source.read_model_config(config, self.name, self.model_types)
         return getattr(model_config, "vision_config", model_config)
 
-    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+    def check_length(self, config: ModelConfig, recipe: ModelRecipe, limit: int) -> None:
         """Nothing: no prompt is read."""
 
     def write_tiny(self, directory: Path, seed: int) -> None:

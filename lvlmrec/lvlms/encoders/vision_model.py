@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lvlmrec.errors import InputError
-from lvlmrec.features.recipe import FIRST_TOKEN, LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms.encoders import encoder
 from lvlmrec.lvlms.engine import inputs
 from lvlmrec.lvlms.engine.copies import to_device, to_host
@@ -36,7 +37,9 @@ class Batch:
     pixels: Tensor
 
 
-def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo, model_config: Any, before_patches: int) -> VisionModel:
+def load(
+    config: ModelConfig, recipe: ModelRecipe, info: LVLMInfo, model_config: Any, before_patches: int
+) -> VisionModel:
     """The model of `config`, ready for `recipe`. Raises `ConfigError`, also when the files are not the recipe's."""
     torchvision_shim.ensure_importable()
     from transformers import AutoImageProcessor, AutoVideoProcessor
@@ -59,7 +62,7 @@ class VisionModel:
         model: Any,
         layers: Any,
         processor: Any,
-        recipe: Recipe,
+        recipe: ModelRecipe,
         info: LVLMInfo,
         batch_size: int,
         before_patches: int,
@@ -98,7 +101,7 @@ class VisionModel:
     def extract(self, prepared: Sequence[Batch]) -> dict[str, Tensor | list[str]]:
         """See `protocol.LVLM.extract`."""
         num_items = sum(len(batch.rows) for batch in prepared if batch.kind == self._recipe.media[0])
-        features = {str(name): torch.empty(num_items, *self._recipe.shape(name)) for name in self._recipe.feature_names}
+        features = {str(name): torch.empty(num_items, *shape) for name, shape in self._recipe.shapes.items()}
         for batch in prepared:
             for name, pooled_BD in self._extract_batch(batch).items():
                 features[name][batch.rows] = pooled_BD.cpu()
@@ -141,6 +144,6 @@ def pool_states(poolings: Sequence[str], hidden: Tensor, num_clips: int, before_
     pooled = {}
     if "visual_mean" in poolings:
         pooled["visual_mean"] = tokens_BFTD[:, :, before_patches:].mean(dim=(1, 2))
-    if FIRST_TOKEN in poolings:
-        pooled[FIRST_TOKEN] = tokens_BFTD[:, :, 0].mean(dim=1)
+    if "first_token" in poolings:
+        pooled["first_token"] = tokens_BFTD[:, :, 0].mean(dim=1)
     return pooled

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlmrec.features.recipe import Recipe, poolings_of
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.poolings import find
 from lvlmrec.lvlms.engine import prefix
 from lvlmrec.lvlms.engine.hooks import Hooks
 from lvlmrec.lvlms.engine.layout import Layout
-from lvlmrec.lvlms.engine.pooling import Start, TokenMasks, pool_columns, pool_ends, pool_start, reads_text
+from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_beginning, pool_columns, pool_ends, reads_text
 from lvlmrec.taps import FeatureName, Tap
 
 
@@ -40,11 +41,12 @@ class Reading:
 class Bank:
     """Reads prompts with the base model of a family."""
 
-    def __init__(self, base: Any, hooks: Hooks, recipe: Recipe, family: Layout) -> None:
+    def __init__(self, base: Any, hooks: Hooks, recipe: ModelRecipe, family: Layout) -> None:
         self._base, self._hooks, self._family = base, hooks, family
-        self._poolings = {name: poolings_of(prompt, recipe.poolings) for name, prompt in recipe.prompts.items()}
+        self._poolings = {name: recipe.poolings_of(name) for name in recipe.prompts}
+        may_share = {n for n, poolings in self._poolings.items() if all(find(p).shares_beginning for p in poolings)}
         self._groups = [
-            [name for name, p in recipe.prompts.items() if p.input == kind and p.place == "after"]
+            [name for name, p in recipe.prompts.items() if (p.input, p.place) == (kind, "after") and name in may_share]
             for kind in recipe.media
         ]
 
@@ -85,27 +87,28 @@ class Bank:
         """Prompts whose first `length` positions are the same: those once, then at most `batch_size` ends at once."""
         decoder, names = self._base.get_decoder(), list(bank)
         first = bank[names[0]].masks.cut(0, length)
-        starts: dict[Tap, Start] = {}
+        beginnings: dict[Tap, dict[str, Any]] = {}
+        read = list(dict.fromkeys(pooling for name in names for pooling in self._poolings[name]))
         pooled: dict[str, Tensor] = {}
 
         def call_of(name: str) -> prefix.Call:
             # Not kept for all prompts at once: each holds the embedded video.
             return prefix.capture(decoder, functools.partial(self._forward, bank[name]))
 
-        def pool_starts(tap: Tap, hidden_BCD: Tensor) -> None:
-            starts[tap] = pool_start(hidden_BCD, first.attended)
+        def pool_shared(tap: Tap, hidden_BCD: Tensor) -> None:
+            beginnings[tap] = pool_beginning(read, hidden_BCD, first)
             visual = [p for p in self._poolings[names[0]] if not reads_text(p)]  # all of a group have the same
             for column, feature in pool_columns(visual, hidden_BCD, first).items():
                 pooled.update({str(FeatureName(name, tap, column)): feature for name in names})
 
-        self._hooks.pool = pool_starts
+        self._hooks.pool = pool_shared
         cache = prefix.run_prefix(self._family, decoder, call_of(names[0]), length)
         names = [name for name in names if any(reads_text(pooling) for pooling in self._poolings[name])]
         at_once = max(1, batch_size // len(first.attended))
         for begin in range(0, len(names), at_once):
             group = names[begin : begin + at_once]
             masks = prefix.suffix_masks([bank[name].masks for name in group], length)
-            self._hooks.pool = functools.partial(self._pool_ends, pooled, group, starts, masks)
+            self._hooks.pool = functools.partial(self._pool_ends, pooled, group, beginnings, masks)
             attended = [bank[name].tokens["attention_mask"] for name in group]
             prefix.run_suffixes(self._family, decoder, [call_of(name) for name in group], attended, length, cache)
         return pooled
@@ -114,16 +117,16 @@ class Bank:
         self,
         pooled: dict[str, Tensor],
         prompts: Sequence[str],
-        starts: Mapping[Tap, Start],
+        beginnings: Mapping[Tap, Mapping[str, Any]],
         masks: TokenMasks,
         tap: Tap,
         hidden_RQD: Tensor,
     ) -> None:
-        """Join the ends of `prompts` to what was pooled over their common start."""
+        """Join the ends of `prompts` to what was pooled over their common beginning."""
         num_items = len(hidden_RQD) // len(prompts)
         for row, prompt in zip(range(0, len(hidden_RQD), num_items), prompts, strict=True):
             behind = row + num_items
-            ends = pool_ends(self._poolings[prompt], starts[tap], hidden_RQD[row:behind], masks.rows(row, behind))
+            ends = pool_ends(self._poolings[prompt], beginnings[tap], hidden_RQD[row:behind], masks.rows(row, behind))
             pooled.update({str(FeatureName(prompt, tap, column)): feature for column, feature in ends.items()})
 
     def _forward(self, reading: Reading) -> None:

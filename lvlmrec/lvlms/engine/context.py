@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import Recipe, poolings_of
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.poolings import find
+from lvlmrec.features.poolings.pooling import ANSWER_END, PROMPT_END
 from lvlmrec.lvlms.engine import conversation, inputs
 from lvlmrec.lvlms.engine.layout import Layout
 from lvlmrec.lvlms.protocol import ModelConfig
@@ -21,7 +23,7 @@ from lvlmrec.taps import READS_TEXT
 SMALL_SIDE = 64  # pixels; all black and still: no model shows fewer tokens of so many frames
 
 
-def check(family: Layout, config: ModelConfig, recipe: Recipe, processor: Any, limit: int) -> None:
+def check(family: Layout, config: ModelConfig, recipe: ModelRecipe, processor: Any, limit: int) -> None:
     """Raises `ConfigError` when even the smallest video gives a prompt more than `limit` tokens."""
     if not recipe.text_names and not any(tap.tower in READS_TEXT for tap in recipe.taps):
         return
@@ -30,7 +32,7 @@ def check(family: Layout, config: ModelConfig, recipe: Recipe, processor: Any, l
             raise ConfigError(f"recipe.frames: {recipe.frames}: {too_long}; lvlm.model: {config.model!r}")
 
 
-def least_tokens(family: Layout, processor: Any, recipe: Recipe) -> dict[str, int]:
+def least_tokens(family: Layout, processor: Any, recipe: ModelRecipe) -> dict[str, int]:
     """Prompt -> its tokens with the smallest video or cover and with empty columns of the manifest."""
     shown = {}
     for kind in recipe.media:
@@ -46,7 +48,7 @@ def least_tokens(family: Layout, processor: Any, recipe: Recipe) -> dict[str, in
     return least
 
 
-def excess(recipe: Recipe, name: str, num_tokens: int, limit: int) -> str:
+def excess(recipe: ModelRecipe, name: str, num_tokens: int, limit: int) -> str:
     """How a prompt of `num_tokens`, with its answer, is longer than `limit`; empty if it is not, or none is known."""
     prompt = recipe.prompts[name]
     whole = num_tokens + prompt.max_new_tokens + reads_end(recipe, name)
@@ -60,9 +62,9 @@ def excess(recipe: Recipe, name: str, num_tokens: int, limit: int) -> str:
     )
 
 
-def reads_end(recipe: Recipe, name: str) -> bool:
+def reads_end(recipe: ModelRecipe, name: str) -> bool:
     """Whether an end-of-sequence token is put behind a prompt or its answer, and read."""
-    return bool({"eos", "prompt_eos"} & {*poolings_of(recipe.prompts[name], recipe.poolings)})
+    return any(find(pooling).reads in (ANSWER_END, PROMPT_END) for pooling in recipe.poolings_of(name))
 
 
 def _black(num_frames: int) -> Clip:

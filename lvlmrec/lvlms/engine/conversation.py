@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import Prompt
+from lvlmrec.features.model_recipe import Prompt
 from lvlmrec.lvlms.engine.inputs import content_type, placeholder
 from lvlmrec.lvlms.engine.pooling import TokenMasks
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlmrec.features.recipe import Prompt
+from lvlmrec.features.model_recipe import Prompt
 
 # SplitMix64's numbers, as int64: products and sums overflow as they should
 _GOLDEN, _FIRST, _SECOND = (n - (1 << 64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

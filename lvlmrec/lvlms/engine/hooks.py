@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
 from lvlmrec.taps import PROJECTOR, Tap
 
 Pool = Callable[[Tap, Tensor], None]
@@ -43,7 +43,7 @@ class Hooks:
     The decoder ends at the highest tap; `whole_decoder` lends the layers above it, for an answer.
     """
 
-    def __init__(self, base: Any, vision_layers: str, recipe: Recipe, num_layers: int) -> None:
+    def __init__(self, base: Any, vision_layers: str, recipe: ModelRecipe, num_layers: int) -> None:
         self.pool: Pool = ignore
         self._decoder = base.get_decoder()
         self._layers, self._norm = self._decoder.layers, self._decoder.norm

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lvlmrec.errors import InputError
-from lvlmrec.features.recipe import ANSWER, FINISH, LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ANSWER, FINISH, ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms.engine import context, conversation, generation, inputs
 from lvlmrec.lvlms.engine.bank import Bank, Reading
 from lvlmrec.lvlms.engine.copies import to_device, to_host
@@ -52,14 +53,14 @@ class Batch:
     prompts: dict[str, list[list[int]]]
 
 
-def load(family: Layout, config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> NativeLVLM:
+def load(family: Layout, config: ModelConfig, recipe: ModelRecipe, info: LVLMInfo) -> NativeLVLM:
     """The model of `config`, ready for `recipe`. Raises `ConfigError`, also when the files are not the recipe's."""
     model = loading.load_model(config, recipe, info, family.depth_keys)
     return serve(family, config, recipe, info, model, loading.load_processor(config))
 
 
 def serve(
-    family: Layout, config: ModelConfig, recipe: Recipe, info: LVLMInfo, model: Any, processor: Any
+    family: Layout, config: ModelConfig, recipe: ModelRecipe, info: LVLMInfo, model: Any, processor: Any
 ) -> NativeLVLM:
     """A model and its processor, ready for `recipe`."""
     lvlm = NativeLVLM(family, model, processor, recipe, info, config.batch_size)
@@ -72,7 +73,7 @@ class NativeLVLM:
     """A loaded model; see `protocol.LVLM`. `model` has its head if the recipe asks for answers, else it has none."""
 
     def __init__(
-        self, family: Layout, model: Any, processor: Any, recipe: Recipe, info: LVLMInfo, batch_size: int
+        self, family: Layout, model: Any, processor: Any, recipe: ModelRecipe, info: LVLMInfo, batch_size: int
     ) -> None:
         self.info = info
         self._family, self._model, self._processor = family, model, processor
@@ -111,10 +112,8 @@ class NativeLVLM:
     def extract(self, prepared: Sequence[Batch]) -> dict[str, Column]:
         """See `protocol.LVLM.extract`."""
         num_items = sum(len(batch.rows) for batch in prepared)
-        features = {
-            str(name): torch.empty(num_items, math.prod(self._recipe.shape(name)))
-            for name in self._recipe.feature_names
-        }
+        shapes = self._recipe.shapes
+        features = {str(name): torch.empty(num_items, math.prod(shape)) for name, shape in shapes.items()}
         texts = {name: [""] * num_items for name in self._recipe.text_names}
         for batch in prepared:
             pooled, answers = self._extract_batch(batch)

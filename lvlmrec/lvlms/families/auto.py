@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lvlmrec.errors import ConfigError, one_line
-from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms.engine.layout import always, never
 from lvlmrec.lvlms.families import gemma4, qwen2_vl, qwen3_vl, video_llama_3
 from lvlmrec.lvlms.families.family import NativeFamily, context_of
@@ -60,13 +61,13 @@ class AutoFamily:
         print(f"lvlm.name=auto: {config.model} is {family.name}: {towers}; {how}", file=sys.stderr)
         return info
 
-    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+    def load(self, config: ModelConfig, recipe: ModelRecipe) -> LVLM:
         """The model, by the family that was found. Raises `ConfigError`."""
         family, _ = self._find(config)
         trusts = config.trust_remote_code and family.name not in self.named
         return family.load(replace(config, name=family.name, trust_remote_code=trusts), recipe)
 
-    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+    def check_length(self, config: ModelConfig, recipe: ModelRecipe, limit: int) -> None:
         """See `LVLMFamily.check_length`."""
         family = self.named.get(recipe.family) or self._find(config)[0]
         family.check_length(replace(config, name=family.name), recipe, limit)

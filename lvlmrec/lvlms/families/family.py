@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms import protocol
 from lvlmrec.lvlms.engine.layout import Layout, patches_of_frames
 from lvlmrec.lvlms.files import source
@@ -28,7 +29,7 @@ class DeclaredFamily(Layout):
         """What turns a conversation and its media into the model's inputs, without the model. Raises `ConfigError`."""
         raise NotImplementedError
 
-    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+    def check_length(self, config: ModelConfig, recipe: ModelRecipe, limit: int) -> None:
         """See `LVLMFamily.check_length`."""
         from lvlmrec.lvlms.engine import context
 
@@ -54,7 +55,7 @@ class NativeFamily(DeclaredFamily):
         info = describe(self.name, config, model_config, self.video_options, self.vision_width)
         return replace(info, bos_written=source.bos_written(config))
 
-    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+    def load(self, config: ModelConfig, recipe: ModelRecipe) -> LVLM:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
         from lvlmrec.lvlms.engine import native
 

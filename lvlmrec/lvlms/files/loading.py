@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from lvlmrec.errors import ConfigError, one_line
-from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms.files import source, torchvision_shim
 from lvlmrec.lvlms.protocol import ModelConfig
 
 
-def load_model(config: ModelConfig, recipe: Recipe, info: LVLMInfo, depth_keys: Iterable[str]) -> Any:
+def load_model(config: ModelConfig, recipe: ModelRecipe, info: LVLMInfo, depth_keys: Iterable[str]) -> Any:
     """The model of `config`, which `info` describes, in eval mode, on its device.
 
     A model that only reads ends at the recipe's highest tap: the layers above it and the head are never loaded. One
@@ -69,7 +70,7 @@ def cut(model_config: Any, depth: int, depth_keys: Iterable[str] = ()) -> None:
         model_config.layer_types = model_config.layer_types[: max(depth, 1)]
 
 
-def num_layers_needed(recipe: Recipe, info: LVLMInfo) -> int:
+def num_layers_needed(recipe: ModelRecipe, info: LVLMInfo) -> int:
     """How many of the decoder's layers a recipe runs: all for an answer, else up to the highest tap."""
     top = max((tap.layer for tap in recipe.taps if tap.tower == "llm"), default=0)
     return info.num_layers["llm"] if recipe.text_names else top

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lvlmrec.errors import ConfigError, one_line
-from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms.families.family import DeclaredFamily, describe
 from lvlmrec.lvlms.files import source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
@@ -35,7 +36,7 @@ class PortedFamily(DeclaredFamily):
         """What the model is, from its files, without loading its weights. Raises `ConfigError`."""
         return describe(self.name, config, self._read(config), self.video_options)
 
-    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+    def load(self, config: ModelConfig, recipe: ModelRecipe) -> LVLM:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`."""
         from lvlmrec.lvlms.engine import native
         from lvlmrec.lvlms.files import loading

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features.recipe import MOTION, LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import MOTION, ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms.files import authors_code, source
 from lvlmrec.lvlms.protocol import LVLM, ModelConfig
 from lvlmrec.media.motion import ENCODER
@@ -56,7 +57,7 @@ class VideoLaVITFamily:
             is_random=True,
         )
 
-    def load(self, config: ModelConfig, recipe: Recipe) -> LVLM:
+    def load(self, config: ModelConfig, recipe: ModelRecipe) -> LVLM:
         """The model, cut to the layers that `recipe` needs, with pooling in its forward. Raises `ConfigError`.
 
         The authors' code does not say which weights it found: what the files lack is left random.
@@ -65,7 +66,7 @@ class VideoLaVITFamily:
 
         return video_lavit_model.load(config, recipe, self.inspect(config))
 
-    def check_length(self, config: ModelConfig, recipe: Recipe, limit: int) -> None:
+    def check_length(self, config: ModelConfig, recipe: ModelRecipe, limit: int) -> None:
         """Nothing: its files name no limit."""
 
     def write_tiny(self, directory: Path, seed: int) -> NoReturn:

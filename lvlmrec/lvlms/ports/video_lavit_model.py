@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features.recipe import LVLMInfo, Recipe
+from lvlmrec.features.model_recipe import ModelRecipe
+from lvlmrec.features.recipe_config import LVLMInfo
 from lvlmrec.lvlms.engine import conversation, generation
 from lvlmrec.lvlms.engine.hooks import Hooks
 from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_columns
@@ -55,7 +56,7 @@ class Prepared:
     prompts: dict[str, tuple[list[int], list[int]]]
 
 
-def load(config: ModelConfig, recipe: Recipe, info: LVLMInfo) -> VideoLaVIT:
+def load(config: ModelConfig, recipe: ModelRecipe, info: LVLMInfo) -> VideoLaVIT:
     """The model of `config`, loaded by the authors' code. Raises `ConfigError`."""
     source.check_identity(config, recipe, info)
     device = loading.choose_device(config)
@@ -77,7 +78,7 @@ class VideoLaVIT:
 
     batch_size = 1
 
-    def __init__(self, model: Any, tokenizer: Any, recipe: Recipe, info: LVLMInfo) -> None:
+    def __init__(self, model: Any, tokenizer: Any, recipe: ModelRecipe, info: LVLMInfo) -> None:
         self.info = info
         self._model, self._tokenizer, self._recipe = model.eval(), tokenizer, recipe
         self._model.lm_head = nn.Identity()  # nobody reads logits, and those of thousands of positions are large

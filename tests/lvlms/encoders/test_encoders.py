@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import LVLMInfo, Prompt, Recipe, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import ModelRecipe, Prompt
+from lvlmrec.features.poolings import find
+from lvlmrec.features.recipe_config import LVLMInfo, RecipeConfig
 from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig, tiny
 from lvlmrec.lvlms.encoders import text_encoder, text_model, vision_encoder, vision_model
 from lvlmrec.lvlms.protocol import Item
@@ -96,14 +98,14 @@ def prompts_for(info: LVLMInfo) -> dict[str, Prompt]:
 
 
 @functools.cache
-def load(directory: Path, taps: tuple[str, ...] = (), **changes: object) -> tuple[LVLM, Recipe]:
+def load(directory: Path, taps: tuple[str, ...] = (), **changes: object) -> tuple[LVLM, ModelRecipe]:
     """A loaded model with all its poolings, of all taps unless named; shared by the tests that ask for the same one."""
     config = make_config(directory, **changes)
     entry = LVLMS[config.name]
     info = entry.inspect(config)
     taps = taps or tuple(f"{tower}.*" for tower in info.num_layers)
     wanted = RecipeConfig(frames=FRAMES, taps=[*taps], prompts=prompts_for(info), poolings=[*info.poolings])
-    recipe = recipes.resolve(wanted, info)
+    recipe = recipes.resolve_source(wanted, info)
     return entry.load(config, recipe), recipe
 
 
@@ -128,7 +130,7 @@ def hugging_face(directory: Path) -> Any:
 
 
 @torch.inference_mode()
-def reference(directory: Path, model: Any, recipe: Recipe) -> dict[str, Tensor]:
+def reference(directory: Path, model: Any, recipe: ModelRecipe) -> dict[str, Tensor]:
     """Every column from Hugging Face's own hidden states, over the batches that the model makes."""
     whole = hugging_face(directory)
     columns: dict[str, Tensor] = {}
@@ -151,7 +153,7 @@ def reference(directory: Path, model: Any, recipe: Recipe) -> dict[str, Tensor]:
 def pool(model: Any, batch: Any, pooling: str, state: Tensor) -> tuple[str, Tensor]:
     """A state of a batch as its columns have it, and their first name."""
     if isinstance(batch, text_model.Batch):
-        return batch.prompt, text_model.pool_text(pooling, state, batch.attended)
+        return batch.prompt, find(pooling).pool(state, batch.attended)[0]
     return batch.kind, vision_model.pool_states([pooling], state, len(batch.rows), model._before_patches)[pooling]
 
 
@@ -203,7 +205,7 @@ def test_pooling_of_frames_by_hand(hidden, before, mean, first) -> None:
 
 def test_pooling_of_texts_by_hand() -> None:
     hidden, attended = torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])
-    pooled = {pooling: float(text_model.pool_text(pooling, hidden, attended)) for pooling in text_encoder.POOLINGS}
+    pooled = {pooling: float(*find(pooling).pool(hidden, attended)) for pooling in text_encoder.POOLINGS}
     assert pooled == {"all_mean": 2.0, "first_token": 1.0, "last_token": 3.0}
 
 
@@ -215,7 +217,7 @@ def test_features_are_hugging_face_hidden_states_bit_for_bit(directories, case) 
     assert {*features} == {*expected}
     for name in recipe.feature_names:
         feature = features[str(name)]
-        assert feature.shape[1:] == recipe.shape(name)
+        assert feature.shape[1:] == recipe.shapes[name]
         assert torch.equal(feature, expected[str(name)]), name
         blind = name.tap.layer == 0 or (case == "qwen3" and name.pooling == "first_token")  # causal: it sees no word
         assert blind or not torch.allclose(feature[0], feature[1], atol=1e-3), name
@@ -283,7 +285,7 @@ def test_what_is_not_the_models_is_refused_by_name(directories, tiny_models, cas
     assert "llm" not in info.num_layers
     plain = RecipeConfig(frames=FRAMES, taps=["llm.0"], prompts=prompts_for(info), poolings=[*info.poolings])
     with pytest.raises(ConfigError, match=r"tap 'llm\.0': this model has no such tower; towers: (text|vision)"):
-        recipes.resolve(plain, info)
+        recipes.resolve_source(plain, info)
     with pytest.raises(ConfigError, match=r"lvlm\.model: .*the recipe names content:0"):
         entry.load(config, dataclasses.replace(recipe, identity="content:0"))
     for other in ({*ENCODERS} - {case}) | {"qwen2_vl"}:
@@ -314,17 +316,17 @@ def test_an_empty_prompt_of_text_is_refused(directories) -> None:
     info = LVLMS["text_encoder"].inspect(make_config(directories["text_encoder"]))
     config = RecipeConfig(taps=["text.0"], prompts={"title": Prompt("", input="text")}, poolings=["all_mean"])
     with pytest.raises(ConfigError, match=r"recipe\.prompts\.title\.text: empty"):
-        recipes.resolve(config, info)
+        recipes.resolve_source(config, info)
 
 
 def test_a_video_model_reads_its_own_number_of_frames(directories) -> None:
     info = LVLMS["video_encoder"].inspect(make_config(directories["video_encoder"]))
     wanted = RecipeConfig(frames=5, taps=["vision.-1"], prompts=prompts_for(info))
     with pytest.raises(ConfigError, match=r"recipe\.frames: 5: this video_encoder reads exactly 8 frames"):
-        recipes.resolve(wanted, info)
+        recipes.resolve_source(wanted, info)
     info = LVLMS["video_encoder"].inspect(make_config(directories["vjepa2"]))
     with pytest.raises(ConfigError, match=r"recipe\.frames: 5: this video_encoder reads frames in groups of 2"):
-        recipes.resolve(wanted, info)
+        recipes.resolve_source(wanted, info)
     model, _ = load(directories["video_encoder"])
     with pytest.raises(InputError, match=r"item 'short': 3 frames, not 8"):
         model.prepare([Item("short", gradient_clip(60, 90, 3))])

@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from lvlmrec.errors import ConfigError, InputError
-from lvlmrec.features import recipe as recipes
+from lvlmrec.features import recipe_config as recipes
 from lvlmrec.features import store
 from lvlmrec.features.compact import choose_columns, compact
-from lvlmrec.features.recipe import LVLMInfo, Prompt, Recipe, RecipeConfig
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe_config import LVLMInfo, RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
 
@@ -36,12 +38,12 @@ def recipe_of(**changes: object) -> Recipe:
 
 
 def stored(items: list[Item], recipe: Recipe) -> torch.Tensor:
-    model = LVLMS["frames"].load(CONFIG, recipe)
+    model = LVLMS["frames"].load(CONFIG, recipe.source)
     columns = model.extract(model.prepare(items))
     assert [*columns] == [COLUMN]
     pixels = columns[COLUMN]
     assert isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8
-    return pixels.unflatten(1, recipe.shape(recipe.feature_names[0]))
+    return pixels.unflatten(1, recipe.columns[0].shape)
 
 
 @pytest.mark.parametrize("size", [(40, 64), (64, 40), (16, 16), (9, 30)])
@@ -89,7 +91,7 @@ def test_what_says_nothing_of_frames_is_refused() -> None:
         LVLMS["frames"].inspect(dataclasses.replace(CONFIG, model="x"))
     with pytest.raises(ConfigError, match=r"recipe.dtype: 'float16': frames is stored as uint8"):
         recipe_of(dtype="float16")
-    with pytest.raises(ConfigError, match=r"recipe.poolings: 'visual_mean' is not one of pixels"):
+    with pytest.raises(ConfigError, match=r"recipe.poolings: \['visual_mean'\]: frames has pixels alone"):
         recipe_of(poolings=["visual_mean"])
     with pytest.raises(ConfigError, match=r"recipe.video_options.side: 0 is below 1"):
         recipe_of(video_options={"side": 0})

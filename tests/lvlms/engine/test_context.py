@@ -14,7 +14,8 @@ import ray
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.extraction import inspection, pipeline
 from lvlmrec.extraction.settings import ExtractConfig
-from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig, resolve
+from lvlmrec.features.model_recipe import ModelRecipe, Prompt
+from lvlmrec.features.recipe_config import RecipeConfig, resolve_source
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.families.family import context_of
 from lvlmrec.lvlms.protocol import Item
@@ -38,12 +39,12 @@ def shortened(directory: Path, target: Path, length: int, **rope: Any) -> Path:
     return copy
 
 
-def plan(directory: Path, frames: int = 4, **prompt: Any) -> tuple[LVLMConfig, Recipe, int]:
+def plan(directory: Path, frames: int = 4, **prompt: Any) -> tuple[LVLMConfig, ModelRecipe, int]:
     config = make_config(directory)
     info = LVLMS[config.name].inspect(config)
     prompts = {"ask": dataclasses.replace(PROMPT, **prompt)}
     poolings = ["new_mean"] if prompt.get("max_new_tokens") else ["last_token"]
-    recipe = resolve(RecipeConfig(frames=frames, taps=["llm.0"], prompts=prompts, poolings=poolings), info)
+    recipe = resolve_source(RecipeConfig(frames=frames, taps=["llm.0"], prompts=prompts, poolings=poolings), info)
     return config, recipe, info.context
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from lvlmrec import storage
-from lvlmrec.features import recipe as recipes
+from lvlmrec.features import recipe_config as recipes
 from lvlmrec.features import store
-from lvlmrec.features.recipe import Prompt, RecipeConfig
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.engine import inputs
 from lvlmrec.lvlms.files import loading

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ import torch
 
 from lvlmrec.extraction import stages
 from lvlmrec.extraction.extractor import Extractor
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.engine import prefix
 from lvlmrec.lvlms.protocol import Item
@@ -29,15 +30,15 @@ def rows_of(items: Sequence[Item], recipe: Recipe) -> pa.Table:
     known = []
     for item in items:
         row: dict[str, Any] = {"item_id": item.item_id, "uri": "", "source": "v", "texts": list(item.texts.items())}
-        for kind in recipe.media:
+        for kind in recipe.reading.media:
             row |= {f"{kind}.{name}": value for name, value in stages._clip_row(getattr(item, kind)).items()}
         known.append(row)
     return pa.Table.from_pylist(known, schema=stages.DECODED)
 
 
-def extractor_of(family: str, directory: Path, prompts: dict[str, Prompt], frames: int) -> Extractor:
+def extractor_of(family: str, directory: Path, prompts: dict[str, Prompt], frames: int, pooling: str = "") -> Extractor:
     config = LVLMConfig(name=family, model=str(directory), batch_size=4, device="cpu")
-    poolings = ["all_mean"] if "text_encoder" in family else ["visual_mean"]
+    poolings = [pooling or ("all_mean" if "text_encoder" in family else "visual_mean")]
     wanted = RecipeConfig(
         frames=frames, taps=[TAPS.get(family, "llm.1")], prompts=prompts, poolings=poolings, dtype="float32"
     )
@@ -78,11 +79,7 @@ def test_prompts_of_one_item_are_read_by_fewer_at_once(
     tiny_models: dict[str, Path], make_clip: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = {f"p{k}": Prompt(f"Question {k}?") for k in range(4)}
-    extractor = extractor_of("llava_onevision", tiny_models["llava_onevision"], prompts, 2)
-    extractor.recipe = dataclasses.replace(extractor.recipe, poolings=("last_token",))
-    extractor = Extractor(
-        LVLMConfig(model=str(tiny_models["llava_onevision"]), batch_size=4, device="cpu"), extractor.recipe
-    )
+    extractor = extractor_of("llava_onevision", tiny_models["llava_onevision"], prompts, 2, "last_token")
     rows = rows_of([Item("item", make_clip(56, 56, 2))], extractor.recipe)
     expected = extractor(rows)
     run, sizes = prefix.run_suffixes, []

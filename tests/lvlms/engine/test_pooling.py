@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_patches, pool_tokens
+from lvlmrec.lvlms.engine.pooling import TokenMasks, pool_columns, pool_patches
 
 NAN = float("nan")
+
+
+def pool_tokens(pooling: str, hidden: torch.Tensor, masks: TokenMasks) -> torch.Tensor:
+    return pool_columns([pooling], hidden, masks)[pooling]
+
+
 HIDDEN = torch.tensor(
     [[[NAN, NAN], [1.0, 2.0], [3.0, 6.0], [5.0, 1.0]], [[2.0, 2.0], [4.0, 0.0], [6.0, 4.0], [0.0, 2.0]]]
 )

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from lvlmrec.features.recipe import Prompt, RecipeConfig, resolve
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe_config import RecipeConfig, resolve_source
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.engine import conversation
 from lvlmrec.lvlms.families.auto import AutoFamily
@@ -50,7 +51,7 @@ def test_a_prompt_has_the_tokens_that_transformers_gives_it(with_bos, adds, writ
     directory = with_bos(adds, writes)
     info = LVLMS["qwen2_vl"].inspect(make_config(directory))
     prompt = Prompt("What is a cat?", input="text")
-    recipe = resolve(RecipeConfig(taps=["llm.0"], prompts={"ask": prompt}, poolings=["all_mean"]), info)
+    recipe = resolve_source(RecipeConfig(taps=["llm.0"], prompts={"ask": prompt}, poolings=["all_mean"]), info)
     model: Any = LVLMS["qwen2_vl"].load(make_config(directory), recipe)
     (batch,) = model.prepare([Item("a")])
     _, processor = hugging_face(directory)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.families.auto import AutoFamily
 from lvlmrec.lvlms.families.family import NativeFamily
@@ -31,7 +31,7 @@ def make_config(directory: Path) -> LVLMConfig:
 def features_of(family: LVLMFamily, directory: Path, clips: list[Clip]) -> dict[str, torch.Tensor]:
     config = make_config(directory)
     wanted = RecipeConfig(taps=["projector", "llm.1", "llm.-1"], poolings=["visual_mean", "last_token"])
-    model = family.load(config, recipes.resolve(wanted, family.inspect(config)))
+    model = family.load(config, recipes.resolve_source(wanted, family.inspect(config)))
     return model.extract(model.prepare([Item(str(row), clip) for row, clip in enumerate(clips)]))  # type: ignore[return-value]
 
 
@@ -74,4 +74,4 @@ def test_what_cannot_be_served_is_said(tiny_models, tmp_path: Path) -> None:
 def test_vision_taps_of_a_stranger_are_refused(tiny_models) -> None:
     info = STRANGER.inspect(make_config(tiny_models["llava_onevision"]))
     with pytest.raises(ConfigError, match=r"tap 'vision\.-1': this model has no such tower; towers: llm"):
-        recipes.resolve(RecipeConfig(taps=["vision.-1"]), info)
+        recipes.resolve_source(RecipeConfig(taps=["vision.-1"]), info)

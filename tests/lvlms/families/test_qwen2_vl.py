@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
 
@@ -19,7 +19,7 @@ def test_a_recipe_may_bound_the_pixels_of_a_frame(family, max_pixels, side, tmp_
     config = dataclasses.replace(LVLMConfig(), name=family, model=str(tmp_path), device="cpu")
     options = {"max_pixels": max_pixels} if max_pixels else {}
     wanted = RecipeConfig(taps=["llm.-1"], video_options=options)
-    recipe = recipes.resolve(wanted, LVLMS[family].inspect(config))
+    recipe = recipes.resolve_source(wanted, LVLMS[family].inspect(config))
     assert recipe.video_options["max_pixels"] == max_pixels
     model = LVLMS[family].load(config, recipe)
     (batch,) = model.prepare([Item("a", make_clip(200, 200))])

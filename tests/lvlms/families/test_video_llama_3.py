@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
-from lvlmrec.lvlms.engine.pooling import pool_tokens
+from lvlmrec.lvlms.engine.pooling import pool_columns
 from lvlmrec.lvlms.protocol import Item
 from tests.lvlms.test_contract import PROMPTS, reference
 
@@ -31,7 +31,7 @@ def test_what_stands_still_costs_no_token(compresses, tiny_models, make_clip) ->
         prompts={"after": PROMPTS["after"]},
         video_options={} if compresses else {"use_token_compression": False},
     )
-    model = LVLMS["video_llama_3"].load(config, recipes.resolve(wanted, LVLMS["video_llama_3"].inspect(config)))
+    model = LVLMS["video_llama_3"].load(config, recipes.resolve_source(wanted, LVLMS["video_llama_3"].inspect(config)))
     (batch,) = prepared = model.prepare([Item(str(row), clip) for row, clip in enumerate(clips)])
     counts = {row: ids.count(model._base.config.video_token_id) for row, ids in enumerate(batch.prompts["after"])}
     still = 3 * 8 if compresses else 0  # three later frames, half of 4 x 4 tokens
@@ -42,5 +42,5 @@ def test_what_stands_still_costs_no_token(compresses, tiny_models, make_clip) ->
     if compresses:
         expected = reference(directory, [clips[row] for row in batch.rows], PROMPTS["after"])
         for layer, hidden in enumerate(expected.hidden):
-            means = pool_tokens("visual_mean", hidden, expected.masks)
+            means = pool_columns(["visual_mean"], hidden, expected.masks)["visual_mean"]
             assert torch.equal(features[f"after/llm.{layer}/visual_mean"][batch.rows], means), layer

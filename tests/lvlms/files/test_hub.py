@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from lvlmrec.errors import ConfigError
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.settings import ExtractConfig
-from lvlmrec.features.recipe import Prompt, RecipeConfig, resolve
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe_config import RecipeConfig, resolve_source
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.files import hub, source
 from lvlmrec.lvlms.protocol import Item
@@ -70,7 +71,7 @@ def make_config(model: str = MODEL, revision: str = "") -> LVLMConfig:
 
 def features_of(config: LVLMConfig) -> np.ndarray:
     family = LVLMS[config.name]
-    model: Any = family.load(config, resolve(RECIPE, family.inspect(config)))
+    model: Any = family.load(config, resolve_source(RECIPE, family.inspect(config)))
     (values,) = model.extract(model.prepare([Item("a", texts={"title": "surf"})])).values()
     return values.numpy()
 
@@ -80,7 +81,7 @@ def test_a_branch_that_moves_moves_no_actor(fake, machine, tmp_path, monkeypatch
     machine("driver", fake.url)
     given = {"workspace": str(tmp_path), "input": str(tmp_path / "items.csv"), "store": str(tmp_path / "store")}
     plan = pipeline.plan(ExtractConfig(**given, lvlm=make_config(), recipe=RECIPE))
-    assert plan.config.lvlm.revision == FIRST and plan.recipe.identity == f"{MODEL}@{FIRST}"
+    assert plan.config.lvlm.revision == FIRST and plan.recipe.source.identity == f"{MODEL}@{FIRST}"
     assert not any("model.safetensors" in asked for asked in fake.asked)  # the driver needs no weights
     fake.branch = SECOND
     machine("actor", fake.url)

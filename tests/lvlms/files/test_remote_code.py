@@ -20,9 +20,9 @@ from lvlmrec.config import load
 from lvlmrec.errors import ConfigError
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.settings import ExtractConfig
-from lvlmrec.features import recipe as recipes
+from lvlmrec.features import recipe_config as recipes
 from lvlmrec.features import store
-from lvlmrec.features.recipe import RecipeConfig
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.media.sampling import sample_clip
@@ -136,12 +136,12 @@ def test_the_commit_alone_is_read(own: Path, tmp_path: Path) -> None:
     (repository / "snapshots" / other / "own_code.py").write_text("raise RuntimeError('code of main')\n")
     program = (
         "import dataclasses, sys\n"
-        "from lvlmrec.features import recipe\n"
+        "from lvlmrec.features import recipe_config\n"
         "from lvlmrec.lvlms import LVLMS, LVLMConfig\n"
         "config = dataclasses.replace(LVLMConfig(), name='auto', model='acme/own', revision=sys.argv[1],\n"
         "                             trust_remote_code=True, device='cpu')\n"
         "info = LVLMS['auto'].inspect(config)\n"
-        "LVLMS['auto'].load(config, recipe.resolve(recipe.RecipeConfig(taps=['llm.1']), info))\n"
+        "LVLMS['auto'].load(config, recipe_config.resolve_source(recipe_config.RecipeConfig(taps=['llm.1']), info))\n"
         "print(info.identity)\n"
     )
     places = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -188,7 +188,9 @@ def test_videos_to_features_by_a_models_own_code(own: Path, tmp_path: Path, modu
     LVLMS["llava_onevision"].write_tiny(tmp_path / "named", seed=0)
     named = make_config(tmp_path / "named", name="llava_onevision", trust_remote_code=False)
     wanted = RecipeConfig(taps=["llm.1", "llm.-1"], dtype="float32")
-    model = LVLMS["llava_onevision"].load(named, recipes.resolve(wanted, LVLMS["llava_onevision"].inspect(named)))
+    model = LVLMS["llava_onevision"].load(
+        named, recipes.resolve_source(wanted, LVLMS["llava_onevision"].inspect(named))
+    )
     index = store.read(plan.feature_set).index
     for entry in index.to_pylist():
         path = tmp_path / "videos" / f"{entry['item_id']}.mp4"

@@ -14,8 +14,8 @@ import pytest
 from lvlmrec import config as configuration
 from lvlmrec.config import option
 from lvlmrec.errors import ConfigError
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.files.source import NUM_BLOCKS, WHOLE_FILE_BYTES, hash_directory
 
@@ -92,7 +92,7 @@ def test_a_directory_without_or_with_a_broken_configuration(tmp_path, copied) ->
 
 def load(config: LVLMConfig) -> None:
     entry = LVLMS[config.name]
-    entry.load(config, recipes.resolve(RecipeConfig(taps=["llm.0"]), entry.inspect(config)))
+    entry.load(config, recipes.resolve_source(RecipeConfig(taps=["llm.0"]), entry.inspect(config)))
 
 
 def test_missing_weights_are_not_made_up(copied) -> None:

@@ -310,12 +310,12 @@ def test_the_whole_model_is_a_plain_loop(tiny_models, make_clip, version) -> Non
 @pytest.mark.parametrize("version", VERSIONS)
 @torch.inference_mode()
 def test_vision_taps_are_every_state_of_the_tower(tiny_models, make_clip, version) -> None:
-    from lvlmrec.features import recipe as recipes
+    from lvlmrec.features import recipe_config as recipes
 
     directory = tiny_models[f"minicpm_v_{version.replace('.', '_')}"]
     entry = LVLMS[directory.name]
     config = dataclasses.replace(LVLMConfig(), name=directory.name, model=str(directory), device="cpu")
-    recipe = recipes.resolve(recipes.RecipeConfig(taps=["vision.*"]), entry.inspect(config))
+    recipe = recipes.resolve_source(recipes.RecipeConfig(taps=["vision.*"]), entry.inspect(config))
     clips = [make_clip(90, 160, seed=1), make_clip(160, 60, num_frames=4, seed=2)]
     lvlm = entry.load(config, recipe)
     features = lvlm.extract(lvlm.prepare([Item(str(row), clip) for row, clip in enumerate(clips)]))

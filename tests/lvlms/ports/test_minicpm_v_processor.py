@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import Recipe, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.recipe import Recipe, make
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.files import torchvision_shim
 from lvlmrec.lvlms.ports import minicpm_v
@@ -188,15 +189,15 @@ def test_packing_is_part_of_the_recipe_and_changes_the_features(tiny_models, mak
     found = {}
     for packing in (0, 3):
         wanted = RecipeConfig(taps=["llm.-1"], video_options={"packing": packing})
-        recipe = recipes.resolve(wanted, info)
+        recipe = recipes.resolve_source(wanted, info)
         assert recipe.video_options == {"max_slice_nums": 1, "packing": packing}
-        assert Recipe.from_json(recipe.to_json()) == recipe
+        assert Recipe.from_json(make(recipe, "float16").to_json()).source == recipe
         model = family.load(config, recipe)
-        (found[recipe.fingerprint],) = model.extract(model.prepare([Item("a", clip)])).values()
+        (found[make(recipe, "float16").fingerprint],) = model.extract(model.prepare([Item("a", clip)])).values()
     assert len(found) == 2
     first, second = found.values()
     assert not torch.allclose(first, second, atol=1e-3)
     with pytest.raises(
         ConfigError, match=r"recipe\.video_options\.fps=2: not an option of minicpm_v_4_5; choices: max_"
     ):
-        recipes.resolve(RecipeConfig(video_options={"fps": 2}), info)
+        recipes.resolve_source(RecipeConfig(video_options={"fps": 2}), info)

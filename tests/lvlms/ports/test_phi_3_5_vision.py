@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lvlmrec.errors import ConfigError
-from lvlmrec.features import recipe as recipes
-from lvlmrec.features.recipe import Prompt, RecipeConfig
+from lvlmrec.features import recipe_config as recipes
+from lvlmrec.features.model_recipe import Prompt
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.engine import prefix
 from lvlmrec.lvlms.files import torchvision_shim
@@ -124,7 +125,7 @@ def load(directory: Path, prompts: dict[str, Prompt], batch_size: int = 4, **cha
         LVLMConfig(), name=FAMILY, model=str(directory), device="cpu", batch_size=batch_size, **changes
     )
     wanted = RecipeConfig(taps=["llm.*"], prompts=prompts, poolings=["visual_mean", "all_mean", "last_token"])
-    return LVLMS[FAMILY].load(config, recipes.resolve(wanted, LVLMS[FAMILY].inspect(config)))
+    return LVLMS[FAMILY].load(config, recipes.resolve_source(wanted, LVLMS[FAMILY].inspect(config)))
 
 
 def extract(model: Any, clips: Sequence[Clip]) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from lvlmrec.config import load
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.extraction import pipeline
 from lvlmrec.extraction.settings import ExtractConfig
-from lvlmrec.features import recipe as recipes
+from lvlmrec.features import recipe_config as recipes
 from lvlmrec.features import store
-from lvlmrec.features.recipe import Prompt, Recipe, RecipeConfig
+from lvlmrec.features.model_recipe import ModelRecipe, Prompt
+from lvlmrec.features.recipe import Recipe, make
+from lvlmrec.features.recipe_config import RecipeConfig
 from lvlmrec.lvlms import LVLM, LVLMS, LVLMConfig
 from lvlmrec.lvlms.engine.generation import seed_of
 from lvlmrec.lvlms.files import authors_code
@@ -86,9 +88,9 @@ def random_item(seed: int, num_clips: int = 2) -> Item:
 ITEMS = [random_item(0), random_item(1, 3), random_item(2, 1)]
 
 
-def ready(config: LVLMConfig, taps: tuple[str, ...] = ("llm.*",), seed: int = 0) -> tuple[LVLM, Recipe]:
+def ready(config: LVLMConfig, taps: tuple[str, ...] = ("llm.*",), seed: int = 0) -> tuple[LVLM, ModelRecipe]:
     wanted = RecipeConfig(frames=16, taps=[*taps], prompts=PROMPTS, poolings=[*POOLINGS])
-    recipe = recipes.resolve(wanted, FAMILY.inspect(config), seed)
+    recipe = recipes.resolve_source(wanted, FAMILY.inspect(config), seed)
     return FAMILY.load(config, recipe), recipe
 
 
@@ -171,9 +173,9 @@ def test_an_items_features_are_its_own_and_the_seeds(config: LVLMConfig) -> None
 def test_what_decides_a_feature_is_in_the_recipe(config: LVLMConfig, tmp_path: Path) -> None:
     _, recipe = ready(config)
     assert (recipe.video_form, recipe.video_encoder, recipe.frame_max_side) == ("motion", ENCODER, 0)
-    assert Recipe.from_json(recipe.to_json()) == recipe
-    assert ready(config, seed=1)[1].fingerprint != recipe.fingerprint
-    assert dataclasses.replace(recipe, video_encoder="libavcodec 1.0.0 mpeg4").fingerprint != recipe.fingerprint
+    assert Recipe.from_json(make(recipe, "float16").to_json()).source == recipe
+    other = dataclasses.replace(recipe, video_encoder="libavcodec 1.0.0 mpeg4")
+    assert len({make(each, "float16").fingerprint for each in (recipe, other, ready(config, seed=1)[1])}) == 3
     changed = write_code(tmp_path / "LaVIT")
     assert FAMILY.inspect(dataclasses.replace(config, code=str(changed))).identity == recipe.identity
     (changed / "VideoLaVIT" / "utils.py").write_text("MARKS = {'image': (110, 101), 'motion': (102, 103)}\n")
@@ -213,15 +215,15 @@ def test_what_the_family_needs_and_lacks_is_named(config: LVLMConfig, changes: d
 )
 def test_prompts_that_it_does_not_read_are_refused(config: LVLMConfig, prompt: Prompt, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        recipes.resolve(RecipeConfig(prompts={"p": prompt}, poolings=["all_mean"]), FAMILY.inspect(config))
+        recipes.resolve_source(RecipeConfig(prompts={"p": prompt}, poolings=["all_mean"]), FAMILY.inspect(config))
 
 
 def test_poolings_and_marks_that_it_does_not_have_are_refused(config: LVLMConfig) -> None:
     info = FAMILY.inspect(config)
     for pooling in ("new_mean", "merged_4", "eos"):
         with pytest.raises(ConfigError, match=rf"recipe\.poolings: '{pooling}' is not one of visual_mean, all_mean"):
-            recipes.resolve(RecipeConfig(poolings=[pooling]), info)
-    recipe = recipes.resolve(RecipeConfig(prompts={"p": Prompt("Watch <video>.")}), info)
+            recipes.resolve_source(RecipeConfig(poolings=[pooling]), info)
+    recipe = recipes.resolve_source(RecipeConfig(prompts={"p": Prompt("Watch <video>.")}), info)
     with pytest.raises(ConfigError, match=r"recipe\.prompts\.p\.text: .* holds <video> or <image>"):
         FAMILY.load(config, recipe)
     with pytest.raises(ConfigError, match=r"lvlm\.code: 'somewhere': qwen2_vl runs no code of its authors"):

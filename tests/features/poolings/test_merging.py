@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lvlmrec.lvlms.engine import merging
-from lvlmrec.lvlms.engine.merging import merge_tokens
+from lvlmrec.features.poolings import merging
+from lvlmrec.features.poolings.merging import merge_tokens
 
 
 def plain_merge(tokens: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
