@@ -53,7 +53,7 @@ def of_an_actor(device: str) -> str:
 
 def of_decoding() -> bool:
     rows = stand_ins.rows("a").select(["item_id", "uri"]).append_column("title", [["a"]])
-    list(stages.decode(rows, stand_ins.RECIPE, stages.DecodeConfig()))
+    list(stages.decode(rows, stand_ins.RECIPE.reading, stages.DecodeConfig()))
     return torch.cuda.is_available()
 
 

@@ -59,7 +59,7 @@ def time_sample(
 
     The first batch warms the model up and is not counted.
     """
-    decoded = pa.concat_tables(list(stages.decode(rows, recipe, decode)))
+    decoded = pa.concat_tables(list(stages.decode(rows, recipe.reading, decode)))
     started = time.perf_counter()
     extractor = Extractor(lvlm, recipe, code)
     load_seconds = time.perf_counter() - started

@@ -151,7 +151,7 @@ class Extractor:
             if self.lvlm.batch_size < self._fitted:
                 self.lvlm.batch_size = self._fitted
                 self.attempts.resize(self.worker, self._fitted, ran_out=False)
-        (item,) = stages.items(row, self.recipe)
+        (item,) = stages.items(row, self.recipe.reading)
         told = f"alone in the model: {_sizes(item)}; {LESS_MEMORY}: {message}"
         return "model", "out_of_memory", stages.message_of(told)
 
@@ -167,7 +167,7 @@ class Extractor:
             yield
 
     def _extract(self, rows: pa.Table, spent: dict[str, float]) -> pa.Table:
-        items, known = stages.items(rows, self.recipe), self._made_with | {"batch_size": self.lvlm.batch_size}
+        items, known = stages.items(rows, self.recipe.reading), self._made_with | {"batch_size": self.lvlm.batch_size}
         with self._preparing, _timed(spent, PREPARE_SECONDS):
             prepared = self.lvlm.prepare(items)
         with self._extracting, _timed(spent, FORWARD_SECONDS):

@@ -23,9 +23,8 @@ from ray.exceptions import RayTaskError
 import lvlmrec
 from lvlmrec import cluster, storage
 from lvlmrec.errors import ConfigError
-from lvlmrec.features.model_recipe import ModelRecipe
 from lvlmrec.features.recipe_config import LVLMInfo
-from lvlmrec.features.sources import FramesRecipe
+from lvlmrec.features.sources import Reading
 from lvlmrec.lvlms import LVLMS, LVLMConfig
 from lvlmrec.lvlms.files import authors_code, remote_code, source
 
@@ -77,10 +76,10 @@ def inspect_here(lvlm: LVLMConfig) -> LVLMInfo:
     return LVLMS[lvlm.name].inspect(lvlm)
 
 
-def check_length(lvlm: LVLMConfig, recipe: ModelRecipe | FramesRecipe, limit: int) -> None:
+def check_length(lvlm: LVLMConfig, reading: Reading, limit: int) -> None:
     """Raises `ConfigError` when the recipe's prompts cannot fit in the `limit` tokens that the model reads at most.
 
     Says nothing of models that a process of their own must read: there each item is rejected.
     """
     if limit and not lvlm.trust_remote_code and not lvlm.environment:
-        LVLMS[lvlm.name].check_length(lvlm, recipe, limit)
+        LVLMS[lvlm.name].check_length(lvlm, reading, limit)

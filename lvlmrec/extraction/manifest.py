@@ -16,7 +16,7 @@ from lvlmrec.columns import COVER_URI, ITEM_ID, URI
 from lvlmrec.errors import InputError
 from lvlmrec.features import store
 from lvlmrec.features.index import are_distinct
-from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.sources import Reading
 from lvlmrec.tables import text_file
 
 ROWS_AT_ONCE = 10_000  # of a manifest, as Python objects
@@ -41,15 +41,15 @@ SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Informati
 SYSTEM_FILES = {"Thumbs.db", "_SUCCESS"}
 
 
-def columns_for(recipe: Recipe) -> list[str]:
+def columns_for(reading: Reading) -> list[str]:
     """The columns, beside `item_id`, that a recipe needs: where its media lie, and what its prompts name."""
-    return list(dict.fromkeys([*(MEDIA_COLUMNS[kind] for kind in recipe.reading.media), *recipe.reading.fields]))
+    return list(dict.fromkeys([*(MEDIA_COLUMNS[kind] for kind in reading.media), *reading.fields]))
 
 
-def source_of(row: Mapping[str, str], recipe: Recipe, version: Callable[[str], str]) -> str:
+def source_of(row: Mapping[str, str], reading: Reading, version: Callable[[str], str]) -> str:
     """16 hex digits that change with the texts of a manifest's row and, by `version`, with its files."""
-    uris = [row[MEDIA_COLUMNS[kind]] for kind in recipe.reading.media]
-    seen = [*(version(uri) if uri else "" for uri in uris), *(row[field] for field in recipe.reading.fields)]
+    uris = [row[MEDIA_COLUMNS[kind]] for kind in reading.media]
+    seen = [*(version(uri) if uri else "" for uri in uris), *(row[field] for field in reading.fields)]
     return hashlib.blake2b("\x1f".join(seen).encode(), digest_size=8).hexdigest()
 
 

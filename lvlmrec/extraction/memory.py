@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from lvlmrec import cluster
 from lvlmrec.errors import ConfigError
 from lvlmrec.extraction import stages
-from lvlmrec.extraction.settings import ExtractConfig
+from lvlmrec.extraction.settings import PoolConfig
 from lvlmrec.features.model_recipe import MOTION
-from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.sources import Reading
 from lvlmrec.media.motion import CLIP_FRAMES, KEYFRAME_SIZE, MAP_SIZE
 
 # Bytes of a worker that decodes or writes. Without a figure Ray Data asks for what outputs needed on average so far,
@@ -30,32 +30,31 @@ class Reserved:
     write: int = WORKER_MEMORY
 
 
-def item_bytes(recipe: Recipe) -> int:
+def item_bytes(reading: Reading) -> int:
     """Bytes of what an item shows once it is decoded, at most: frames are no larger than `frame_max_side` both ways."""
-    frame = recipe.reading.frame_max_side**2 * 3
+    frame = reading.frame_max_side**2 * 3
     motion = 3 * KEYFRAME_SIZE**2 + 4 * 2 * CLIP_FRAMES * MAP_SIZE[0] * MAP_SIZE[1]
-    video = recipe.reading.frames * (motion if recipe.reading.video_form == MOTION else frame)
-    return sum({"video": video, "cover": frame}[kind] for kind in recipe.reading.media)
+    video = reading.frames * (motion if reading.video_form == MOTION else frame)
+    return sum({"video": video, "cover": frame}[kind] for kind in reading.media)
 
 
-def needed(recipe: Recipe, batch_size: int, decode_memory_mb: int) -> Reserved:
+def needed(reading: Reading, batch_size: int, decode_memory_mb: int) -> Reserved:
     """What one decoder with its child, and one actor with its calls in flight take beside the model's weights.
 
     An item is held twice: by a decoder in the child and in the worker, by an actor as it came and as it is prepared.
     """
-    item = item_bytes(recipe)
+    item = item_bytes(reading)
     child = min(CHILD_MEMORY + item, decode_memory_mb << 20) if item else 0
     in_flight = CALLS_AT_ONCE * stages.BATCHES_AT_ONCE * batch_size
     return Reserved(WORKER_MEMORY + item + child, WORKER_MEMORY + 2 * in_flight * item)
 
 
-def reserve(config: ExtractConfig, recipe: Recipe) -> Reserved:
-    """What the processes are to ask this Ray for.
+def reserve(pool: PoolConfig, wanted: Reserved) -> Reserved:
+    """What the processes are to ask this Ray for, of what is `wanted`.
 
     Where all that are configured would ask for more than there is, each asks for less, so that none of them waits for
     memory, and a line on stderr says so. Raises `ConfigError` when not even one of each stage fits.
     """
-    pool, wanted = config.pool, needed(recipe, config.lvlm.batch_size, config.decode.memory_mb)
     there = cluster.memory()
     if there is None:  # nodes will come
         return wanted

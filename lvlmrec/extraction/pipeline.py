@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,9 +66,11 @@ def plan(config: ExtractConfig) -> Plan:
     remote_code.check(config.lvlm)
     config = replace(config, lvlm=source.pin(config.lvlm))  # a branch may move while processes start
     code = authors_code.of(config.lvlm)
-    info = inspection.inspect(config.lvlm, code, config.workspace, _actor_resources(config))
+    info = inspection.inspect(
+        config.lvlm, code, config.workspace, _actor_resources(config.pool, config.lvlm.environment)
+    )
     recipe = recipes.resolve(config.recipe, info, config.seed, texts_from(config.input))
-    manifest, report = read_manifest(config.input, columns_for(recipe))
+    manifest, report = read_manifest(config.input, columns_for(recipe.reading))
     if report:
         print(f"extract: left out of the input: {describe(report)}", file=sys.stderr)
     uri = store.locate(config.store, config.lvlm.name, recipe)
@@ -152,7 +154,7 @@ def _sources(plan: Plan) -> pa.Array:
 
     def source(row: dict[str, str]) -> str:
         try:
-            return source_of(row, plan.recipe, version)
+            return source_of(row, plan.recipe.reading, version)
         except Exception:  # whatever it is, it is one row's
             return ""
 
@@ -175,7 +177,8 @@ def _ray(plan: Plan, todo: pa.Table) -> Iterator[Reserved | None]:
         return
     with cluster.joined():
         cluster.require_gpus("pool.gpus_per_actor", plan.config.pool.gpus_per_actor)
-        yield memory.reserve(plan.config, plan.recipe)
+        wanted = memory.needed(plan.recipe.reading, plan.config.lvlm.batch_size, plan.config.decode.memory_mb)
+        yield memory.reserve(plan.config.pool, wanted)
 
 
 def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease, reserved: Reserved | None) -> dict[str, int]:
@@ -277,7 +280,7 @@ def _estimate(plan: Plan, todo: pa.Table) -> dict[str, Any]:
             config.decode,
             config.lvlm,
             plan.code,
-            _actor_resources(config),
+            _actor_resources(config.pool, config.lvlm.environment),
         )
     told = estimate.estimate(len(todo), plan.recipe, seconds, _workers(config.pool))
     if len(todo):
@@ -285,10 +288,10 @@ def _estimate(plan: Plan, todo: pa.Table) -> dict[str, Any]:
     return told
 
 
-def _actor_resources(config: ExtractConfig) -> dict[str, Any]:
+def _actor_resources(pool: PoolConfig, environment: Mapping[str, Any]) -> dict[str, Any]:
     """Ray's arguments for a process that holds the model; without `lvlm.environment` it runs in the job's own."""
-    resources: dict[str, Any] = {"num_cpus": config.pool.cpus_per_actor, "num_gpus": config.pool.gpus_per_actor}
-    return resources | ({"runtime_env": config.lvlm.environment} if config.lvlm.environment else {})
+    resources: dict[str, Any] = {"num_cpus": pool.cpus_per_actor, "num_gpus": pool.gpus_per_actor}
+    return resources | ({"runtime_env": environment} if environment else {})
 
 
 def _result(plan: Plan, tally: Tally, seconds: float, index: pa.Table) -> dict[str, Any]:
@@ -354,7 +357,7 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int, attempts: SharedAttemp
     rows = rows.repartition(target_num_rows_per_block=pool.videos_per_block)  # else one block, and one actor works
     clips = rows.map_batches(
         cast(Any, stages.decode),
-        fn_kwargs={"recipe": plan.recipe, "config": config.decode},
+        fn_kwargs={"reading": plan.recipe.reading, "config": config.decode},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=pool.cpus_per_decode,
@@ -371,7 +374,7 @@ def _dataset(plan: Plan, todo: pa.Table, generation: int, attempts: SharedAttemp
         },
         batch_size=config.lvlm.batch_size * stages.BATCHES_AT_ONCE,
         batch_format="pyarrow",
-        **_actor_resources(config),
+        **_actor_resources(config.pool, config.lvlm.environment),
         memory=reserved.actor,
         compute=ActorPoolStrategy(
             min_size=pool.min_actors,

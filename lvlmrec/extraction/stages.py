@@ -24,6 +24,7 @@ from lvlmrec.extraction.manifest import MEDIA_COLUMNS, source_of
 from lvlmrec.features import store
 from lvlmrec.features.model_recipe import MEDIA, MOTION
 from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.sources import Reading
 from lvlmrec.lvlms.protocol import Item
 from lvlmrec.media.file import VideoError
 from lvlmrec.media.isolation import IsolatedDecoder, NoDecoderError
@@ -80,30 +81,30 @@ class DecodeConfig:
     memory_mb: int = option(4096, "address space of a decoding process, in MB", minimum=256)
 
 
-def decode(rows: pa.Table, recipe: Recipe, config: DecodeConfig) -> Iterator[pa.Table]:
+def decode(rows: pa.Table, reading: Reading, config: DecodeConfig) -> Iterator[pa.Table]:
     """What a recipe shows of each item, decoded in the child process of this worker.
 
     Row by row, to bound memory; texts alone are one table, for a table per row would cost more than they do.
     Raises `RuntimeError` where the fault is this worker's, whatever the row.
     """
-    if recipe.reading.video_form == MOTION and "video" in recipe.reading.media:
-        _check_encoder(recipe)
+    if reading.video_form == MOTION and "video" in reading.media:
+        _check_encoder(reading)
     cluster.device()  # none of its node's GPUs is a decoder's
     here = {DECODED_ON: cluster.place()}
-    outcomes = (_outcome(row, recipe, config) | here for row in rows.to_pylist())
-    for known in ([outcome] for outcome in outcomes) if recipe.reading.media else [[*outcomes]]:
+    outcomes = (_outcome(row, reading, config) | here for row in rows.to_pylist())
+    for known in ([outcome] for outcome in outcomes) if reading.media else [[*outcomes]]:
         yield pa.Table.from_pylist(known, schema=DECODED)
 
 
-def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[str, Any]:
+def _outcome(row: dict[str, str], reading: Reading, config: DecodeConfig) -> dict[str, Any]:
     """A row of `DECODED`."""
     started, source = time.perf_counter(), ""
     try:
-        source = source_of(row, recipe, storage.version)
-        _check_texts(recipe, row)
-        outcome: dict[str, Any] = {TEXTS: [(field, row[field]) for field in recipe.reading.fields]}
-        for kind in recipe.reading.media:
-            outcome |= _decode(row[MEDIA_COLUMNS[kind]], kind, recipe, config)
+        source = source_of(row, reading, storage.version)
+        _check_texts(reading, row)
+        outcome: dict[str, Any] = {TEXTS: [(field, row[field]) for field in reading.fields]}
+        for kind in reading.media:
+            outcome |= _decode(row[MEDIA_COLUMNS[kind]], kind, reading, config)
     except VideoError as error:
         outcome = {STAGE: error.stage, ERROR: error.error, MESSAGE: message_of(error.message)}
     except NoDecoderError:
@@ -114,30 +115,30 @@ def _outcome(row: dict[str, str], recipe: Recipe, config: DecodeConfig) -> dict[
     return {ITEM_ID: row[ITEM_ID], URI: row.get(URI, ""), SOURCE: source, DECODE_SECONDS: seconds} | outcome
 
 
-def _decode(uri: str, kind: str, recipe: Recipe, config: DecodeConfig) -> dict[str, Any]:
+def _decode(uri: str, kind: str, reading: Reading, config: DecodeConfig) -> dict[str, Any]:
     """Columns of `DECODED`: a video or cover as a clip, or a video as key frames and motion."""
     if not uri:
         raise VideoError("fetch", "missing", "the manifest names no file")
     decoder, limit = _decoder(config.memory_mb), config.timeout_s
     with storage.local_copy(uri) as path:
-        if kind == "video" and recipe.reading.video_form == MOTION:
-            kind, values = MOTION, _motion_row(decoder.motion_clips(path, recipe.reading.frames, limit))
+        if kind == "video" and reading.video_form == MOTION:
+            kind, values = MOTION, _motion_row(decoder.motion_clips(path, reading.frames, limit))
         else:
-            num_frames = recipe.reading.frames if kind == "video" else 1
-            values = _clip_row(decoder.sample_clip(path, num_frames, recipe.reading.frame_max_side, limit))
+            num_frames = reading.frames if kind == "video" else 1
+            values = _clip_row(decoder.sample_clip(path, num_frames, reading.frame_max_side, limit))
     return {f"{kind}.{name}": value for name, value in values.items()}
 
 
-def _check_encoder(recipe: Recipe) -> None:
+def _check_encoder(reading: Reading) -> None:
     """Motion depends on the encoder's version: one feature set, one version. Raises `RuntimeError`."""
-    expected = recipe.reading.video_encoder
+    expected = reading.video_encoder
     if expected != ENCODER:
         raise RuntimeError(f"this worker's encoder is {ENCODER}, the recipe's {expected}: install one PyAV")
 
 
-def _check_texts(recipe: Recipe, row: Mapping[str, str]) -> None:
+def _check_texts(reading: Reading, row: Mapping[str, str]) -> None:
     """A prompt that shows text alone needs some. Raises `VideoError`."""
-    for name, prompt in recipe.reading.prompts.items():
+    for name, prompt in reading.prompts.items():
         if prompt.input == "text" and prompt.fields and not any(row[field].strip() for field in prompt.fields):
             raise VideoError("text", "empty", f"prompt {name!r} shows {', '.join(prompt.fields)} alone: empty")
 
@@ -205,10 +206,10 @@ def _motion_row(clips: MotionClips) -> dict[str, Any]:
     }
 
 
-def items(rows: pa.Table, recipe: Recipe) -> list[Item]:
+def items(rows: pa.Table, reading: Reading) -> list[Item]:
     """Rows of `DECODED` as the model takes them; pictures and motion are buffers that are not copied."""
-    video = MOTION if recipe.reading.video_form == MOTION else "video"
-    kinds = [video if kind == "video" else kind for kind in recipe.reading.media]
+    video = MOTION if reading.video_form == MOTION else "video"
+    kinds = [video if kind == "video" else kind for kind in reading.media]
     shown: dict[str, Any] = {kind: _motions(rows) if kind == MOTION else _clips(rows, kind) for kind in kinds}
     texts = rows[TEXTS].to_pylist()
     return [

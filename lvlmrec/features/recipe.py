@@ -14,7 +14,7 @@ from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import recipe_keys, sources
 from lvlmrec.features.model_recipe import ModelRecipe, Prompt
 from lvlmrec.features.poolings.pooling import SIZES
-from lvlmrec.features.sources import ArrayRecipe, FramesRecipe, Source
+from lvlmrec.features.sources import ArrayRecipe, FramesRecipe, Reading, Source
 from lvlmrec.taps import FeatureName
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -65,7 +65,7 @@ class Recipe:
         )
 
     @property
-    def reading(self) -> ModelRecipe | FramesRecipe:
+    def reading(self) -> Reading:
         """What is read of each item by an extraction. Raises `TypeError` of an import, which reads none."""
         if isinstance(self.source, ArrayRecipe):
             raise TypeError(f"{self.source.name}: an imported array is not extracted")

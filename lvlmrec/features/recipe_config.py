@@ -12,7 +12,7 @@ from lvlmrec.errors import ConfigError
 from lvlmrec.features import poolings
 from lvlmrec.features.model_recipe import FRAMES, INPUTS, MEDIA, NOISE, PLACES, ModelRecipe, Prompt, applying
 from lvlmrec.features.recipe import DTYPES, Recipe, make
-from lvlmrec.features.sources import FRAMES_FAMILY, PIXEL_DTYPE, SIDE, FramesRecipe
+from lvlmrec.features.sources import FRAMES_FAMILY, PIXEL_DTYPE, SIDE, FramesRecipe, Reading
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ def resolve(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str
     return make(resolve_source(config, info, seed, texts_from), config.dtype)
 
 
-def resolve_source(
-    config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str = ""
-) -> ModelRecipe | FramesRecipe:
+def resolve_source(config: RecipeConfig, info: LVLMInfo, seed: int = 0, texts_from: str = "") -> Reading:
     """What is asked of the model that `info` describes. Raises `ConfigError`.
 
     `seed` draws the answers that are sampled, and what a random model draws; `texts_from` names the feature set whose

@@ -103,7 +103,8 @@ class ArrayRecipe:
         )
 
 
-Source = ModelRecipe | FramesRecipe | ArrayRecipe
+Reading = ModelRecipe | FramesRecipe  # what an extraction reads of each item
+Source = Reading | ArrayRecipe
 
 
 def of_format_3(model: ModelRecipe) -> Source:

@@ -22,7 +22,7 @@ def test_the_files_of_a_prefix_are_listed_not_asked_one_by_one(
         storage.write_bytes(uri, name.encode())
     overrides = [f"workspace={tmp_path}", f"input={bucket}/videos", f"lvlm.model={tmp_path}/model"]
     plan = pipeline.plan(load(ExtractConfig, [], overrides))
-    asked = {name: source_of({"uri": uri}, plan.recipe, storage.version) for name, uri in uris.items()}
+    asked = {name: source_of({"uri": uri}, plan.recipe.reading, storage.version) for name, uri in uris.items()}
 
     def refuse(uri: str) -> NoReturn:
         raise AssertionError(f"{uri} was asked")

@@ -14,10 +14,9 @@ from lvlmrec.config import load
 from lvlmrec.errors import ConfigError
 from lvlmrec.extraction import memory
 from lvlmrec.extraction.memory import WORKER_MEMORY, Reserved
-from lvlmrec.extraction.settings import ExtractConfig
+from lvlmrec.extraction.settings import ExtractConfig, PoolConfig
 from lvlmrec.features import recipe_config as recipes
-from lvlmrec.features.model_recipe import MOTION, Prompt
-from lvlmrec.features.recipe import Recipe
+from lvlmrec.features.model_recipe import MOTION, ModelRecipe, Prompt
 from lvlmrec.features.recipe_config import LVLMInfo, RecipeConfig
 from tests.extraction.test_faults import model, plan_of, run, write_items
 
@@ -26,9 +25,9 @@ INFO = LVLMInfo("stand_in", "x", "float32", {"llm": 2, "vision": 1}, {"llm": 3, 
 GB = 10**9
 
 
-def recipe_of(frames: int = 16, side: int = 1280, **prompts: Prompt) -> Recipe:
+def recipe_of(frames: int = 16, side: int = 1280, **prompts: Prompt) -> ModelRecipe:
     wanted = RecipeConfig(frames=frames, frame_max_side=side, taps=["llm.1"], prompts=prompts or {"p": Prompt("x")})
-    return recipes.resolve(dataclasses.replace(wanted, poolings=["last_token"]), INFO)
+    return recipes.resolve_source(dataclasses.replace(wanted, poolings=["last_token"]), INFO)
 
 
 def test_it_follows_from_the_sizes_of_the_recipe() -> None:
@@ -42,8 +41,7 @@ def test_it_follows_from_the_sizes_of_the_recipe() -> None:
     assert cover == item + 1280 * 1280 * 3
     texts = memory.needed(recipe_of(t=Prompt("{title}", input="text")), 8, 4096)
     assert texts == Reserved(WORKER_MEMORY, WORKER_MEMORY)
-    recipe = recipe_of()
-    moving = dataclasses.replace(recipe, source=dataclasses.replace(recipe.source, video_form=MOTION, frame_max_side=0))
+    moving = dataclasses.replace(recipe_of(), video_form=MOTION, frame_max_side=0)
     assert 10**6 < memory.item_bytes(moving) < item
 
 
@@ -54,7 +52,7 @@ def test_all_that_is_configured_still_fits(
 ) -> None:
     monkeypatch.setattr(cluster, "memory", lambda: there)
     config = load(ExtractConfig, [], [f"pool.decode_tasks={decoders}", f"pool.max_actors={actors}"])
-    told, wanted = memory.reserve(config, recipe_of()), memory.needed(recipe_of(), 4, 4096)
+    told, wanted = memory.reserve(config.pool, memory.needed(recipe_of(), 4, 4096)), memory.needed(recipe_of(), 4, 4096)
     total = decoders * told.decode + actors * told.actor + told.write
     processes = decoders + actors + 1
     assert total <= max(there, processes * WORKER_MEMORY)  # below that Ray starts fewer of them, as it always did
@@ -66,11 +64,14 @@ def test_all_that_is_configured_still_fits(
 
 
 def test_less_memory_than_one_of_each_takes_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = memory.needed(recipe_of(), 4, 4096)
     monkeypatch.setattr(cluster, "memory", lambda: GB)
     with pytest.raises(ConfigError, match=r"^pool\.min_actors: 1 actors, a decoder and a writer take 1\.3 GB"):
-        memory.reserve(load(ExtractConfig, []), recipe_of())
+        memory.reserve(PoolConfig(), wanted)
     monkeypatch.setattr(cluster, "memory", lambda: None)  # nodes will come
-    assert memory.reserve(load(ExtractConfig, []), recipe_of()) == memory.needed(recipe_of(), 4, 4096)
+    assert memory.reserve(load(ExtractConfig, []).pool, memory.needed(recipe_of(), 4, 4096)) == memory.needed(
+        recipe_of(), 4, 4096
+    )
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def decoded(folder: Path, *item_ids: str) -> pa.Table:
         else:
             write_video(path, num_frames=4 + k, size=(48, 32))
         rows.append({"item_id": item_id, "uri": str(path)})
-    return pa.concat_tables(list(stages.decode(pa.Table.from_pylist(rows), recipe_of(), DecodeConfig())))
+    return pa.concat_tables(list(stages.decode(pa.Table.from_pylist(rows), recipe_of().reading, DecodeConfig())))
 
 
 def test_decoding_imports_no_torch() -> None:
@@ -141,7 +141,7 @@ def test_whatever_a_row_raises_stays_in_the_row(tmp_path: Path, monkeypatch: pyt
     good = str(write_video(tmp_path / "good.mp4", num_frames=4))
     uris = [*URIS_OF_NOTHING, good]
     rows = pa.table({"item_id": list(map(str, range(len(uris)))), "uri": uris})
-    outcomes = pa.concat_tables(list(stages.decode(rows, recipe_of(), DecodeConfig()))).to_pylist()
+    outcomes = pa.concat_tables(list(stages.decode(rows, recipe_of().reading, DecodeConfig()))).to_pylist()
     assert [outcome["item_id"] for outcome in outcomes] == rows["item_id"].to_pylist()
     assert [outcome["stage"] for outcome in outcomes] == ["fetch"] * len(URIS_OF_NOTHING) + [None]
     assert all(outcome["error"] and outcome["message"] for outcome in outcomes[:-1])
@@ -252,7 +252,7 @@ def test_what_prompts_name_travels_with_the_item_and_must_say_something() -> Non
     rows = pa.Table.from_pylist(
         [{"item_id": "a", "title": "cat", "text": ""}, {"item_id": "b", "title": " ", "text": ""}]
     )
-    good, bad = pa.concat_tables(list(stages.decode(rows, recipe, DecodeConfig()))).to_pylist()
+    good, bad = pa.concat_tables(list(stages.decode(rows, recipe.reading, DecodeConfig()))).to_pylist()
     assert dict(good["texts"]) == {"title": "cat", "text": ""}
     assert (bad["stage"], bad["error"], bad["message"]) == (
         "text",
@@ -370,10 +370,10 @@ def test_videos_travel_as_key_frames_and_motion(tmp_path: Path, monkeypatch: pyt
     rows = pa.table({"item_id": ["short", "text", "long"], "uri": uris})
     recipe = motion_recipe()
     assert (recipe.source.seed, recipe.source.frame_max_side) == (5, 0)
-    decoded = pa.concat_tables(list(stages.decode(rows, recipe, DecodeConfig())))
+    decoded = pa.concat_tables(list(stages.decode(rows, recipe.reading, DecodeConfig())))
     assert decoded.schema == stages.DECODED
     assert decoded["stage"].to_pylist() == [None, "open", None]
-    items = stages.items(decoded.take([0, 2]), recipe)
+    items = stages.items(decoded.take([0, 2]), recipe.reading)
     for item, num_clips in zip(items, (1, 3), strict=True):
         expected = motion_clips(tmp_path / f"{item.item_id}.mp4", 16)
         assert item.video is None
@@ -395,7 +395,7 @@ def test_videos_travel_as_key_frames_and_motion(tmp_path: Path, monkeypatch: pyt
         "long": 3,
         "text": None,
     }
-    one = next(stages.decode(rows.slice(2), motion_recipe(max_clips=1), DecodeConfig()))
+    one = next(stages.decode(rows.slice(2), motion_recipe(max_clips=1).reading, DecodeConfig()))
     assert one["motion.starts"][0].as_py() == [12]
 
 
@@ -405,14 +405,14 @@ def test_another_encoder_than_the_recipes_stops_the_run(tmp_path: Path) -> None:
     source = dataclasses.replace(recipe.source, video_encoder="libavcodec 1.0.0 mpeg4")
     other = dataclasses.replace(recipe, source=source)
     with pytest.raises(RuntimeError, match=r"encoder is libavcodec .*, the recipe's libavcodec 1\.0\.0 mpeg4"):
-        next(stages.decode(rows, other, DecodeConfig()))
+        next(stages.decode(rows, other.reading, DecodeConfig()))
 
 
 @pytest.mark.thorough
 @pytest.mark.data
 def test_a_real_video_gives_three_clips(real_data: Path) -> None:
     rows = pa.table({"item_id": ["1002"], "uri": [str(real_data / "microlens_videos" / "1002.mp4")]})
-    decoded = next(stages.decode(rows, motion_recipe(), DecodeConfig()))
+    decoded = next(stages.decode(rows, motion_recipe().reading, DecodeConfig()))
     assert decoded["error"].to_pylist() == [None]
     assert decoded["motion.starts"][0].as_py() == [12, 36, 60]
     assert decoded["motion.num_frames"][0].as_py() == 98

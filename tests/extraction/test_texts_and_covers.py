@@ -40,7 +40,7 @@ def test_titles_travel_as_one_table_and_an_empty_one_is_rejected(tmp_path: Path)
     lvlm, recipe = resolve("text_encoder", tmp_path / "model", ["text.*"], "all_mean")
     titles = ["A dog runs", "", "How to cook a quick meal at home", "music"]
     rows = pa.table({ITEM_ID: ["a", "b", "c", "d"], "title": titles})
-    (decoded,) = stages.decode(rows, recipe, stages.DecodeConfig())
+    (decoded,) = stages.decode(rows, recipe.reading, stages.DecodeConfig())
     assert decoded.schema == stages.DECODED
     assert decoded[ERROR].to_pylist() == [None, "empty", None, None]
     extractor = Extractor(lvlm, recipe)
@@ -65,7 +65,7 @@ def test_covers_are_decoded_and_encoded(tmp_path: Path, suffix: str) -> None:
         stream.pix_fmt = "rgb24" if suffix == "png" else "yuvj420p"
         file.mux([*stream.encode(av.VideoFrame.from_ndarray(pixels)), *stream.encode()])
     rows = pa.table({ITEM_ID: ["a", "b"], COVER_URI: [str(tmp_path / f"cover.{suffix}"), ""]})
-    decoded = pa.concat_tables(list(stages.decode(rows, recipe, stages.DecodeConfig())))
+    decoded = pa.concat_tables(list(stages.decode(rows, recipe.reading, stages.DecodeConfig())))
     assert decoded[ERROR].to_pylist() == [None, "missing"]
     extractor = Extractor(lvlm, recipe)
     feature = extractor(decoded)["cover/vision.3/first_token"][0].as_py()

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lvlmrec.errors import ConfigError, one_line
-from lvlmrec.features.model_recipe import ModelRecipe
 from lvlmrec.features.recipe_config import LVLMInfo
-from lvlmrec.features.sources import FramesRecipe
+from lvlmrec.features.sources import Reading
 from lvlmrec.lvlms.files import hub, torchvision_shim, weight_files
 from lvlmrec.lvlms.protocol import ModelConfig, is_hub_id
 
@@ -206,7 +205,7 @@ def identity(config: ModelConfig) -> str:
     return f"{config.model}@{_commit(config, 'a model')}"
 
 
-def check_identity(config: ModelConfig, recipe: ModelRecipe | FramesRecipe, info: LVLMInfo) -> None:
+def check_identity(config: ModelConfig, recipe: Reading, info: LVLMInfo) -> None:
     """Raises `ConfigError` when the files are not the recipe's."""
     if info.identity != recipe.identity:
         raise ConfigError(f"lvlm.model: {config.model!r} is {info.identity}, the recipe names {recipe.identity}")
