@@ -83,24 +83,24 @@ def sample_rows(todo: pa.Table, num_videos: int) -> pa.Table:
 def estimate(todo: int, recipe: Recipe, seconds: dict[str, float] | None, workers: dict[str, int]) -> dict[str, Any]:
     """Videos, bytes per item, GB and, from `seconds` per video of each stage, hours and what sets them."""
     size = bytes_per_item(recipe)
-    told: dict[str, Any] = {"videos": todo, "bytes_per_item": size, "gb": todo * size / 1e9}
+    expected: dict[str, Any] = {"videos": todo, "bytes_per_item": size, "gb": todo * size / 1e9}
     if seconds is None:
-        return told
+        return expected
     paces = {stage: seconds[stage] / workers[stage] for stage in workers}
     slowest = max(paces, key=lambda stage: paces[stage])
     hours = (seconds["load"] + todo * paces[slowest]) / 3600
     measured = {stage: round(value, 4) for stage, value in seconds.items()}
-    return told | {"hours": round(hours, 4), "limited_by": slowest, "seconds_per_video": measured}
+    return expected | {"hours": round(hours, 4), "limited_by": slowest, "seconds_per_video": measured}
 
 
-def describe(told: dict[str, Any]) -> str:
+def describe(expected: dict[str, Any]) -> str:
     """The estimate in one line."""
-    size = f"{told['videos']} videos, {told['bytes_per_item']:,} bytes each, {told['gb']:.3g} GB"
-    if "hours" not in told:
+    size = f"{expected['videos']} videos, {expected['bytes_per_item']:,} bytes each, {expected['gb']:.3g} GB"
+    if "hours" not in expected:
         return f"extract: {size}"
-    hours = told["hours"]
+    hours = expected["hours"]
     length = f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(hours * 60)} minutes"
-    return f"extract: {size}, about {length}, limited by {told['limited_by']}"
+    return f"extract: {size}, about {length}, limited by {expected['limited_by']}"
 
 
 def time_remotely(

@@ -141,8 +141,8 @@ class Extractor:
                 return
             self.lvlm.batch_size = batch_size // 2
             self.attempts.resize(self.worker, self.lvlm.batch_size, ran_out=True)
-        told = f"{self.worker} ran out of memory with lvlm.batch_size={batch_size}; going on with {batch_size // 2}"
-        print(f"extract: {told}", file=sys.stderr, flush=True)
+        warning = f"{self.worker} ran out of memory with lvlm.batch_size={batch_size}; going on with {batch_size // 2}"
+        print(f"extract: {warning}", file=sys.stderr, flush=True)
 
     def _too_large(self, row: pa.Table, message: str) -> tuple[str, str, str]:
         """Memory did not suffice for one item: no reason to keep forwards smaller than what went through before."""
@@ -152,8 +152,8 @@ class Extractor:
                 self.lvlm.batch_size = self._fitted
                 self.attempts.resize(self.worker, self._fitted, ran_out=False)
         (item,) = stages.items(row, self.recipe.reading)
-        told = f"alone in the model: {_sizes(item)}; {LESS_MEMORY}: {message}"
-        return "model", "out_of_memory", stages.message_of(told)
+        reason = f"alone in the model: {_sizes(item)}; {LESS_MEMORY}: {message}"
+        return "model", "out_of_memory", stages.message_of(reason)
 
     def _failed(self, rows: pa.Table, stage: str, error: str, message: str) -> pa.Table:
         known = rows.select([ITEM_ID, URI, SOURCE, DECODED_ON, DECODE_SECONDS]).to_pylist()

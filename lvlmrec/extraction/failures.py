@@ -76,9 +76,9 @@ class SharedAttempts:
     """
 
     def __init__(self) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(Attempts)
-        self._attempts = actor.options(num_cpus=0, scheduling_strategy=here).remote()
+        self._attempts = actor.options(num_cpus=0, scheduling_strategy=this_node).remote()
 
     def deaths(self, item_ids: Sequence[str]) -> int:
         """See `Attempts`."""

@@ -88,11 +88,11 @@ def read_manifest(source: str, columns: Sequence[str] = (URI,)) -> tuple[pa.Tabl
 def describe(report: Mapping[str, int]) -> str:
     """What was left out of a manifest, for a message: `5 not videos (4 texts, 1 images), 2 incomplete rows`."""
     kinds = [f"{report[key]} {key.removeprefix(KIND)}" for key in report if key.startswith(KIND)]
-    told = []
+    counted = []
     for key, count in report.items():
         if not key.startswith(KIND):
-            told.append(f"{count} {key}" + (f" ({', '.join(kinds)})" if key == NOT_VIDEOS else ""))
-    return ", ".join(told).replace("_", " ")
+            counted.append(f"{count} {key}" + (f" ({', '.join(kinds)})" if key == NOT_VIDEOS else ""))
+    return ", ".join(counted).replace("_", " ")
 
 
 def _is_feature_set(source: str) -> bool:

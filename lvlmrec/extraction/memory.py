@@ -60,16 +60,16 @@ def reserve(pool: PoolConfig, wanted: Reserved) -> Reserved:
         return wanted
     usable = USABLE * there
     if usable < (least := (pool.min_actors + 2) * WORKER_MEMORY):
-        told = f"{pool.min_actors} actors, a decoder and a writer take {_gb(least)} at least"
-        raise ConfigError(f"pool.min_actors: {told}, this Ray has {_gb(usable)} of memory: start it with more")
+        message = f"{pool.min_actors} actors, a decoder and a writer take {_gb(least)} at least"
+        raise ConfigError(f"pool.min_actors: {message}, this Ray has {_gb(usable)} of memory: start it with more")
     base = (pool.max_actors + pool.decode_tasks + 1) * WORKER_MEMORY
     total = pool.max_actors * wanted.actor + pool.decode_tasks * wanted.decode + wanted.write
     if total <= usable:
         return wanted
     share = max(0.0, (usable - base) / (total - base)) if total > base else 0.0
-    told = f"{pool.max_actors} actors and {pool.decode_tasks} decoders may take {_gb(total)} of memory"
-    less = "lvlm.batch_size, recipe.frames, recipe.frame_max_side or pool.decode_tasks"
-    print(f"extract: {told}, this Ray has {_gb(usable)}: less is reserved; smaller {less} take less", file=sys.stderr)
+    wish = f"{pool.max_actors} actors and {pool.decode_tasks} decoders may take {_gb(total)} of memory"
+    less = "smaller lvlm.batch_size, recipe.frames, recipe.frame_max_side or pool.decode_tasks take less"
+    print(f"extract: {wish}, this Ray has {_gb(usable)}: less is reserved; {less}", file=sys.stderr)
 
     def fitted(size: int) -> int:
         return WORKER_MEMORY + int(share * (size - WORKER_MEMORY))

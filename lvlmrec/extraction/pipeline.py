@@ -110,20 +110,20 @@ def run(plan: Plan, log: Callable[[dict[str, float], int], None]) -> dict[str, A
     if not len(todo) and store.is_committed(uri):
         nothing = Tally(0, _workers(config.pool), log)
         return _result(plan, nothing, 0.0, index) | Attempts().report() | {"estimate": _estimate(plan, todo)}
-    with lease.hold(uri) as held:
-        if held.after_break:
-            store.adopt(uri, held.number)
+    with lease.hold(uri) as own_lease:
+        if own_lease.after_break:
+            store.adopt(uri, own_lease.number)
         todo = missing(plan, store.read_index(uri), sources)
         with _ray(plan, todo) as reserved:
-            told = _estimate(plan, todo)
+            expected = _estimate(plan, todo)
             started = time.perf_counter()
             tally = Tally(len(todo), _workers(config.pool), log)
-            went_on = _extract(plan, todo, tally, held, reserved)
+            attempts = _extract(plan, todo, tally, own_lease, reserved)
             seconds = time.perf_counter() - started
-        held.check()
-        index = store.finish(uri, held.number)
-        held.finish()
-    return _result(plan, tally, seconds, index) | went_on | {"estimate": told}
+        own_lease.check()
+        index = store.finish(uri, own_lease.number)
+        own_lease.finish()
+    return _result(plan, tally, seconds, index) | attempts | {"estimate": expected}
 
 
 def missing(plan: Plan, index: pa.Table, sources: pa.Array | None = None) -> pa.Table:
@@ -181,42 +181,42 @@ def _ray(plan: Plan, todo: pa.Table) -> Iterator[Reserved | None]:
         yield memory.reserve(plan.config.pool, wanted)
 
 
-def _extract(plan: Plan, todo: pa.Table, tally: Tally, held: Lease, reserved: Reserved | None) -> dict[str, int]:
+def _extract(plan: Plan, todo: pa.Table, tally: Tally, own_lease: Lease, reserved: Reserved | None) -> dict[str, int]:
     """Run the pipeline over `todo` to its end; what went on in its processes. Raises `JobFailed`."""
     if reserved is None:
         return Attempts().report()
     streak, attempts = Streak(plan.config.max_rejected_in_a_row), SharedAttempts()
-    blocks = _blocks(_dataset(plan, todo, held.number, attempts, reserved))
-    with Commits(plan.feature_set, held) as commits:
-        _follow(plan, todo, blocks, tally, streak, commits, held)
+    blocks = _blocks(_dataset(plan, todo, own_lease.number, attempts, reserved))
+    with Commits(plan.feature_set, own_lease) as commits:
+        _commit_blocks(plan, todo, blocks, tally, streak, commits, own_lease)
     by_model = {reason: message for reason, message in tally.messages.items() if reason[0] in stages.MODEL_STAGES}
     if by_model and not len(store.read_index(plan.feature_set)):
-        _forget(plan, todo, {*by_model}, held)
+        _drop_rejections(plan, todo, {*by_model}, own_lease)
         raise JobFailed(f"every video was rejected by the model: {[*by_model.values()][-1]}")
-    return _tell(plan.config.lvlm, attempts.report())
+    return _report_failures(plan.config.lvlm, attempts.report())
 
 
-def _follow(
+def _commit_blocks(
     plan: Plan,
     todo: pa.Table,
     blocks: Generator[pa.Table],
     tally: Tally,
     streak: Streak,
     commits: Commits,
-    held: Lease,
+    own_lease: Lease,
 ) -> None:
     """Run the pipeline, committing what it writes. Raises `JobFailed`."""
     for block in blocks:
         _check_written(block)
         commits.add(block)
         if reason := _device_failure(block):
-            _forget(plan, todo, {stages.DIED}, held)  # it may have been the device
+            _drop_rejections(plan, todo, {stages.DIED}, own_lease)  # it may have been the device
             raise JobFailed(f"stopped: {reason}; the next run goes on with what is missing")
         tally.add(block)
-        held.check()
+        own_lease.check()
         if streak.add(block):
             blocks.close()
-            _forget(plan, todo, {streak.reason}, held)
+            _drop_rejections(plan, todo, {streak.reason}, own_lease)
             raise JobFailed(f"stopped: {streak}")
 
 
@@ -230,7 +230,7 @@ def _blocks(dataset: Dataset) -> Generator[pa.Table]:
         raise JobFailed(f"the model cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _tell(lvlm: LVLMConfig, report: dict[str, int]) -> dict[str, int]:
+def _report_failures(lvlm: LVLMConfig, report: dict[str, int]) -> dict[str, int]:
     """The report, and on stderr what in it a user should know."""
     if report["oom_fallbacks"]:
         size = f"lvlm.batch_size={lvlm.batch_size}"
@@ -254,13 +254,13 @@ def _device_failure(block: pa.Table) -> str:
     return failed[0] if failed else ""
 
 
-def _forget(plan: Plan, todo: pa.Table, reasons: set[tuple[str, str]], held: Lease) -> None:
+def _drop_rejections(plan: Plan, todo: pa.Table, reasons: set[tuple[str, str]], own_lease: Lease) -> None:
     """Drop this run's rejections for reasons that are no item's fault: the next run tries them again."""
     rejected = store.read_rejected(plan.feature_set)
     is_ours = is_among(rejected[ITEM_ID], todo[ITEM_ID])
     found = zip(rejected[STAGE].to_pylist(), rejected[ERROR].to_pylist(), strict=True)
     is_alike = pa.array([reason in reasons for reason in found], pa.bool_())
-    store.keep_rejected(plan.feature_set, rejected.filter(pc.invert(pc.and_(is_ours, is_alike))), held.number)
+    store.keep_rejected(plan.feature_set, rejected.filter(pc.invert(pc.and_(is_ours, is_alike))), own_lease.number)
 
 
 def _workers(pool: PoolConfig) -> dict[str, int]:
@@ -282,10 +282,10 @@ def _estimate(plan: Plan, todo: pa.Table) -> dict[str, Any]:
             plan.code,
             _actor_resources(config.pool, config.lvlm.environment),
         )
-    told = estimate.estimate(len(todo), plan.recipe, seconds, _workers(config.pool))
+    expected = estimate.estimate(len(todo), plan.recipe, seconds, _workers(config.pool))
     if len(todo):
-        print(estimate.describe(told), file=sys.stderr)
-    return told
+        print(estimate.describe(expected), file=sys.stderr)
+    return expected
 
 
 def _actor_resources(pool: PoolConfig, environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,11 +300,11 @@ def _result(plan: Plan, tally: Tally, seconds: float, index: pa.Table) -> dict[s
     rejected = rejected.filter(is_among(rejected[ITEM_ID], item_ids))
     rejected = rejected.filter(pc.invert(is_among(rejected[ITEM_ID], there)))
     reasons = Counter(zip(rejected[STAGE].to_pylist(), rejected[ERROR].to_pylist(), strict=True))
-    gone = there.filter(pc.invert(is_among(there, item_ids)))
-    if len(gone):
-        first = gone.take(pc.select_k_unstable(gone, 3, [("", "ascending")])).to_pylist()
-        names = ", ".join(first) + (", ..." if len(gone) > 3 else "")
-        print(f"extract: {len(gone)} items with features are not in the input: {names}", file=sys.stderr)
+    not_in_input = there.filter(pc.invert(is_among(there, item_ids)))
+    if len(not_in_input):
+        first = not_in_input.take(pc.select_k_unstable(not_in_input, 3, [("", "ascending")])).to_pylist()
+        names = ", ".join(first) + (", ..." if len(not_in_input) > 3 else "")
+        print(f"extract: {len(not_in_input)} items with features are not in the input: {names}", file=sys.stderr)
     tell_rejected(rejected, storage.join(plan.feature_set, store.REJECTED))
     report = tally.report(seconds) if tally.total else {}
     if report:
@@ -317,7 +317,7 @@ def _result(plan: Plan, tally: Tally, seconds: float, index: pa.Table) -> dict[s
         "rejected": reasons.total(),
         "rejected_now": sum(tally.reasons.values()),
         "rejected_by_reason": {f"{stage}/{error}": n for (stage, error), n in sorted(reasons.items())},
-        "not_in_input": len(gone),
+        "not_in_input": len(not_in_input),
         "seconds": round(seconds, 3),
         "videos_per_second": round(tally.total / seconds, 3) if tally.total else 0.0,
         "forward_seconds": round(tally.seconds[stages.FORWARD_SECONDS], 3),

@@ -28,7 +28,7 @@ REMEDY = {
 
 
 class Tally:
-    """Counts and seconds of a running extraction, told every few seconds on stderr and to `log`."""
+    """Counts and seconds of a running extraction, shown every few seconds on stderr and to `log`."""
 
     def __init__(self, total: int, workers: dict[str, int], log: Callable[[dict[str, float], int], None]) -> None:
         self.total, self.workers, self.log = total, workers, log
@@ -36,7 +36,7 @@ class Tally:
         self.seconds = dict.fromkeys(stages.SECONDS, 0.0)
         self.reasons: Counter[tuple[str, str]] = Counter()
         self.messages: dict[tuple[str, str], str] = {}
-        self.started = self.told = time.perf_counter()
+        self.started = self.printed_at = time.perf_counter()
 
     def add(self, block: pa.Table) -> None:
         """Rows of `stages.WRITTEN`."""
@@ -48,9 +48,9 @@ class Tally:
             self.seconds[name] += pc.sum(block[name]).as_py() or 0.0
         done = self.written + sum(self.reasons.values())
         now = time.perf_counter()
-        if now - self.told >= PROGRESS_SECONDS or done == self.total:
-            self.told = now
-            self._tell(done, now - self.started)
+        if now - self.printed_at >= PROGRESS_SECONDS or done == self.total:
+            self.printed_at = now
+            self._print(done, now - self.started)
 
     def busy(self, stage: str, seconds: float) -> float:
         """Share of the stage's workers' time, `seconds` of wall time each, that it worked."""
@@ -60,10 +60,10 @@ class Tally:
         """Seconds and busy share of each stage, and the one that set the pace."""
         shares = {stage: self.busy(stage, seconds) for stage in self.workers}
         slowest = max(shares, key=lambda stage: shares[stage])
-        told = {name.removesuffix("_seconds"): {"seconds": round(spent, 3)} for name, spent in self.seconds.items()}
+        stages = {name.removesuffix("_seconds"): {"seconds": round(spent, 3)} for name, spent in self.seconds.items()}
         for stage, share in shares.items():
-            told[stage]["busy"] = round(share, 4)
-        return {"stages": told, "slowest_stage": f"{slowest}: {self._advice(slowest, shares[slowest])}"}
+            stages[stage]["busy"] = round(share, 4)
+        return {"stages": stages, "slowest_stage": f"{slowest}: {self._advice(slowest, shares[slowest])}"}
 
     def _advice(self, slowest: str, share: float) -> str:
         busy = f"{share:.0%} busy with {self.workers[slowest]}; "
@@ -71,7 +71,7 @@ class Tally:
             return busy + REMEDY[slowest]
         return busy + "no stage was the limit: most of the time went to starting processes, loading the model, storage"
 
-    def _tell(self, done: int, seconds: float) -> None:
+    def _print(self, done: int, seconds: float) -> None:
         rate, busy = done / seconds, self.busy("forward", seconds)
         print(
             f"extract: {done}/{self.total} videos, {done - self.written} rejected, {rate:.2f} videos/s, "

@@ -90,8 +90,8 @@ def decode(rows: pa.Table, reading: Reading, config: DecodeConfig) -> Iterator[p
     if reading.video_form == MOTION and "video" in reading.media:
         _check_encoder(reading)
     cluster.device()  # none of its node's GPUs is a decoder's
-    here = {DECODED_ON: cluster.place()}
-    outcomes = (_outcome(row, reading, config) | here for row in rows.to_pylist())
+    decoded_on = {DECODED_ON: cluster.place()}
+    outcomes = (_outcome(row, reading, config) | decoded_on for row in rows.to_pylist())
     for known in ([outcome] for outcome in outcomes) if reading.media else [[*outcomes]]:
         yield pa.Table.from_pylist(known, schema=DECODED)
 

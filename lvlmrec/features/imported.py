@@ -80,14 +80,14 @@ def run(config: ImportConfig) -> dict[str, Any]:
         recipe = recipe_of(config, array, _hash_of_file(path), item_ids)
         uri = store.locate(config.store, config.name, recipe)
         store.create(uri, recipe, ids_from=config.item_ids if config.item_ids in COUNTED else "file")
-        with lease.hold(uri) as held:
-            if held.after_break:
-                store.adopt(uri, held.number)
-            written = _write(config, uri, recipe, array, item_ids, held)
-            held.check()
-            store.commit_parts(uri, written, held.number, [_made_with()])
-            index = store.finish(uri, held.number)
-            held.finish()
+        with lease.hold(uri) as own_lease:
+            if own_lease.after_break:
+                store.adopt(uri, own_lease.number)
+            written = _write(config, uri, recipe, array, item_ids, own_lease)
+            own_lease.check()
+            store.commit_parts(uri, written, own_lease.number, [_made_with()])
+            index = store.finish(uri, own_lease.number)
+            own_lease.finish()
     rejected, num_written = store.read_rejected(uri), sum(map(len, written.values()))
     return {
         "feature_set": uri,
@@ -188,29 +188,29 @@ def _layers(names: Sequence[str], number: int) -> tuple[Tap, ...]:
 
 
 def _write(
-    config: ImportConfig, uri: str, recipe: Recipe, array: Array, item_ids: Sequence[str], held: Lease
+    config: ImportConfig, uri: str, recipe: Recipe, array: Array, item_ids: Sequence[str], own_lease: Lease
 ) -> dict[str, list[str]]:
     """Write the rows that are not there yet; the items of each part. Rows that are not finite are rejected."""
     known = (store.read_index(uri), store.read_rejected(uri))
-    there = {item for table in known for item in table[ITEM_ID].to_pylist()}
+    known_items = {item for table in known for item in table[ITEM_ID].to_pylist()}
     written: dict[str, list[str]] = {}
     names = [str(name) for name in recipe.feature_names]
     step = max(1, PART_BYTES // (4 * int(np.prod(array.shape[1:]))))
     for start in range(0, len(item_ids), step):
         ids = list(item_ids[start : start + step])
-        if there.issuperset(ids):
+        if known_items.issuperset(ids):
             continue
         values = array.rows(start, start + len(ids)).reshape(len(ids), len(names), -1)
         finite = torch.isfinite(values).flatten(1).all(1)
         kept, values = [item for item, good in zip(ids, finite.tolist(), strict=True) if good], values[finite]
         _check_fits(config, kept, names, values)
-        if bad := sorted({*ids} - {*kept} - there):
-            store.write_rejected(uri, [_rejection(config, item) for item in bad], held.number)
+        if bad := sorted({*ids} - {*kept} - known_items):
+            store.write_rejected(uri, [_rejection(config, item) for item in bad], own_lease.number)
         if kept:
             columns = {name: values[:, layer] for layer, name in enumerate(names)}
             rows = store.feature_table(recipe, kept, [0] * len(kept), columns)
-            written[store.write_part(uri, recipe, rows, held.number, [_made_with()])] = kept
-        held.check()
+            written[store.write_part(uri, recipe, rows, own_lease.number, [_made_with()])] = kept
+        own_lease.check()
     return written
 
 

@@ -27,9 +27,9 @@ def run(config: VacuumConfig) -> dict[str, Any]:
     Raises `InputError` when there is no such feature set, or an extraction writes it.
     """
     uri = store.find(config.features)
-    with lease.hold(uri) as held:
-        store.adopt(uri, held.number)
-        result = {"feature_set": uri, **store.vacuum(uri, held.number)}
-        if not held.after_break:  # what a killed extraction did not come to is still missing
-            held.finish()
+    with lease.hold(uri) as own_lease:
+        store.adopt(uri, own_lease.number)
+        result = {"feature_set": uri, **store.vacuum(uri, own_lease.number)}
+        if not own_lease.after_break:  # what a killed extraction did not come to is still missing
+            own_lease.finish()
     return result

@@ -23,8 +23,8 @@ def check(config: Any) -> None:
     package = _package()
     if package is None:
         return
-    given = {key: getattr(config, key) for key in WRITTEN if hasattr(config, key)}
-    places = given | ({"tracking_uri": str(file)} if file else {})
+    values = {key: getattr(config, key) for key in WRITTEN if hasattr(config, key)}
+    places = values | ({"tracking_uri": str(file)} if file else {})
     lost = [key for key, place in places.items() if _is_inside(place, package)]
     if lost:
         named = ", ".join(f"{key}={getattr(config, key)!r}" for key in lost)
@@ -36,8 +36,8 @@ def check(config: Any) -> None:
 
 def _package() -> Path | None:
     """The folder that Ray made of a job's working directory, if this process is in one."""
-    here = Path.cwd()
-    folders = (each for each in (here, *here.parents) if each.name.startswith("_ray_pkg_"))
+    working_directory = Path.cwd()
+    folders = (each for each in (working_directory, *working_directory.parents) if each.name.startswith("_ray_pkg_"))
     return next((each for each in folders if each.parent.name == "working_dir_files"), None)
 
 

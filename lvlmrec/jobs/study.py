@@ -237,9 +237,9 @@ def evaluate(
         has_all = set(shown_for(config.dataset.several_targets).test) <= set(done["test"])  # its `ks` may be others
         if same and has_all and set(baselines) <= set(done["baselines"]):
             return done | {"reused": True}
-    given: dict[str, Any] = {"workspace": config.workspace, "checkpoint": uri, "baselines": baselines}
-    given |= {"item_knn_neighbours": item_knn_neighbours}
-    return evaluating.run(configs.load(EvaluateConfig, [given])) | {"reused": False}
+    settings: dict[str, Any] = {"workspace": config.workspace, "checkpoint": uri, "baselines": baselines}
+    settings |= {"item_knn_neighbours": item_knn_neighbours}
+    return evaluating.run(configs.load(EvaluateConfig, [settings])) | {"reused": False}
 
 
 def write(study: Study) -> dict[str, str]:
