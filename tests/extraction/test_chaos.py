@@ -65,7 +65,7 @@ def assert_undisturbed(arguments: list[str], result: dict[str, Any]) -> None:
     assert sorted(index[ITEM_ID]) == [f"item{i:05d}" for i in range(ITEMS)]
     assert not len(store.read_rejected(uri))
     config = load(ExtractConfig, [], arguments)
-    model = LVLMS["text_encoder"].load(config.lvlm, store.read(uri).recipe)
+    model = LVLMS["text_encoder"].load(config.lvlm, store.read(uri).recipe.reading)
     titles = {row[ITEM_ID]: row["title"] for row in pipeline.plan(config).manifest.to_pylist()}
     for part, rows in index.groupby("part"):
         table = storage.read_table(f"{uri}/parts/{part}").take(rows["row"].to_numpy())

@@ -43,7 +43,7 @@ def test_memory_that_runs_out_and_an_item_that_kills_the_device(
     assert result["oom_fallbacks"] >= 2  # of 4 titles, of 2; again in each new process
     assert result["lowest_batch_size"] == 1
     assert f"memory ran out {result['oom_fallbacks']} times with lvlm.batch_size=4" in capsys.readouterr().err
-    encoder = LVLMS["text_encoder"].load(plan.config.lvlm, plan.recipe)
+    encoder = LVLMS["text_encoder"].load(plan.config.lvlm, plan.recipe.reading)
     for item_id, row in rows_of(result["feature_set"]).items():
         for name, values in encoder.extract(encoder.prepare([Item(item_id, texts={"title": titles[item_id]})])).items():
             np.testing.assert_allclose(row[name], values[0].numpy(), rtol=0, atol=2e-6)

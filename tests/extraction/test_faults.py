@@ -79,7 +79,7 @@ def test_an_item_that_kills_its_process_is_one_rejected_row(tmp_path: Path, mode
     assert (result["written"], result["rejected_by_reason"]) == (19, {"model/worker_died": 1})
     rows = rows_of(result["feature_set"])
     assert sorted(rows) == sorted({*titles} - {"item7"})
-    encoder = LVLMS["text_encoder"].load(plan.config.lvlm, plan.recipe)
+    encoder = LVLMS["text_encoder"].load(plan.config.lvlm, plan.recipe.reading)
     for item_id, row in rows.items():
         for name, values in encoder.extract(encoder.prepare([Item(item_id, texts={"title": titles[item_id]})])).items():
             np.testing.assert_array_equal(row[name], values[0].numpy())

@@ -104,7 +104,7 @@ class TestExtraction:
         config = load(ExtractConfig, [], [*overrides(tmp_path, model, videos), "recipe.dtype=float32"])
         plan = pipeline.plan(config)
         result = pipeline.run(plan, lambda metrics, step: None)
-        lvlm = LVLMS["llava_onevision"].load(config.lvlm, plan.recipe)
+        lvlm = LVLMS["llava_onevision"].load(config.lvlm, plan.recipe.reading)
         rows = rows_of(result["feature_set"])
         for item in GOOD:
             clip = sample_clip(videos / f"{item}.mp4", 8, 1280)
@@ -258,7 +258,7 @@ def test_titles_covers_and_captions_from_a_manifest_to_a_second_model(
     read = ["recipe.prompts={said: {text: '{caption}', input: text}}", "recipe.poolings=[all_mean]"]
     second = extract(*shared, f"input={result['feature_set']}", *read)
     assert sorted(rows_of(second["feature_set"])) == ["a", "b"]
-    recipe = store.read(second["feature_set"]).recipe
+    recipe = store.read(second["feature_set"]).recipe.reading
     assert recipe.texts_from == store.read(result["feature_set"]).recipe.fingerprint
     assert recipe.media == ()
     with pytest.raises(InputError, match=r"no column 'title'; its columns: item_id, caption"):
