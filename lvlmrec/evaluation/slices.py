@@ -31,6 +31,32 @@ def by_popularity(targets: NDArray[np.integer], train_counts: NDArray[np.integer
     return {name: warm & (of_users == number) for number, name in enumerate(("head", "mid", "tail"))}
 
 
+def by_occurrences(counts: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:
+    """Slices by how often the target occurs in training, as masks [T]; `counts` [T]. Cold targets are in none."""
+    return {
+        "occurs_1_to_3": (counts >= 1) & (counts <= 3),
+        "occurs_4_to_10": (counts >= 4) & (counts <= 10),
+        "occurs_11_to_30": (counts >= 11) & (counts <= 30),
+        "occurs_over_30": counts > 30,
+    }
+
+
+def slices_of(
+    targets: NDArray[np.integer], train_counts: NDArray[np.integer], histories: NDArray[np.integer]
+) -> dict[str, NDArray[np.bool_]]:
+    """All slices that validation and test are told apart by, as masks [T].
+
+    targets [T], train_counts [I + 1] by item index, histories [T, H] padded with 0.
+    """
+    counts = train_counts[targets]
+    return {
+        **by_coldness(counts == 0),
+        **by_occurrences(counts),
+        **by_popularity(targets, train_counts),
+        **by_history_length(histories),
+    }
+
+
 def by_history_length(histories: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:
     """The slices up to 5, 6 to 10 and over 10 items before the target, as masks [U]; histories [U, H] padded with 0."""
     lengths = (histories > 0).sum(axis=1)

@@ -31,7 +31,7 @@ from lvlmrec.runs import checkpoint, evaluating, experiment, methods
 from lvlmrec.runs.evaluating import EvaluateConfig
 from lvlmrec.runs.experiment import Experiment, TrainConfig
 from lvlmrec.runs.grid import Outcomes, Plan, Step, StudyConfig, Trial, choose, folder, next_steps
-from lvlmrec.runs.loop import State, fit, new_state, publish
+from lvlmrec.runs.loop import State, fit, new_state, of_slices, publish
 from lvlmrec.tracking import Run
 
 MAX_WORKER_FAILURES = 3
@@ -148,7 +148,9 @@ def _take(study: Study, task: ObjectRef) -> None:
         kind = "validation" if step.action == "train" else "test"
         (outcomes.trained if step.action == "train" else outcomes.evaluated)[step.trial] = result
         if kind == "validation":
-            child.log_best_epoch(result[kind], result["best_epoch"], 0 if result["reused"] else result["epochs"])
+            slices = of_slices(result, study.config.dataset.selected_by)
+            last = 0 if result["reused"] else result["epochs"]
+            child.log_best_epoch(result[kind], result["best_epoch"], last, slices)
         else:
             child.log_metrics({f"{kind}/{name}": value for name, value in result[kind].items()})
         child.finish("FINISHED")

@@ -30,7 +30,7 @@ from lvlmrec.features.array import FeatureArray
 from lvlmrec.runs import checkpoint
 from lvlmrec.runs.divergence import Diverged
 from lvlmrec.runs.experiment import Experiment, TrainConfig, TrainingConfig, load_features
-from lvlmrec.runs.loop import Progress, State, fit, new_state, publish
+from lvlmrec.runs.loop import Progress, State, fit, new_state, of_slices, publish
 from lvlmrec.tracking import Run
 
 MAX_WORKER_FAILURES = 3
@@ -45,10 +45,11 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
     Raises `JobFailed` when the workers failed more often than `MAX_WORKER_FAILURES`; an interruption says after which
     epoch the same run goes on.
     """
+    selected_by = experiment.config.dataset.selected_by
     done = checkpoint.read_result(experiment.checkpoint)
     if done is not None:
         print(f"train: {experiment.checkpoint} is finished; nothing to do", file=sys.stderr)
-        tracking.log_best_epoch(done["validation"], done["best_epoch"])
+        tracking.log_best_epoch(done["validation"], done["best_epoch"], slices=of_slices(done, selected_by))
         return done | {"checkpoint": experiment.checkpoint, "reused": True}
     for folder in (experiment.checkpoint.rpartition("/")[0], _runs(experiment)):
         storage.check_writable(folder)
@@ -60,7 +61,8 @@ def run(experiment: Experiment, tracking: Run) -> dict[str, Any]:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_resumes(experiment)) from None
     print(f"train: {_ending(experiment.config, result)}", file=sys.stderr)
-    tracking.log_best_epoch(result["validation"], result["best_epoch"], result["epochs"])
+    slices = of_slices(result, selected_by)
+    tracking.log_best_epoch(result["validation"], result["best_epoch"], result["epochs"], slices)
     return result | {"checkpoint": experiment.checkpoint, "reused": False}
 
 

@@ -22,6 +22,7 @@ from lvlmrec.evaluation.shown import (
 from lvlmrec.report.comparison import table
 
 NONE = "-"
+BY_SLICE = "by target and length of history, with how many users"
 WHY_NONE = "p over seeds: - with fewer than two seeds, or where all of them differ alike"
 
 
@@ -36,7 +37,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def blocks(rows: Sequence[Mapping[str, Any]], reference: str) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and body of the four tables that people read."""
+    """Title, head and body of the five tables that people read."""
     methods = [row for row in rows if "trials" in row]
     head = ["method", "chosen on validation", "trials", "seeds", "parameters", "s / epoch", "status"]
     keys = ["setting", "trials", "seeds", "parameters", "seconds_per_epoch", "status"]
@@ -60,16 +61,19 @@ def blocks(rows: Sequence[Mapping[str, Any]], reference: str) -> list[tuple[str,
         ("Settings", head, settings),
         ("Mean ± standard deviation over seeds", ["method", *map(_headed, measured)], results),
         (f"Test, against {reference} ({WHY_NONE})", ["method", "seeds", *kinds], compared),
-        (f"Test {sliced} by target and length of history, with how many users", *_sliced(rows, shown.sliced)),
+        (f"Validation {sliced} {BY_SLICE}", *_sliced(rows, f"validation {shown.sliced}")),
+        (f"Test {sliced} {BY_SLICE}", *_sliced(rows, shown.sliced)),
     ]
 
 
 def _sliced(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
-    """Head and body; the body is empty while nothing is evaluated."""
+    """Head and body; the body is empty while nothing is measured."""
     begin = f"{metric} of "
     parts = list(dict.fromkeys(key for row in rows for key in row if key.startswith(begin)))
-    evaluated = [row for row in rows if any(part in row for part in parts)]
-    body = [[row["method"], *(f"{row[part]:.4f}" for part in parts)] for row in evaluated]
+    measured = [row for row in rows if any(part in row for part in parts)]
+    body = [
+        [row["method"], *(_cell(row.get(part), lambda value: f"{value:.4f}") for part in parts)] for row in measured
+    ]
     return ["method", *(part.removeprefix(begin) for part in parts)], body
 
 

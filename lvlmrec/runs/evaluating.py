@@ -27,7 +27,7 @@ from lvlmrec.evaluation.lists import top_from_scores, top_items
 from lvlmrec.evaluation.metrics import metrics, per_user
 from lvlmrec.evaluation.ranking import rank_from_scores, rank_targets
 from lvlmrec.evaluation.significance import holm, permutation_test
-from lvlmrec.evaluation.slices import by_coldness, by_history_length, by_popularity, slice_metrics
+from lvlmrec.evaluation.slices import slice_metrics, slices_of
 from lvlmrec.runs.checkpoint import Checkpoint, load_checkpoint
 from lvlmrec.runs.loop import encode_catalogue, encode_users
 
@@ -102,6 +102,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "ranks": uri,
         **measure(split, holdout, ranks, lists, ks),
         "validation": checkpoint.result["validation"],
+        "validation_slices": checkpoint.result.get("validation_slices", {}),
         "parameters": sum(tensor.numel() for tensor in checkpoint.model.state_dict().values()),
         "trials": checkpoint.result.get("trials"),  # configurations tried before this one; None: nobody wrote it down
         "baselines": _baselines(config, split, folder, ks),
@@ -144,11 +145,7 @@ def measure(split: Split, holdout: Holdout, ranks: np.ndarray, lists: np.ndarray
     ranks [T] and lists [T, K] of the holdout's rows.
     """
     counts = split.train_counts()
-    slices = {
-        **by_coldness(split.is_cold(holdout.targets)),
-        **by_popularity(holdout.targets, counts),
-        **by_history_length(holdout.histories),
-    }
+    slices = slices_of(holdout.targets, counts, holdout.histories)
     return {
         "test": metrics(ranks, ks, holdout.users),
         "slices": slice_metrics(ranks, slices, ks, holdout.users),
@@ -241,8 +238,10 @@ def _baselines(config: EvaluateConfig, split: Split, folder: str, ks: Sequence[i
             ranks.append(rank_from_scores(scores, targets, masked))
             lists.append(top_from_scores(scores, masked, ks[-1]))
         write_ranks(storage.join(folder, f"ranks-{name}.parquet"), split, test, np.concatenate(ranks))
+        slices = slices_of(validation.targets, split.train_counts(), validation.histories)
         results[name] = {
             "validation": metrics(np.concatenate(validated), users=validation.users),
+            "validation_slices": slice_metrics(np.concatenate(validated), slices, users=validation.users),
             **measure(split, test, np.concatenate(ranks), np.concatenate(lists), ks),
         }
     return results

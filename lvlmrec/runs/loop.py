@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lvlmrec.data.split import Holdout
 from lvlmrec.evaluation.metrics import metrics
 from lvlmrec.evaluation.ranking import rank_targets
+from lvlmrec.evaluation.slices import slice_metrics, slices_of
 from lvlmrec.features.array import FeatureArray
 from lvlmrec.models.item_features import ItemFeatures
 from lvlmrec.models.losses import LossInputs, alignment, uniformity
@@ -52,6 +53,7 @@ class Progress:
     epoch: int = 0  # epochs finished
     best_epoch: int = 0
     best: dict[str, float] = field(default_factory=dict)  # validation metrics of the best epoch
+    best_slices: dict[str, dict[str, float]] = field(default_factory=dict)  # the same by slice of the users
     train_seconds: float = 0.0  # of all finished epochs, without validation
 
     def finished(self, epochs: int, patience: int) -> bool:
@@ -174,7 +176,8 @@ def fit(
     loss: nn.Module = Loss(state.model, config.training, data.train_counts).to(device)
     if world_size > 1:
         loss = DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None)
-    settings, selected_by = config.training, config.dataset.selected_by
+    settings, selected_by, holdout = config.training, config.dataset.selected_by, data.validation
+    slices = slices_of(holdout.targets, data.train_counts, holdout.histories)
     while not state.progress.finished(settings.epochs, settings.patience):
         epoch = state.progress.epoch
         started = time.perf_counter()
@@ -183,13 +186,14 @@ def fit(
         try:
             train_loss = train_epoch(config.training, prefetch(batches), loss, state.optimizer, device)
             seconds = time.perf_counter() - started
-            validation = _validate(state.model, data, features, device)
+            ranks = _validate(state.model, data, features, device)
         except Diverged as error:
             raise Diverged(f"epoch {epoch + 1}, {error}; {remedy(config, features)}") from None
-        progress = state.progress
+        progress, validation = state.progress, metrics(ranks, users=holdout.users)
         progress.epoch, progress.train_seconds = epoch + 1, progress.train_seconds + seconds
         if not progress.best or validation[selected_by] > progress.best[selected_by]:
             progress.best, progress.best_epoch = validation, progress.epoch
+            progress.best_slices = slice_metrics(ranks, slices, users=holdout.users)
             state.best_weights = _weights(state.model)
         prefixed = {f"validation/{name}": value for name, value in validation.items()}
         report({"epoch": epoch + 1, "train_loss": train_loss, "epoch_seconds": seconds, **prefixed}, state)
@@ -199,6 +203,7 @@ def publish(experiment: Experiment, weights: Mapping[str, Tensor], progress: Pro
     """Publish the best epoch's weights as the run's checkpoint; returns the content of its result.json."""
     result = {
         "validation": progress.best,
+        "validation_slices": progress.best_slices,
         "epochs": progress.epoch,
         "best_epoch": progress.best_epoch,
         "seconds_per_epoch": round(progress.train_seconds / progress.epoch, 4),
@@ -207,6 +212,17 @@ def publish(experiment: Experiment, weights: Mapping[str, Tensor], progress: Pro
     }
     checkpoint.publish(experiment.checkpoint, experiment.config, experiment.data, experiment.features, weights, result)
     return result
+
+
+def of_slices(result: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """One metric of a result's slices of validation, as `hr@10 of cold`; those without users are left out.
+
+    Empty for a run of an earlier version, which has none.
+    """
+    slices = result.get("validation_slices", {})
+    return {
+        f"{metric} of {name}": part[metric] for name, part in slices.items() if metric in part and name != "overall"
+    }
 
 
 @torch.inference_mode()
@@ -348,14 +364,16 @@ def _gather_queries(queries: Tensor) -> Tensor:
 
 def _validate(
     model: Recommender, data: TrainingData, features: FeatureArray | None, device: torch.device
-) -> dict[str, float]:
-    """Metrics over all users; each worker ranks a part. Raises `Diverged` when weights or scores are not finite."""
+) -> np.ndarray:
+    """The item rank of each validation target, int64 [T]; each worker ranks a part.
+
+    Raises `Diverged` when weights or scores are not finite.
+    """
     rank, world_size = _rank_and_world_size()
     model.eval()
     check_weights(model)
     catalogue = encode_catalogue(model, len(data.item_ids), features, device)
-    shares = [data.validation.share(worker, world_size) for worker in range(world_size)]
-    local = shares[rank]
+    local = data.validation.share(rank, world_size)
     queries = encode_users(model, catalogue, local.inputs)
     bound = float(largest_norm(queries) * largest_norm(catalogue))  # no score is larger
     ranks_and_bounds: list[Any] = [(rank_targets(queries, catalogue, local.targets, local.histories), bound)]
@@ -365,9 +383,10 @@ def _validate(
         ranks_and_bounds = gathered
     if not all(math.isfinite(bound) for _, bound in ranks_and_bounds):
         raise Diverged("validation: the scores are not finite")
-    users = [share.users for share in shares if share.users is not None]
-    ranks = np.concatenate([ranks for ranks, _ in ranks_and_bounds])
-    return metrics(ranks, users=np.concatenate(users) if users else None)
+    ranks = np.empty(len(data.validation.targets), np.int64)
+    for worker, (of_share, _) in enumerate(ranks_and_bounds):
+        ranks[worker::world_size] = of_share
+    return ranks
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -129,7 +129,8 @@ def rows(methods: Sequence[Method], baselines: Mapping[str, Any], reference: str
             row |= _mean_and_sd(f"validation {metric}", [result["validation"][metric] for result in results])
         for metric in shown.test:
             row |= _mean_and_sd(f"test {metric}", method.test(metric))
-        row |= _by_slice(list(method.evaluations.values()), shown.sliced)
+        row |= _by_slice([result.get("validation_slices", {}) for result in results], shown.sliced, "validation ")
+        row |= _by_slice([evaluation["slices"] for evaluation in method.evaluations.values()], shown.sliced)
         made.append(row | against.get(method.name, {}))
     return made
 
@@ -216,16 +217,20 @@ def _baseline_row(name: str, result: Mapping[str, Any], shown: Shown) -> dict[st
     for part, names in (("validation", shown.validation), ("test", shown.test)):
         for metric in names:
             row |= _mean_and_sd(f"{part} {metric}", [result[part][metric]])
-    return row | _by_slice([result], shown.sliced)
+    row |= _by_slice([result.get("validation_slices", {})], shown.sliced, "validation ")
+    return row | _by_slice([result["slices"]], shown.sliced)
 
 
-def _by_slice(evaluations: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
-    """Mean over the evaluations of the metric of each part of the users, named with their number."""
-    if not evaluations:
+def _by_slice(slices: Sequence[Mapping[str, Any]], metric: str, prefix: str = "") -> dict[str, float]:
+    """Mean over runs of the metric of each part of the users, named with their number.
+
+    Empty where a run has none: those of earlier versions have none of validation.
+    """
+    if not all(slices) or not slices:
         return {}
     return {
-        f"{metric} of {name} ({part['users']:,})": float(np.mean([e["slices"][name][metric] for e in evaluations]))
-        for name, part in evaluations[0]["slices"].items()
+        f"{prefix}{metric} of {name} ({part['users']:,})": float(np.mean([each[name][metric] for each in slices]))
+        for name, part in slices[0].items()
         if name != "overall" and part["users"]
     }
 

@@ -68,14 +68,18 @@ class Run:
 
         self._send("metrics", {"step": step, "metrics": dict(metrics)}, send)
 
-    def log_best_epoch(self, validation: Mapping[str, float], epoch: int, last: int = 0) -> None:
+    def log_best_epoch(
+        self, validation: Mapping[str, float], epoch: int, last: int = 0, slices: Mapping[str, float] | None = None
+    ) -> None:
         """Log the best epoch's metrics as `best/...` at its step, and as the value of `validation/...` in tables.
 
-        `last` is the last epoch whose `validation/...` this run logged, 0 for none. MLflow's tables show the value of
-        the largest step, and of several values at one step the latest: where the best epoch is not the last, its
-        metrics are logged once more at the last step.
+        `slices` are metrics of parts of the users, such as `hr@10 of cold`: they are `best/...` alone. `last` is the
+        last epoch whose `validation/...` this run logged, 0 for none. MLflow's tables show the value of the largest
+        step, and of several values at one step the latest: where the best epoch is not the last, its metrics are
+        logged once more at the last step.
         """
-        self.log_metrics({f"best/{name}": value for name, value in validation.items()}, step=epoch)
+        best = {**validation, **(slices or {})}
+        self.log_metrics({f"best/{name}": value for name, value in best.items()}, step=epoch)
         if last != epoch:
             shown = {f"validation/{name}": value for name, value in validation.items()}
             self.log_metrics(shown, step=max(last, epoch))

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from lvlmrec.evaluation.slices import by_coldness, by_history_length, by_popularity, slice_metrics
+from lvlmrec.evaluation.slices import (
+    by_coldness,
+    by_history_length,
+    by_occurrences,
+    by_popularity,
+    slice_metrics,
+    slices_of,
+)
 
 COUNTS = np.array([0, 9, 9, 6, 6, 3, 2, 1, 0])  # 36 interactions: a third is 12
 
@@ -42,6 +49,30 @@ def test_history_lengths_leave_padding_out():
         "history_6_to_10": [3, 4],
         "history_over_10": [5],
     }
+
+
+def test_how_often_a_target_occurs_in_training():
+    counts = np.array([0, 1, 3, 4, 10, 11, 30, 31, 500])
+    slices = by_occurrences(counts)
+    assert {name: counts[mask].tolist() for name, mask in slices.items()} == {
+        "occurs_1_to_3": [1, 3],
+        "occurs_4_to_10": [4, 10],
+        "occurs_11_to_30": [11, 30],
+        "occurs_over_30": [31, 500],
+    }
+
+
+def test_slices_of_the_same_kind_share_out_the_targets():
+    rng = np.random.default_rng(3)
+    counts = np.append(0, rng.geometric(0.05, 80) - 1)
+    targets, histories = rng.integers(1, 81, 300), rng.integers(0, 2, (300, 14))
+    slices = slices_of(targets, counts, histories)
+    for kind in ("occurs_", "head mid tail", "history_"):
+        of_kind = [mask for name, mask in slices.items() if name.startswith(kind) or name in kind.split()]
+        with_cold = [*of_kind, slices["cold"]] if kind != "history_" else of_kind
+        np.testing.assert_array_equal(np.sum(with_cold, axis=0), 1, err_msg=kind)
+    np.testing.assert_array_equal(slices["cold"], counts[targets] == 0)
+    assert slices["overall"].all() and not (slices["warm"] & slices["cold"]).any()
 
 
 def test_a_users_targets_in_a_slice_are_its_set_there():

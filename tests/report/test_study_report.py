@@ -44,7 +44,9 @@ def write_ranks(uri: str, ranks: list[int]) -> str:
 
 def trained(columns: list[str], value: float = 0.5) -> dict[str, Any]:
     validation = {"hr@10": value, "ndcg@10": value / 2}
-    return {"validation": validation, "parameters": 1234, "seconds_per_epoch": 2.0, "feature_columns": columns}
+    slices = {"overall": {"users": 40, "hr@10": value}, "occurs_1_to_3": {"users": 9, "hr@10": value / 4}}
+    known = {"parameters": 1234, "seconds_per_epoch": 2.0, "feature_columns": columns}
+    return {"validation": validation, "validation_slices": slices, **known}
 
 
 def evaluated(ranks: str, hr: float) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def test_rows_are_means_and_deviations_over_seeds(plan: Plan, tmp_path: Path) ->
     assert {row["status"] for row in rows} == {"complete"}
     text = report.to_text(rows, "ID")
     assert "0.1125 ± 0.0177" in text and "+0.2500" in text and "1,234" in text
-    assert report.to_markdown(rows, "ID").count("| DFF |") == 4
+    assert report.to_markdown(rows, "ID").count("| DFF |") == 5
     *_, (title, head, body) = report.blocks(rows, "ID")
     assert title.startswith("Test HR@10 by target") and head == ["method", "warm (40)"], "nobody's target is cold"
     assert body[0] == ["ID", "0.1125"], "4 and 5 of 40 users"
@@ -140,12 +142,25 @@ def test_holms_correction_is_over_the_methods_that_have_a_p_value_over_seeds(pla
     assert found[smallest]["Holm p over seeds hr@10"] == pytest.approx(min(1, 3 * p_values[smallest]))
     for name, row in found.items():
         assert (row["Holm p over seeds hr@10"] is None) == (name not in p_values)
-    _, _, (title, head, body), _ = report.blocks(methods.rows(methods.collect(plan, outcomes), {}, "ID"), "ID")
+    _, _, (title, head, body), *_ = report.blocks(methods.rows(methods.collect(plan, outcomes), {}, "ID"), "ID")
     shown = {row[0]: dict(zip(head, row, strict=True)) for row in body}
     assert shown["fusion llm.0"]["HR@10 p over seeds"] == shown["fusion llm.0"]["HR@10 Holm p over seeds"] == "-"
     assert "p over seeds: - with fewer than two seeds, or where all of them differ alike" in title
     assert shown["DFF"]["HR@10 p over seeds"] == f"{p_values['DFF']:.2g}"
     assert "HR@10 p_users (seeds left out)" in head
+
+
+def test_validation_is_shown_by_slice_where_the_runs_have_it(plan: Plan, tmp_path: Path) -> None:
+    outcomes = whole(plan, tmp_path)
+    rows = methods.rows(methods.collect(plan, outcomes), {}, "ID")
+    title, head, body = report.blocks(rows, "ID")[3]
+    assert title.startswith("Validation HR@10 by target") and head == ["method", "occurs_1_to_3 (9)"]
+    values = {row["method"]: row["validation hr@10"] / 4 for row in rows}
+    assert {row[0]: row[1] for row in body} == {name: f"{value:.4f}" for name, value in values.items()}
+    earlier = next(trial for trial in outcomes.trained if trial.method == "DFF")
+    del outcomes.trained[earlier]["validation_slices"]
+    rows = methods.rows(methods.collect(plan, outcomes), {}, "ID")
+    assert "DFF" not in {row[0] for row in report.blocks(rows, "ID")[3][2]}
 
 
 def test_one_seed_has_no_p_value_over_seeds_whatever_the_users_say(plan: Plan, tmp_path: Path) -> None:
@@ -178,7 +193,7 @@ def test_of_several_targets_the_tables_show_recall_ndcg_and_map_of_users(world: 
             measured = dict.fromkeys(SEVERAL_TARGETS.test, better / 40)
             slices = {"warm": {"users": 10, "targets": 40, "recall@20": better / 40}}
             validation = dict.fromkeys(("hr@10", *SEVERAL_TARGETS.validation), 0.5)
-            outcomes.trained[Trial(name, 0, seed)] = trained([]) | {"validation": validation}
+            outcomes.trained[Trial(name, 0, seed)] = trained([]) | {"validation": validation, "validation_slices": {}}
             outcomes.evaluated[Trial(name, 0, seed)] = {"ranks": uri, "test": measured, "slices": slices}
     found = methods.collect(plan, outcomes)
     rows = methods.rows(found, {}, "ID")

@@ -98,6 +98,9 @@ def test_the_ranks_are_those_counted_by_hand(evaluated: dict, trained: dict[str,
     assert evaluated[encoder]["users"] == 150
 
 
+OFTEN = {3: "occurs_1_to_3", 10: "occurs_4_to_10", 30: "occurs_11_to_30"}
+
+
 def slice_by_hand(row: list[str], counts: dict[str, int]) -> set[str]:
     """The slices of a user, by target and history: the target is its last item, training all but the last two."""
     target, length = row[-1], len(row) - 1
@@ -105,7 +108,8 @@ def slice_by_hand(row: list[str], counts: dict[str, int]) -> set[str]:
     if not counts.get(target):
         return inside | {"cold"}
     above = sum(count for count in counts.values() if count > counts[target]) / sum(counts.values())
-    return inside | {"warm", "head" if above < 1 / 3 else "mid" if above < 2 / 3 else "tail"}
+    often = next((name for most, name in OFTEN.items() if counts[target] <= most), "occurs_over_30")
+    return inside | {often, "warm", "head" if above < 1 / 3 else "mid" if above < 2 / 3 else "tail"}
 
 
 def test_the_slices_are_those_of_each_users_target_and_history(evaluated: dict) -> None:

@@ -218,6 +218,11 @@ def test_the_best_epochs_weights_are_kept(world: Path, tmp_path: Path) -> None:
     catalogue = encode_catalogue(state.model, len(ITEM_IDS), None, CPU)
     ranks = rank_holdout(state.model, catalogue, prepared.data.validation)
     assert (ranks <= 10).mean() == state.progress.best["hr@10"] > hit_rates[-1]
+    counts = prepared.data.train_counts[prepared.data.validation.targets]
+    rare, found = (counts >= 4) & (counts <= 10), state.progress.best_slices["occurs_4_to_10"]
+    assert 0 < rare.sum() < len(ranks)
+    assert found["users"] == rare.sum() and found["hr@10"] == (ranks[rare] <= 10).mean()
+    assert state.progress.best_slices["overall"]["hr@10"] == hit_rates[best]
 
 
 def test_alignment_and_uniformity_move_queries_and_items(world: Path, tmp_path: Path) -> None:

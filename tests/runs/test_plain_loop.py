@@ -177,7 +177,7 @@ def test_fit_is_the_plain_loop(small_world: Path, tmp_path: Path, monkeypatch: p
     fit = Fitting(experiment.prepare(train_config(small_world, tmp_path, **values)))
     # Draws have a test of their own; validation, in float32, too.
     monkeypatch.setattr(batches, "draw_negatives", lambda rng, owned, *_: drawn(owned))
-    monkeypatch.setattr(loop, "_validate", lambda *_: {"hr@10": 0.0})
+    monkeypatch.setattr(loop, "_validate", lambda _, data, *rest: np.full(len(data.validation.targets), 10**6))
     state = fit.new_state()
     state.model.double()
     start = {name: weight.detach().clone() for name, weight in state.model.named_parameters()}
