@@ -48,7 +48,18 @@ class Holdout:
 
     def share(self, worker: int, num_workers: int) -> Holdout:
         """Every `num_workers`-th row from row `worker` on."""
-        rows = slice(worker, None, num_workers)
+        return self._rows(slice(worker, None, num_workers))
+
+    def sample(self, num_users: int) -> Holdout:
+        """All rows of so many users, always the same ones of a holdout; all users where there are no more."""
+        users = np.arange(len(self.targets)) if self.users is None else self.users
+        every = np.unique(users)
+        if num_users >= len(every):
+            return self
+        drawn = np.random.default_rng(0).choice(every, num_users, replace=False)
+        return self._rows(np.flatnonzero(np.isin(users, drawn)))
+
+    def _rows(self, rows: slice | NDArray[np.int64]) -> Holdout:
         users = None if self.users is None else self.users[rows]
         return Holdout(self.inputs[rows], self.targets[rows], self.histories[rows], users)
 

@@ -67,6 +67,9 @@ class TrainingConfig:
         "epochs without a better validation metric (HR@10, or Recall@20 for several targets) before it stops",
         minimum=1,
     )
+    validation_users: int = option(
+        0, "users on which an epoch is validated, the same in every epoch and run of a dataset; 0: all", minimum=0
+    )
     precision: str = option("float32", "arithmetic of the forward pass", choices=("float32", "bfloat16"))
     loss: LossConfig = variant(LOSSES, "in_batch_softmax", "the loss")
     alignment: float = option(0.0, "weight of the mean squared distance between query and label, normalised", minimum=0)
@@ -189,7 +192,9 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     `every_layer` prepares all matching columns even for an item encoder that reads one: a search chooses among them.
     """
     split, report = load_split(config.dataset)
-    fingerprint = split.fingerprint()
+    fingerprint, validation = split.fingerprint(), split.validation()
+    if config.training.validation_users:
+        validation = validation.sample(config.training.validation_users)
     of_two = split.training()[:, -2] > 0
     sequences, owners = split.training()[of_two], split.owners[of_two]
     if not len(sequences):
@@ -203,7 +208,7 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
         owners,
         split.user_items,
         split.train_counts(),
-        split.validation(),
+        validation,
         split.num_users,
     )
     _check_negatives(config, data)

@@ -8,7 +8,7 @@ import pytest
 
 from lvlmrec.data import microlens
 from lvlmrec.data.interactions import from_columns
-from lvlmrec.data.split import Split, leave_one_out
+from lvlmrec.data.split import Holdout, Split, leave_one_out
 from lvlmrec.errors import InputError
 
 
@@ -137,3 +137,19 @@ def test_amazon_beauty(real_data: Path, tmp_path: Path) -> None:
     found = leave_one_out(interactions)
     last = {line.split()[0]: line.split()[-1] for line in lines}
     assert found.item_ids[found.test().targets - 1].tolist() == [last[user] for user in found.user_ids]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_sample_of_users_has_all_their_rows_and_is_always_the_same(several: bool) -> None:
+    rows = np.arange(40, dtype=np.int32)
+    users = np.repeat(np.arange(20), 2) if several else None
+    holdout = Holdout(rows[:, None], rows, rows[:, None], users)
+    drawn = holdout.sample(7)
+    assert len(drawn.targets) == (14 if several else 7) and (np.diff(drawn.targets) > 0).all()
+    np.testing.assert_array_equal(drawn.targets, holdout.sample(7).targets)
+    np.testing.assert_array_equal(drawn.inputs[:, 0], drawn.targets)
+    if several:
+        np.testing.assert_array_equal(drawn.users, np.repeat(np.unique(drawn.users), 2))
+        np.testing.assert_array_equal(drawn.users, drawn.targets // 2)
+    assert set(holdout.sample(3).targets) != set(rows[: len(holdout.sample(3).targets)]), "drawn, not the first"
+    assert holdout.sample(20 if several else 40) is holdout is holdout.sample(10**9)

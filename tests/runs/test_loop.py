@@ -225,6 +225,15 @@ def test_the_best_epochs_weights_are_kept(world: Path, tmp_path: Path) -> None:
     assert state.progress.best_slices["overall"]["hr@10"] == hit_rates[best]
 
 
+def test_an_epoch_is_validated_on_the_users_that_were_drawn(world: Path, tmp_path: Path) -> None:
+    every = experiment.prepare(train_config(world, tmp_path))
+    few = experiment.prepare(train_config(world, tmp_path, training__validation_users=20))
+    assert len(few.data.validation.targets) == 20 < len(every.data.validation.targets)
+    assert few.key != every.key == experiment.prepare(train_config(world, tmp_path, training__validation_users=0)).key
+    _, state = fitted(train_config(world, tmp_path, training__validation_users=20, training__epochs=1))
+    assert state.progress.best_slices["overall"]["users"] == 20
+
+
 def test_alignment_and_uniformity_move_queries_and_items(world: Path, tmp_path: Path) -> None:
     """With a weight, its term becomes smaller than without."""
     terms = {}
