@@ -4,7 +4,7 @@ The rule, the same for every model and baseline: the candidates are all items bu
 score first. Ties are broken by the smaller item index, which is reproducible and independent of the model. As in the
 ranking of targets NaN counts as higher than any number. A user with fewer than K candidates has 0 in the last places.
 
-Shapes: U users, E embedding, I items, H history, K cut-off; column 0 of the scores is padding.
+Shapes: U users, I items, H history, K cut-off; column 0 of the scores is padding.
 """
 
 from __future__ import annotations
@@ -17,26 +17,8 @@ from torch import Tensor
 Array = NDArray | Tensor
 
 
-def top_items(
-    queries: Tensor, item_embeddings: Tensor, histories: Array, k: int, chunk_size: int = 1024
-) -> NDArray[np.int64]:
-    """The best `k` item indices [U, K] by `queries @ item_embeddings.T`, over `chunk_size` users at a time.
-
-    queries [U, E], item_embeddings [I + 1, E], histories [U, H] padded with 0. Scores are computed in float32 or
-    better, as for the ranks.
-    """
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, item_embeddings.dtype), torch.float32)
-    items = item_embeddings.to(dtype)
-    lists = [np.empty((0, k), dtype=np.int64)]
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        for start in range(0, len(queries), chunk_size):
-            users = slice(start, start + chunk_size)
-            lists.append(top_from_scores(queries[users].to(dtype) @ items.T, histories[users], k))
-    return np.concatenate(lists)
-
-
 def top_from_scores(scores: Array, histories: Array, k: int) -> NDArray[np.int64]:
-    """The best `k` item indices [U, K] for scores [U, I + 1] and histories [U, H] padded with 0."""
+    """The best `k` item indices [U, K] for scores [U, I + 1], left as they are, histories [U, H] padded with 0."""
     scores = torch.as_tensor(scores)
     histories = torch.as_tensor(histories, dtype=torch.int64, device=scores.device)
     lowest = torch.finfo(scores.dtype).min  # -inf marks items that are no candidates

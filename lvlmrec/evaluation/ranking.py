@@ -10,6 +10,8 @@ Shapes: U users, E embedding, I items, H history; column 0 of the scores is padd
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,25 +20,31 @@ from torch import Tensor
 Array = NDArray | Tensor
 
 
-def rank_targets(
-    queries: Tensor, item_embeddings: Tensor, targets: Array, histories: Array, chunk_size: int = 128
-) -> NDArray[np.int64]:
-    """Ranks [U] for scores `queries @ item_embeddings.T`, over `chunk_size` users at a time.
+def score_chunks(queries: Tensor, item_embeddings: Tensor, chunk_size: int = 128) -> Iterator[tuple[slice, Tensor]]:
+    """Which users, and their scores `queries @ item_embeddings.T` [u, I + 1], `chunk_size` users at a time.
 
-    queries [U, E], item_embeddings [I + 1, E], targets [U] in 1..I, histories [U, H] padded with 0. Scores are computed
-    in float32 or wider, also under autocast: half precision would make ties that the model does not have. Equal
-    embeddings tie up to the rounding of the matrix product, which may differ between columns in a chunk of one user.
+    queries [U, E], item_embeddings [I + 1, E]. The next chunk overwrites the scores. They are computed in float32 or
+    wider, also under autocast: half precision would make ties that the model does not have. Equal embeddings tie up to
+    the rounding of the matrix product, which may differ between columns in a chunk of one user.
     """
     dtype = torch.promote_types(torch.promote_types(queries.dtype, item_embeddings.dtype), torch.float32)
     items = item_embeddings.to(dtype)
-    ranks = [np.empty(0, dtype=np.int64)]
     scores = items.new_empty(min(chunk_size, len(queries)), len(items))  # one buffer: new memory costs page faults
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        for start in range(0, len(queries), chunk_size):
-            users = slice(start, start + chunk_size)
-            chunk_queries = queries[users].to(dtype)
+    for start in range(0, len(queries), chunk_size):
+        users = slice(start, start + chunk_size)
+        chunk_queries = queries[users].to(dtype)
+        with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
             torch.mm(chunk_queries, items.T, out=scores[: len(chunk_queries)])
-            ranks.append(rank_from_scores(scores[: len(chunk_queries)], targets[users], histories[users]))
+        yield users, scores[: len(chunk_queries)]
+
+
+def rank_targets(
+    queries: Tensor, item_embeddings: Tensor, targets: Array, histories: Array, chunk_size: int = 128
+) -> NDArray[np.int64]:
+    """Ranks [U] for the scores of `score_chunks`; targets [U] in 1..I, histories [U, H] padded with 0."""
+    ranks = [np.empty(0, dtype=np.int64)]
+    for users, scores in score_chunks(queries, item_embeddings, chunk_size):
+        ranks.append(rank_from_scores(scores, targets[users], histories[users]))
     return np.concatenate(ranks)
 
 

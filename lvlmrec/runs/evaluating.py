@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,9 @@ from lvlmrec.data import load_split
 from lvlmrec.data.split import Holdout, Split
 from lvlmrec.errors import ConfigError, InputError, StorageError, StorageRefused, one_line
 from lvlmrec.evaluation.beyond_accuracy import beyond_accuracy
-from lvlmrec.evaluation.lists import top_from_scores, top_items
+from lvlmrec.evaluation.lists import top_from_scores
 from lvlmrec.evaluation.metrics import metrics, per_user
-from lvlmrec.evaluation.ranking import rank_from_scores, rank_targets
+from lvlmrec.evaluation.ranking import rank_from_scores, score_chunks
 from lvlmrec.evaluation.significance import holm, permutation_test
 from lvlmrec.evaluation.slices import slice_metrics, slices_of
 from lvlmrec.runs.checkpoint import Checkpoint, load_checkpoint
@@ -90,8 +90,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     model = checkpoint.model.to(device)
     catalogue = encode_catalogue(model, len(checkpoint.item_ids), checkpoint.features, device)
     queries = encode_users(model, catalogue, holdout.inputs)
-    ranks = rank_targets(queries, catalogue, holdout.targets, holdout.histories)
-    lists = top_items(queries, catalogue, holdout.histories, ks[-1])
+    ranks, lists = _ranks_and_lists(score_chunks(queries, catalogue), holdout, ks[-1])
     uri = storage.join(folder, "ranks.parquet")
     write_ranks(uri, split, holdout, ranks)
     result: dict[str, Any] = {
@@ -232,28 +231,32 @@ def _baselines(config: EvaluateConfig, split: Split, folder: str, ks: Sequence[i
     for name in config.baselines:
         baseline = BASELINES[name](**settings.get(name, {}))
         baseline.fit(histories, len(split.item_ids))
-        validated = [rank_from_scores(scores, *masks) for scores, *masks in _scored(baseline, validation)]
-        ranks, lists = [], []
-        for scores, targets, masked in _scored(baseline, test):
-            ranks.append(rank_from_scores(scores, targets, masked))
-            lists.append(top_from_scores(scores, masked, ks[-1]))
-        write_ranks(storage.join(folder, f"ranks-{name}.parquet"), split, test, np.concatenate(ranks))
+        validated, _ = _ranks_and_lists(_scored(baseline, validation), validation, 0)
+        ranks, lists = _ranks_and_lists(_scored(baseline, test), test, ks[-1])
+        write_ranks(storage.join(folder, f"ranks-{name}.parquet"), split, test, ranks)
         slices = slices_of(validation.targets, split.train_counts(), validation.histories)
         results[name] = {
-            "validation": metrics(np.concatenate(validated), users=validation.users),
-            "validation_slices": slice_metrics(np.concatenate(validated), slices, users=validation.users),
-            **measure(split, test, np.concatenate(ranks), np.concatenate(lists), ks),
+            "validation": metrics(validated, users=validation.users),
+            "validation_slices": slice_metrics(validated, slices, users=validation.users),
+            **measure(split, test, ranks, lists, ks),
         }
     return results
 
 
-def _scored(baseline: Baseline, holdout: Holdout) -> Iterator[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
-    """Scores [B, I + 1], targets [B] and histories [B, H] of a block of users after the other."""
-    for users in _blocks(holdout):
-        scores = torch.from_numpy(baseline.score(holdout.histories[users]))
-        yield scores, holdout.targets[users], holdout.histories[users]
+def _ranks_and_lists(
+    scored: Iterable[tuple[slice, torch.Tensor]], holdout: Holdout, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row of a holdout its target's rank [T] and its list of `k` items [T, k], in one pass over the scores."""
+    ranks, lists = [np.empty(0, np.int64)], [np.empty((0, k), np.int64)]
+    for rows, scores in scored:
+        ranks.append(rank_from_scores(scores, holdout.targets[rows], holdout.histories[rows]))
+        if k:
+            lists.append(top_from_scores(scores, holdout.histories[rows], k))
+    return np.concatenate(ranks), np.concatenate(lists)
 
 
-def _blocks(holdout: Holdout) -> Iterator[slice]:
+def _scored(baseline: Baseline, holdout: Holdout) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Which rows, and their scores [B, I + 1], a block after the other."""
     for start in range(0, len(holdout.targets), USERS_AT_ONCE):
-        yield slice(start, start + USERS_AT_ONCE)
+        rows = slice(start, start + USERS_AT_ONCE)
+        yield rows, torch.from_numpy(baseline.score(holdout.histories[rows]))

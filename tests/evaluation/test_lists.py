@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lvlmrec.evaluation.lists import top_from_scores, top_items
+from lvlmrec.evaluation.lists import top_from_scores
+from lvlmrec.evaluation.ranking import score_chunks
 
 
 def sorted_whole(scores, histories, k):
@@ -16,6 +17,12 @@ def sorted_whole(scores, histories, k):
         best = sorted(candidates, key=keys.__getitem__)[:k]
         lists.append(best + [0] * (k - len(best)))
     return np.array(lists)
+
+
+def top_items(queries, items, histories, k, chunk_size=128):
+    """The lists of chunk after chunk; each chunk's scores lie where those of the one before lay."""
+    chunks = score_chunks(queries, items, chunk_size)
+    return np.concatenate([top_from_scores(scores, histories[users], k) for users, scores in chunks])
 
 
 def case(seed, num_users=60, num_items=15, levels=4, odd=0.05):
@@ -63,5 +70,6 @@ def test_half_precision_and_autocast_make_no_ties():
 
 
 def test_no_users_have_no_lists():
-    lists = top_items(torch.empty(0, 2), torch.randn(4, 2), np.empty((0, 3), np.int32), 5)
+    assert list(score_chunks(torch.empty(0, 2), torch.randn(4, 2))) == []
+    lists = top_from_scores(torch.empty(0, 5), np.empty((0, 3), np.int32), 5)
     assert lists.shape == (0, 5) and lists.dtype == np.int64
