@@ -337,9 +337,9 @@ def _check_value(
         if distinct and entry in entries[:place]:
             raise ConfigError(f"{key}: {value!r}: {entry!r} is given twice")
         for name, bound in bounds.items():
-            holds, said = BOUNDS[name]
+            holds, relation = BOUNDS[name]
             if entry is not None and not holds(entry, bound):
-                raise ConfigError(f"{key}: {entry!r} {said} {bound}")
+                raise ConfigError(f"{key}: {entry!r} {relation} {bound}")
 
 
 def _describe(config: Any, prefix: str, write: Callable[[str], None]) -> None:

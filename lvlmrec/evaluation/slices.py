@@ -44,7 +44,7 @@ def by_occurrences(counts: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:
 def slices_of(
     targets: NDArray[np.integer], train_counts: NDArray[np.integer], histories: NDArray[np.integer]
 ) -> dict[str, NDArray[np.bool_]]:
-    """All slices that validation and test are told apart by, as masks [T].
+    """All slices of validation and test, as masks [T].
 
     targets [T], train_counts [I + 1] by item index, histories [T, H] padded with 0.
     """

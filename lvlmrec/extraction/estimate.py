@@ -1,4 +1,4 @@
-"""What an extraction will take, told before it starts: bytes from the recipe, hours from a few videos."""
+"""What an extraction will take, printed before it starts: bytes from the recipe, hours from a few videos."""
 
 from __future__ import annotations
 

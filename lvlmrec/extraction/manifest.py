@@ -49,8 +49,8 @@ def columns_for(reading: Reading) -> list[str]:
 def source_of(row: Mapping[str, str], reading: Reading, version: Callable[[str], str]) -> str:
     """16 hex digits that change with the texts of a manifest's row and, by `version`, with its files."""
     uris = [row[MEDIA_COLUMNS[kind]] for kind in reading.media]
-    seen = [*(version(uri) if uri else "" for uri in uris), *(row[field] for field in reading.fields)]
-    return hashlib.blake2b("\x1f".join(seen).encode(), digest_size=8).hexdigest()
+    parts = [*(version(uri) if uri else "" for uri in uris), *(row[field] for field in reading.fields)]
+    return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def texts_from(source: str) -> str:

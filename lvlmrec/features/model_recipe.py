@@ -89,7 +89,7 @@ class ModelRecipe:
         LVLM see the video and are pooled by mean.
         """
         is_lvlm = "llm" in self.width
-        seen = [
+        visual = [
             (kind, tap, ("visual_mean",) if is_lvlm else self.poolings)
             for kind in (self.media[:1] if is_lvlm else self.media)
             for tap in self.taps
@@ -103,7 +103,7 @@ class ModelRecipe:
         ]
         return {
             FeatureName(of, tap, pooling + end): columns.shape(symbolic, self._width_of(tap))
-            for of, tap, names in (*seen, *read)
+            for of, tap, names in (*visual, *read)
             for pooling in names
             for end, symbolic in poolings.find(pooling).columns.items()
         }

@@ -40,7 +40,7 @@ STATE_SECONDS = 30.0
 
 @dataclass
 class Study:
-    """A study that runs: what is known, what is going on, and where it is told."""
+    """A running study: results by now, running tasks, and the folder of its tables."""
 
     config: StudyConfig
     plan: Plan
@@ -143,7 +143,7 @@ def _take(study: Study, task: ObjectRef) -> None:
         outcomes.failed[step] = one_line(f"{type(cause).__name__}: {cause}")[-400:]
         child.set_tags({"error": outcomes.failed[step]})
         child.finish("FAILED")
-        said = f"failed, {outcomes.failed[step]}"
+        outcome = f"failed, {outcomes.failed[step]}"
     else:
         kind = "validation" if step.action == "train" else "test"
         (outcomes.trained if step.action == "train" else outcomes.evaluated)[step.trial] = result
@@ -155,10 +155,10 @@ def _take(study: Study, task: ObjectRef) -> None:
             child.log_metrics({f"{kind}/{name}": value for name, value in result[kind].items()})
         child.finish("FINISHED")
         name = study.config.dataset.selected_by
-        said = f"{kind} {name.upper()} {result[kind][name]:.4f}" + ", reused" * result["reused"]
+        outcome = f"{kind} {name.upper()} {result[kind][name]:.4f}" + ", reused" * result["reused"]
     del study.running[task]  # only now: an interrupted study closes the runs of what is in there
     left = len(next_steps(study.plan, outcomes))
-    print(f"study: {step.action} {_name(study, step)}: {said}; {left} steps known to be left", file=sys.stderr)
+    print(f"study: {step.action} {_name(study, step)}: {outcome}; {left} steps known to be left", file=sys.stderr)
 
 
 def train(config: TrainConfig, run: Run, threads: int, name: str) -> dict[str, Any]:

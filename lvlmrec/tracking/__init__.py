@@ -253,8 +253,8 @@ def _experiment(client: mlflow.MlflowClient, tracking_uri: str, workspace: str) 
         experiment = client.get_experiment_by_name(name) or _create_experiment(client, name, tracking_uri, workspace)
         if experiment.lifecycle_stage == "active":
             if number > 1:
-                said = f"experiment {EXPERIMENT!r} in {masked(tracking_uri)} is deleted; runs are in {name!r}"
-                untracked.warn_once(tracking_uri, name, said)
+                problem = f"experiment {EXPERIMENT!r} in {masked(tracking_uri)} is deleted; runs are in {name!r}"
+                untracked.warn_once(tracking_uri, name, problem)
             file, _ = database.file_of(tracking_uri)
             if file and file.is_relative_to(workspace):
                 database.move_artifacts(file, experiment.artifact_location, Path(workspace, "artifacts"))
