@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 
 from lvlmrec import storage
 from lvlmrec.columns import ERROR, GENERATION, ITEM_ID, MESSAGE, NUM_DISTINCT_FRAMES, PART, ROW, SOURCE, STAGE, URI
-from lvlmrec.errors import InputError
+from lvlmrec.errors import InputError, one_line
 from lvlmrec.features import index as segments
 from lvlmrec.features import provenance
 from lvlmrec.features.model_recipe import ANSWER, ModelRecipe
@@ -335,8 +335,13 @@ def vacuum(uri: str, generation: int) -> dict[str, int]:
 
 
 def _read_about(uri: str) -> dict[str, Any]:
-    """The content of recipe.json."""
-    content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, RECIPE)))
+    """The content of recipe.json. Raises `InputError` when it is no JSON object."""
+    try:
+        content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, RECIPE)))
+    except ValueError as error:
+        raise InputError(f"features {uri!r}: recipe.json is damaged: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"features {uri!r}: recipe.json is damaged: no JSON object")
     return content
 
 
@@ -345,6 +350,9 @@ def _recipe_in(uri: str, about: Mapping[str, Any]) -> Recipe:
         return Recipe.from_json({key: value for key, value in about.items() if key not in RECORDED})
     except InputError as error:
         raise type(error)(f"features {uri!r}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = one_line(f"{type(error).__name__}: {error}")
+        raise InputError(f"features {uri!r}: recipe.json is damaged: {what}") from error
 
 
 def _rows_of(uri: str, part: str) -> tuple[pa.Table, list[str]]:

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -232,4 +233,35 @@ def test_a_set_of_an_earlier_version_is_read_under_the_name_it_was_stored_with(
 def test_a_set_of_a_newer_version_says_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text((WRITTEN_BEFORE % "0").replace('"seed": 0', '"seed": 0, "windows": 3'))
     with pytest.raises(InputError, match=rf"^features '{tmp_path}': recipe\.json: .*newer version.*windows=3"):
+        store.read_recipe(str(tmp_path))
+
+
+def _broken(change: Callable[[dict[str, Any]], object]) -> str:
+    tree = recipe_of().to_json()
+    change(tree)
+    return json.dumps(tree)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"source": {',
+        "[]",
+        "\x00\xff",
+        _broken(lambda tree: tree.pop("source")),
+        _broken(lambda tree: tree.pop("columns")),
+        _broken(lambda tree: tree["source"].pop("kind")),
+        _broken(lambda tree: tree["source"].pop("taps")),
+        _broken(lambda tree: tree["source"].update(prompts=[])),
+        _broken(lambda tree: tree["source"]["prompts"].update(describe=3)),
+        _broken(lambda tree: tree["source"].update(taps=["llm"])),
+        _broken(lambda tree: tree.update(columns=[{"name": "a/b"}])),
+        _broken(lambda tree: tree.update(columns=3)),
+        _broken(lambda tree: tree.update(format="4")),
+    ],
+)
+def test_a_damaged_recipe_is_named_in_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(InputError, match=rf"^features '{tmp_path}': [^\n]+$"):
         store.read_recipe(str(tmp_path))
