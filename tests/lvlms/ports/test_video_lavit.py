@@ -329,7 +329,7 @@ def test_videos_to_features_in_an_environment_of_the_models_own(
     assert not {*OWN_MODULES} & {*sys.modules}
 
     monkeypatch.setitem(sys.modules, REQUIRED, type(sys)(REQUIRED))
-    lvlm = video_lavit_model.load(config.lvlm, plan.recipe, FAMILY.inspect(config.lvlm))
+    lvlm = video_lavit_model.load(config.lvlm, plan.recipe.reading, FAMILY.inspect(config.lvlm))
     index = store.read(plan.feature_set).index.to_pandas()
     for number, num_clips in enumerate((1, 1, 3)):
         item = Item(f"v{number}", motion=motion_clips(videos / f"v{number}.mp4", config.recipe.frames))
