@@ -93,6 +93,7 @@ def test_a_model_that_is_no_directory_is_asked_each_time(tmp_path: Path, asked: 
     assert len(asked) == 2 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_planning_with_a_model_that_is_known_imports_no_torch(models: Path, tmp_path: Path) -> None:
     """Its import takes seconds; a run that finds nothing to do has no other use for it."""
     (tmp_path / "items.csv").write_text("item_id,title\na,A cat plays the piano\n")

@@ -69,6 +69,7 @@ def keep(about: Path, ready: Callable[[object], None], end: Callable[[], object]
     end()
 
 
+@pytest.mark.thorough
 def test_an_entry_that_another_process_uses_stays_until_that_dies(tmp_path: Path) -> None:
     cache, context = Cache(tmp_path, 2500), multiprocessing.get_context("spawn")
     held = hold(cache, "a")

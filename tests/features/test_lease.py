@@ -88,6 +88,7 @@ def test_a_writer_elsewhere_is_watched(tmp_path: Path) -> None:
         first.check()
 
 
+@pytest.mark.thorough
 def test_a_writer_that_stops_elsewhere_is_taken_over_and_finds_out(
     tmp_path: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def large_set(tmp_path_factory: pytest.TempPathFactory) -> str:
     return uri
 
 
+@pytest.mark.thorough
 def test_a_cache_that_does_not_fit_is_one_line_and_no_cache(tmp_path: Path, large_set: str) -> None:
     done = in_child(COMPACT, large_set, tmp_path / "cache")
     assert "StorageError: " in done.stderr.splitlines()[-1] and "File too large" in done.stderr.splitlines()[-1]
@@ -103,6 +104,7 @@ def test_a_cache_that_does_not_fit_is_one_line_and_no_cache(tmp_path: Path, larg
     assert compact([(store.read(large_set), LLM)], MANY, str(tmp_path / "cache")).shape == (30_001, 3, 8)
 
 
+@pytest.mark.thorough
 def test_a_full_disk_of_the_cache_does_not_end_the_process_by_a_signal(small_disk: Path, large_set: str) -> None:
     """The array is mapped: a page that the disk has no room for is no error of a call."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -146,6 +146,7 @@ def test_help_shows_every_key_with_its_default(start: Start, capsys) -> None:
     assert "training.precision='float32'  arithmetic (bfloat16, float32)" in shown
 
 
+@pytest.mark.thorough
 def test_a_job_script_is_called_as_documented(tmp_path: Path) -> None:
     """From another folder, with a misspelt key: one line, nothing started, nothing written."""
     process = subprocess.run(

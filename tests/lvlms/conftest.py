@@ -21,11 +21,11 @@ ENCODERS = sorted(name for name, entry in LVLMS.items() if isinstance(entry, Tex
 # code that is not here, see test_video_lavit.py; no model at all, see test_frames.py
 WITHOUT_TINY = sorted({*authors_code.FAMILIES, "frames"})
 LVLM_FAMILIES = sorted({*LVLMS} - {*ENCODERS, *WITHOUT_TINY, "auto"})
-QUICK = {"llava_onevision", "qwen3_vl"}  # frames stacked and packed; timestamps, deepstack, multimodal positions
+QUICK = {"llava_onevision"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests over all families take minutes: the quick part holds two of them, and one encoder of each kind."""
+    """Tests over all families take minutes: the quick part holds one of them, and one encoder of each kind."""
     for item in items:
         callspec = getattr(item, "callspec", None)
         family, case = (callspec.params.get(name) for name in ("family", "case")) if callspec else (None, None)

@@ -137,6 +137,7 @@ def probe_accuracy(features_BD: np.ndarray, colours_B: np.ndarray) -> float:
     return float(((features_BD[half:] @ weights).argmax(axis=1) == colours_B[half:]).mean())
 
 
+@pytest.mark.thorough
 def test_colour_can_be_read_from_every_tap_of_the_sample_model(tiny_models) -> None:
     """Chance is 1/4. `llm.0` at the last position is the text's own embedding: no video can be in it."""
     rng = np.random.default_rng(0)

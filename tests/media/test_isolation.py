@@ -151,6 +151,7 @@ def test_an_interrupted_video_leaves_nothing_for_the_next(
     assert_works(decoder, good)
 
 
+@pytest.mark.thorough
 def test_a_file_that_wants_too_much_memory(tmp_path: Path, good: Path) -> None:
     path = tmp_path / "large.mp4"
     with av.open(str(path), "w") as container:

@@ -145,6 +145,7 @@ def test_where_it_runs_does_not_name_a_study(world: Path, tmp_path: Path) -> Non
     assert here != grid.folder(study_config(world, tmp_path, study__seeds=[0]))
 
 
+@pytest.mark.thorough
 def test_the_grid_of_microlens_50k_has_the_runs_that_it_says() -> None:
     layer = CONF / "study" / "microlens_50k_titles.yaml"
     plan = grid.make_plan(config.load(StudyConfig, [layer]))

@@ -60,6 +60,7 @@ def size_of(footer: pq.FileMetaData, names: list[str]) -> int:
     return sum(chunk.total_compressed_size for chunk in chosen) + footer.serialized_size + 8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rows_per_group", [None, 100])
 @pytest.mark.parametrize(
     "names",

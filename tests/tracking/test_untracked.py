@@ -102,6 +102,7 @@ def test_a_server_that_comes_back_is_used_again(
     assert [kind for kind, _ in kept(run)] == ["metrics"]
 
 
+@pytest.mark.thorough
 def test_a_tracker_that_hangs_is_left_alone(
     database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def test_what_is_held_at_once_is_bounded_and_changes_nothing(
     assert largest.num_bytes <= max(4 * 4096, 4 * num_clips * num_tokens, tokens.untyped_storage().nbytes())
 
 
+@pytest.mark.thorough
 def test_the_mean_of_very_many_like_tokens_keeps_its_bits() -> None:
     tokens = 1 + 1e-3 * random_tokens(1, 20_000, dim=2).abs()
     merged, sizes = merge_tokens(tokens, torch.ones(1, 20_000, dtype=torch.bool), 1)

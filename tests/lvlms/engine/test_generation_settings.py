@@ -35,6 +35,7 @@ def with_settings(directory: Path, target: Path, settings: dict[str, Any]) -> Pa
     return copy
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
