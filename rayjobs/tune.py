@@ -11,6 +11,7 @@ from typing import Any
 from lvlmrec.jobs import job, sample, tuning
 from lvlmrec.jobs.tuning import TuneConfig
 from lvlmrec.runs import experiment
+from lvlmrec.runs.loop import of_slices
 from lvlmrec.tracking import Run
 
 
@@ -20,8 +21,10 @@ def tune(config: TuneConfig, run: Run) -> dict[str, Any]:
     prepared = experiment.prepare(config, every_layer=True)
     run.set_tags(prepared.tags)
     result = tuning.run(config, prepared, run)
-    run.log_best_epoch(result["best"]["validation"], result["best"]["epoch"])
-    run.log_json("best.json", result["best"])
+    best = result["best"]
+    slices = of_slices(best, config.dataset.selected_by)
+    run.log_best_epoch(best["validation"], best["epoch"], slices=slices)
+    run.log_json("best.json", best)
     return result
 
 

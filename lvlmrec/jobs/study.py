@@ -30,7 +30,7 @@ from lvlmrec.report import study as report
 from lvlmrec.runs import checkpoint, evaluating, experiment, methods
 from lvlmrec.runs.evaluating import EvaluateConfig
 from lvlmrec.runs.experiment import Experiment, TrainConfig
-from lvlmrec.runs.grid import Outcomes, Plan, Step, StudyConfig, Trial, choose, folder, next_steps
+from lvlmrec.runs.grid import Outcomes, Plan, Step, StudyConfig, Trial, choose, folder, next_steps, num_tried
 from lvlmrec.runs.loop import State, fit, new_state, of_slices, publish
 from lvlmrec.tracking import Run
 
@@ -123,6 +123,7 @@ def _start(study: Study, step: Step) -> ObjectRef:
     if step.action == "evaluate":
         carries = step.trial.method == study.plan.reference and step.trial.seed == study.plan.seeds[0]
         uri = study.outcomes.trained[step.trial]["checkpoint"]
+        checkpoint.note_trials(uri, num_tried(study.plan, study.outcomes, step.trial.method))
         baselines = settings.baselines if carries else []
         return task(evaluate).remote(config, uri, baselines, settings.item_knn_neighbours, threads)
     tags = {"job": "study run", "method": step.trial.method}
@@ -238,7 +239,7 @@ def evaluate(
         same = not baselines or done["item_knn_neighbours"] == item_knn_neighbours
         has_all = set(shown_for(config.dataset.several_targets).test) <= set(done["test"])  # its `ks` may be others
         if same and has_all and set(baselines) <= set(done["baselines"]):
-            return done | {"reused": True}
+            return done | {"trials": checkpoint.read_trials(uri), "reused": True}
     settings: dict[str, Any] = {"workspace": config.workspace, "checkpoint": uri, "baselines": baselines}
     settings |= {"item_knn_neighbours": item_knn_neighbours}
     return evaluating.run(configs.load(EvaluateConfig, [settings])) | {"reused": False}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +25,13 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lvlmrec import cluster, storage, tracking
+from lvlmrec import config as configs
 from lvlmrec.config import check_gpus, option
 from lvlmrec.errors import ConfigError, InputError, JobFailed, one_line
+from lvlmrec.runs import checkpoint
 from lvlmrec.runs.divergence import Diverged
-from lvlmrec.runs.experiment import Experiment, TrainConfig, check_model, check_one_process, check_video
-from lvlmrec.runs.loop import State, fit, new_state
+from lvlmrec.runs.experiment import Experiment, TrainConfig, check_model, check_one_process, check_video, prepare
+from lvlmrec.runs.loop import State, fit, new_state, of_slices
 from lvlmrec.taps import parse_feature
 from lvlmrec.tracking import Run
 
@@ -114,7 +117,10 @@ def run(config: TuneConfig, experiment: Experiment, parent: Run) -> dict[str, An
         except BaseException:
             trial_runs.interrupt()
             raise
-    return _outcome(results, search.trials, selected_by)
+    outcome = _outcome(results, search.trials, selected_by)
+    succeeded = outcome["trials"] - outcome["failed"]
+    outcome["best"]["train_with"] = _note_trials(experiment, outcome["best"]["config"], succeeded)
+    return outcome
 
 
 def space(search: SearchConfig, experiment: Experiment) -> dict[str, Any]:
@@ -164,6 +170,34 @@ def configured(config: TrainConfig, sampled: dict[str, Any]) -> TrainConfig:
     return replace(config, model=model, training=training)
 
 
+def train_arguments(experiment: Experiment, sampled: Mapping[str, Any]) -> list[str]:
+    """What the train job is given, beside what the search was given but `search.*`, to train a trial's values."""
+    arguments = [f"{key}={json.dumps(value)}" for key, value in sampled.items() if key != "taps"]
+    if experiment.features is not None and sampled["taps"] != ALL_TAPS:
+        columns = columns_of(sampled["taps"], experiment.features.names)
+        patterns = list(dict.fromkeys(name.rpartition(":")[2] for name in columns))  # of several sets: set:column
+        arguments.append(f"feature_columns={json.dumps(patterns)}")
+    return arguments
+
+
+def _note_trials(experiment: Experiment, sampled: Mapping[str, Any], trials: int) -> list[str] | None:
+    """The arguments with which the train job trains the best configuration; its checkpoint will tell the `trials`.
+
+    None where it cannot, as with a tap set that leaves out one of several feature sets.
+    """
+    given = configs.to_dict(experiment.config)
+    del given["search"]
+    arguments = train_arguments(experiment, sampled)
+    try:
+        chosen = prepare(configs.load(TrainConfig, [given], arguments))
+    except InputError as error:
+        print(f"tune: the train job takes no such configuration: {one_line(error)}", file=sys.stderr)
+        return None
+    checkpoint.note_trials(chosen.checkpoint, trials)
+    print(f"tune: to train the best one: python rayjobs/train.py {shlex.join(arguments)}", file=sys.stderr)
+    return arguments
+
+
 def _trial(sampled: dict[str, Any], experiment: Experiment, folder: str) -> None:
     """One trial: a whole training run in this process, reporting each epoch.
 
@@ -189,7 +223,8 @@ def _trial(sampled: dict[str, Any], experiment: Experiment, folder: str) -> None
             return
         best = {f"best/{name}": value for name, value in progress.best.items()}
         finished = progress.finished(config.training.epochs, config.training.patience)
-        history.append({**metrics, **best, "best_epoch": progress.best_epoch, "finished": finished})
+        slices = {"validation_slices": progress.best_slices}
+        history.append({**metrics, **best, **slices, "best_epoch": progress.best_epoch, "finished": finished})
         storage.write_bytes(record, json.dumps(history).encode())
         tune.report(history[-1])
 
@@ -232,7 +267,8 @@ class TrialRuns(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         result = trial.last_result
         if best := _best(result):
-            self._run(trial).log_best_epoch(best, result["best_epoch"], int(result["epoch"]))
+            slices = of_slices(result, self.selected_by)
+            self._run(trial).log_best_epoch(best, result["best_epoch"], int(result["epoch"]), slices)
         self._finish(trial, "FINISHED")
         ended = sum(t.is_finished() for t in trials) + (not trial.is_finished())
         print(
@@ -278,7 +314,12 @@ def _outcome(results: tune.ResultGrid, trials: int, selected_by: str) -> dict[st
         raise JobFailed(f"tune: all {trials} trials failed: {one_line(results.errors[0])[-400:]}")
     chosen, metrics = max(ended, key=lambda trial: trial[1][f"best/{selected_by}"])
     return {
-        "best": {"config": chosen, "validation": _best(metrics), "epoch": metrics["best_epoch"]},
+        "best": {
+            "config": chosen,
+            "validation": _best(metrics),
+            "validation_slices": metrics.get("validation_slices", {}),
+            "epoch": metrics["best_epoch"],
+        },
         "trials": len(results),
         "failed": len(results) - len(ended),
     }

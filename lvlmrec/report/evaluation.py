@@ -11,7 +11,7 @@ BEYOND = ("coverage", "gini", "novelty", "popularity")
 
 
 def evaluation(result: Mapping[str, Any]) -> str:
-    """Plain text of what the evaluate job gives; `-` where a number does not apply, `?` where nobody wrote it down."""
+    """Plain text of what the evaluate job gives; `-` where a number does not apply."""
     name = result["checkpoint"].rsplit("/", 1)[-1]
     runs = {**result["baselines"], name: result}
     ks = sorted({int(metric.partition("@")[2]) for metric in result["test"]})
@@ -27,7 +27,7 @@ def _overall(runs: Mapping[str, Any], name: str) -> str:
     selected_by = "recall@20" if "recall@20" in runs[name]["validation"] else "hr@10"
     body = []
     for run, result in runs.items():
-        learned = [f"{result['parameters']:,}", _known(result["trials"])] if run == name else ["-", "-"]
+        learned = [f"{result['parameters']:,}", str(result["trials"])] if run == name else ["-", "-"]
         validated = result["validation"].get(selected_by)
         numbers = [validated, *(result["test"][metric] for metric in metrics)]
         body.append([run, *learned, *("-" if number is None else f"{number:.4f}" for number in numbers)])
@@ -63,7 +63,3 @@ def _beyond(runs: Mapping[str, Any], ks: Sequence[int]) -> str:
 
 def _digits(metric: str) -> int:
     return {"coverage": 4, "gini": 4, "novelty": 2}.get(metric.partition("@")[0], 1)
-
-
-def _known(trials: int | None) -> str:
-    return "?" if trials is None else str(trials)

@@ -6,6 +6,7 @@
       pca.safetensors     mean and components of the features, with `feature_pca`
       scaling.safetensors mean and std of the features [L, D], with `feature_scaling`
       result.json         validation metrics, epochs; written last: without it there is no checkpoint
+      trials.json         among how many configurations a search chose it; none where no search did
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lvlmrec.models.sequential.recommender import Recommender
 from lvlmrec.runs.experiment import TrainConfig, TrainingData, build_model, load_features
 
 RESULT = "result.json"
+TRIALS = "trials.json"  # of the choice, not of the run: a run is the same whoever chose it
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,23 @@ def read_result(uri: str) -> dict[str, Any] | None:
         return json.loads(storage.read_bytes(storage.join(uri, RESULT)))
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def note_trials(uri: str, trials: int) -> None:
+    """Keep beside the checkpoint `uri`, which may not be trained yet, among how many configurations it was chosen.
+
+    Of several searches that chose it the largest number stays.
+    """
+    if trials > read_trials(uri):
+        storage.write_bytes(storage.join(uri, TRIALS), json.dumps({"trials": trials}).encode())
+
+
+def read_trials(uri: str) -> int:
+    """Among how many configurations the checkpoint `uri` was chosen; 1 where no search chose it."""
+    try:
+        return int(json.loads(storage.read_bytes(storage.join(uri, TRIALS)))["trials"])
+    except (FileNotFoundError, NotADirectoryError):
+        return 1
 
 
 def latest(uri: str) -> str:

@@ -28,7 +28,8 @@ from lvlmrec.evaluation.metrics import metrics, per_user
 from lvlmrec.evaluation.ranking import rank_from_scores, score_chunks
 from lvlmrec.evaluation.significance import holm, permutation_test
 from lvlmrec.evaluation.slices import slice_metrics, slices_of
-from lvlmrec.runs.checkpoint import Checkpoint, load_checkpoint
+from lvlmrec.runs.checkpoint import Checkpoint, load_checkpoint, read_trials
+from lvlmrec.runs.experiment import validated_on
 from lvlmrec.runs.loop import encode_catalogue, encode_users
 
 RANKS = {  # column of a file of ranks -> what its type is
@@ -39,7 +40,8 @@ RANKS = {  # column of a file of ranks -> what its type is
 }
 USERS_AT_ONCE = 512
 COMPARED = "ndcg@10"
-FORMAT = 2  # of evaluation.json: 1 had metrics of single targets where users have several
+# Of evaluation.json: 1 had metrics of single targets where users have several, 2 no slices by occurrences.
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "validation": checkpoint.result["validation"],
         "validation_slices": checkpoint.result.get("validation_slices", {}),
         "parameters": sum(tensor.numel() for tensor in checkpoint.model.state_dict().values()),
-        "trials": checkpoint.result.get("trials"),  # configurations tried before this one; None: nobody wrote it down
-        "baselines": _baselines(config, split, folder, ks),
+        "trials": read_trials(checkpoint.uri),
+        "baselines": _baselines(config, split, validated_on(checkpoint.config, split), folder, ks),
         "item_knn_neighbours": config.item_knn_neighbours,
         "layer_weights": layer_weights(checkpoint),
     }
@@ -220,14 +222,16 @@ def _compare(own: pd.DataFrame, ours: str, other: str, seed: int) -> dict[str, d
     return tests
 
 
-def _baselines(config: EvaluateConfig, split: Split, folder: str, ks: Sequence[int]) -> dict[str, Any]:
-    """The same of the baselines, and their metrics on validation; their ranks stand beside the run's.
+def _baselines(
+    config: EvaluateConfig, split: Split, validation: Holdout, folder: str, ks: Sequence[int]
+) -> dict[str, Any]:
+    """The same of the baselines, and their metrics on `validation`; their ranks stand beside the run's.
 
     They are fitted on each user's whole training history and read all that is masked, however few items a model reads.
     """
     results = {}
     settings = {"item_knn": {"num_neighbours": config.item_knn_neighbours}}
-    histories, validation, test = split.training_histories(), split.validation(), split.test()
+    histories, test = split.training_histories(), split.test()
     for name in config.baselines:
         baseline = BASELINES[name](**settings.get(name, {}))
         baseline.fit(histories, len(split.item_ids))

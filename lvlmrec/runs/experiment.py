@@ -15,7 +15,7 @@ from lvlmrec import config as configs
 from lvlmrec import storage
 from lvlmrec.config import MAX_SEED, option, variant
 from lvlmrec.data import DatasetConfig, load_split
-from lvlmrec.data.split import Holdout, UserItems
+from lvlmrec.data.split import Holdout, Split, UserItems
 from lvlmrec.errors import ConfigError, InputError
 from lvlmrec.features import compact, pca, store
 from lvlmrec.features.array import FeatureArray
@@ -192,9 +192,7 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
     `every_layer` prepares all matching columns even for an item encoder that reads one: a search chooses among them.
     """
     split, report = load_split(config.dataset)
-    fingerprint, validation = split.fingerprint(), split.validation()
-    if config.training.validation_users:
-        validation = validation.sample(config.training.validation_users)
+    fingerprint = split.fingerprint()
     of_two = split.training()[:, -2] > 0
     sequences, owners = split.training()[of_two], split.owners[of_two]
     if not len(sequences):
@@ -208,7 +206,7 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
         owners,
         split.user_items,
         split.train_counts(),
-        validation,
+        validated_on(config, split),
         split.num_users,
     )
     _check_negatives(config, data)
@@ -227,6 +225,12 @@ def prepare(config: TrainConfig, *, every_layer: bool = False) -> Experiment:
         tags |= {"feature_segments": " ".join(features.segments)}
         tags |= {"feature_differences": features.mixed} if features.mixed else {}
     return Experiment(config, data, features, key, {**tags, "key": key}, report)
+
+
+def validated_on(config: TrainConfig, split: Split) -> Holdout:
+    """What the epochs of a run are validated on: the validation targets of all users, or of `validation_users`."""
+    most = config.training.validation_users
+    return split.validation().sample(most) if most else split.validation()
 
 
 def _key(config: TrainConfig, features: FeatureArray | None, fingerprint: str) -> str:

@@ -34,6 +34,7 @@ SAME_FOR_ALL = (
     "dataset",
     "training.epochs",
     "training.patience",
+    "training.validation_users",
 )
 NOT_DECIDING = ("study.max_concurrent", "study.cpus_per_run", "study.gpus_per_run", *NOT_LEARNED)
 NAME = re.compile(r"[\w .:-]+")  # of a folder
@@ -189,6 +190,11 @@ def choose(plan: Plan, outcomes: Outcomes) -> dict[str, int]:
                 best = max(succeeded, key=lambda trial: outcomes.trained[trial]["validation"][selected_by])
                 chosen[name] = best.setting
     return chosen
+
+
+def num_tried(plan: Plan, outcomes: Outcomes, method: str) -> int:
+    """Among how many settings of a method the best is chosen: those whose run succeeded."""
+    return sum(trial in outcomes.trained for trial in plan.trials() if trial.method == method)
 
 
 def next_steps(plan: Plan, outcomes: Outcomes) -> list[Step]:

@@ -29,7 +29,7 @@ from lvlmrec.evaluation.shown import (
 from lvlmrec.evaluation.significance import holm, paired_t_test, permutation_test
 from lvlmrec.runs.evaluating import read_ranks
 from lvlmrec.runs.experiment import TrainConfig
-from lvlmrec.runs.grid import Outcomes, Plan, Step, Trial, choose
+from lvlmrec.runs.grid import Outcomes, Plan, Step, Trial, choose, num_tried
 
 TESTS = {"difference": DIFFERENCE, "p_seeds": P_SEEDS, "p_seeds_holm": P_HOLM, "p_users": P_USERS}  # JSON key -> column
 NUM_RESAMPLES = 10_000  # means over seeds have many distinct differences, and each costs that many draws
@@ -91,7 +91,7 @@ def collect(plan: Plan, outcomes: Outcomes) -> list[Method]:
                 config=plan.configs[name][chosen.get(name, 0)],
                 setting=plan.settings[chosen[name]] if name in chosen else None,
                 status=_status(plan, outcomes, tried, finals),
-                trials=sum(trial in outcomes.trained for trial in tried),
+                trials=num_tried(plan, outcomes, name),
                 results={trial.seed: outcomes.trained[trial] for trial in finals if trial in outcomes.trained},
                 evaluations={trial.seed: outcomes.evaluated[trial] for trial in finals if trial in outcomes.evaluated},
             )

@@ -75,6 +75,36 @@ def test_slices_of_the_same_kind_share_out_the_targets():
     assert slices["overall"].all() and not (slices["warm"] & slices["cold"]).any()
 
 
+def slices_by_hand(count: int, counts: list[int], history: list[int]) -> set[str]:
+    """The slices of one target, from what docs/evaluate.md says; `count` is its own."""
+    length = sum(item != 0 for item in history)
+    found = {"overall", "history_upto_5" if length < 6 else "history_6_to_10" if length < 11 else "history_over_10"}
+    if count == 0:
+        return found | {"cold"}
+    often = 0 if count < 4 else 1 if count < 11 else 2 if count < 31 else 3
+    above = sum(other for other in counts if other > count)
+    part = "head" if 3 * above < sum(counts) else "mid" if 3 * above < 2 * sum(counts) else "tail"
+    names = ("occurs_1_to_3", "occurs_4_to_10", "occurs_11_to_30", "occurs_over_30")
+    return found | {"warm", names[often], part}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_slice_is_that_of_a_plain_loop_over_the_targets(seed):
+    rng = np.random.default_rng(seed)
+    counts = np.append(0, rng.geometric(0.05, 60) - 1)
+    counts[1:14] = 0, 1, 3, 4, 10, 11, 30, 31, 2, 5, 9, 29, 32
+    targets, filled = np.arange(1, 61), rng.integers(1, 14, 60)
+    histories = np.where(np.arange(13) < 13 - filled[:, None], 0, rng.integers(1, 4, (60, 13)))
+    slices = slices_of(targets, counts, histories)
+    expected = [
+        slices_by_hand(count, counts.tolist(), history)
+        for count, history in zip(counts[targets].tolist(), histories.tolist(), strict=True)
+    ]
+    for name, mask in slices.items():
+        assert mask.tolist() == [name in found for found in expected], name
+    assert set().union(*expected) == set(slices)
+
+
 def test_a_users_targets_in_a_slice_are_its_set_there():
     ranks, users = np.array([1, 4, 30, 2]), np.array([0, 0, 0, 1])
     table = slice_metrics(ranks, {"a": np.array([True, False, True, True]), "b": np.zeros(4, dtype=bool)}, (3,), users)

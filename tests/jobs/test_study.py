@@ -19,7 +19,7 @@ from lvlmrec.config import load
 from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.jobs import study
 from lvlmrec.jobs.study import train as product_train
-from lvlmrec.runs import evaluating, experiment, grid
+from lvlmrec.runs import checkpoint, evaluating, experiment, grid
 from lvlmrec.runs.evaluating import EvaluateConfig
 from lvlmrec.runs.grid import Trial
 from lvlmrec.tracking import Run
@@ -71,6 +71,11 @@ def test_an_evaluation_that_is_written_is_reused(world: Path, tmp_path: Path) ->
     assert study.evaluate(config, uri, ["markov"], 500, 1)["reused"] is False, "its baselines were not there"
     again = study.evaluate(config, uri, [], 500, 1)
     assert again["reused"] and list(again["baselines"]) == ["markov"]
+    written = Path(again["ranks"]).with_name("evaluation.json")
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"format": evaluating.FORMAT - 1}))
+    assert study.evaluate(config, uri, [], 500, 1)["reused"] is False, "of an earlier version, with fewer slices"
+    checkpoint.note_trials(uri, 9)
+    assert (again["trials"], study.evaluate(config, uri, [], 500, 1)["trials"]) == (1, 9)
 
 
 @pytest.mark.parametrize(("ks", "reused"), [([5, 10, 50], False), ([20], False), ([1, 10, 20, 100], True)])
@@ -121,6 +126,9 @@ def test_a_failed_run_is_told_and_the_rest_is_done(
     table = pd.read_csv(Path(grid.folder(config), "table.csv"), index_col="method")
     assert table["status"][["ID", "DFF"]].tolist() == ["complete", "1 failed"]
     assert table["trials"][["ID", "DFF"]].tolist() == [2, 1]
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("evaluations/*/evaluation.json")]
+    by_encoder = {Path(result["checkpoint"]).name.split("-")[1]: result["trials"] for result in told}
+    assert by_encoder == {"id": 2, "dff": 1}, "of two settings of DFF one failed"
     assert table["test hr@10"].notna().all()
     runs = pd.read_csv(Path(grid.folder(config), "runs.csv"))
     assert sorted(runs["status"]) == ["complete"] * 3 + ["train failed: RuntimeError: the loss is gone"]

@@ -1,6 +1,7 @@
 """The search: every trial a child run that says how it ended, the best chosen on validation, nothing done twice."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from lvlmrec.errors import InputError, JobFailed
 from lvlmrec.jobs import tuning
 from lvlmrec.jobs.tuning import TuneConfig
 from lvlmrec.jobs.tuning import _trial as product_trial
-from lvlmrec.runs import experiment
-from lvlmrec.runs.experiment import Experiment
+from lvlmrec.runs import checkpoint, experiment
+from lvlmrec.runs.experiment import Experiment, TrainConfig
 from lvlmrec.tracking import Run
 from tests.feature_sets import captions_recipe, write_set
 from tests.toy import ITEM_IDS, Fitting, arguments, settings
@@ -100,6 +101,47 @@ def test_the_search_itself_does_not_name_its_trials(world: Path, tmp_path: Path)
     assert len(keys) == 1
 
 
+@pytest.mark.parametrize(
+    ("encoder", "sampled"),
+    [
+        ("id", {}),
+        ("dff", {"taps": "all"}),
+        ("dff", {"taps": "llm.0+llm.4"}),
+        ("fusion", {"taps": "llm.2"}),
+    ],
+)
+def test_the_train_job_finds_among_how_many_its_configuration_was_chosen(
+    world: Path, tmp_path: Path, encoder: str, sampled: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what the search was given and what it says in the end; the checkpoint is not there yet."""
+    values = {"model__item_encoder__name": encoder, "training__epochs": 4, "training__patience": 4}
+    chosen = {"training.lr": 1e-05 / 3, "model.embedding_dim": 8, **sampled}
+    searched = prepare(tune_config(world, tmp_path, model__item_encoder__name=encoder))
+    given = tuning._note_trials(searched, chosen, 7)
+    assert given is not None and shlex.join(given) in capsys.readouterr().err
+    own = [*arguments(settings(world, tmp_path, **values)), *given]
+    trained = experiment.prepare(config.load(TrainConfig, [], own))
+    assert trained.config.training.lr == 1e-05 / 3
+    assert checkpoint.read_trials(trained.checkpoint) == 7 and checkpoint.read_result(trained.checkpoint) is None
+    if "taps" in sampled:
+        assert trained.features is not None
+        assert trained.features.names == tuple(tuning.columns_of(sampled["taps"], searched.features.names))
+    other = experiment.prepare(config.load(TrainConfig, [], [*own, "training.lr=0.5"]))
+    assert checkpoint.read_trials(other.checkpoint) == 1
+
+
+def test_a_tap_set_that_leaves_out_a_feature_set_is_told_not_to_be_trained(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = write_set(tmp_path / "captions", [ITEM_IDS], captions_recipe())
+    both = {"features": f"[{world / 'features'},{captions}]", "model__item_encoder__name": "dff"}
+    searched = prepare(tune_config(world, tmp_path, **both))
+    sampled = {"training.lr": 0.01, "model.embedding_dim": 8}
+    assert tuning._note_trials(searched, sampled | {"taps": "llm.0+text.2"}, 7) is not None
+    assert tuning._note_trials(searched, sampled | {"taps": "llm.0"}, 7) is None
+    assert "the train job takes no such configuration: feature_columns" in capsys.readouterr().err
+
+
 @pytest.fixture
 def parent(tracking_uri: str, tmp_path: Path) -> Run:
     return tracking.start(tracking_uri, str(tmp_path), "tune", {})
@@ -169,7 +211,8 @@ def test_each_trial_is_a_child_run_and_the_best_is_chosen_on_validation(
         assert set(run.data.params) == {"training.lr", "model.embedding_dim"}
         names = {name.removeprefix("best/") for name in run.data.metrics if name.startswith("best/")}
         assert "hr_at_10" in names
-        assert all(run.data.metrics[f"validation/{name}"] == run.data.metrics[f"best/{name}"] for name in names)
+        of_all = {name for name in names if " of " not in name}  # slices are of the best epoch alone
+        assert all(run.data.metrics[f"validation/{name}"] == run.data.metrics[f"best/{name}"] for name in of_all)
     assert {int(run.data.tags["epochs"]) == 4 for run in runs} == {True, False}, "nothing was stopped early"
 
     best = max(runs, key=lambda run: run.data.metrics["best/hr_at_10"])
@@ -178,6 +221,10 @@ def test_each_trial_is_a_child_run_and_the_best_is_chosen_on_validation(
     chosen = tuning.configured(settings, result["best"]["config"])
     alone = Fitting(experiment.prepare(chosen))
     alone.run()
+    slices = result["best"]["validation_slices"]
+    assert slices["overall"]["hr@10"] == result["best"]["validation"]["hr@10"]
+    assert slices["warm"]["users"] + slices["cold"]["users"] == slices["overall"]["users"] == 150
+    assert best.data.metrics["best/hr_at_10 of warm"] == slices["warm"]["hr@10"]
     assert result["best"]["validation"]["hr@10"] == max(
         epoch["validation/hr@10"] for epoch in alone.history[: int(best.data.tags["epochs"])]
     )

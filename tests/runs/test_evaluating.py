@@ -24,7 +24,7 @@ from lvlmrec.evaluation.significance import holm
 from lvlmrec.models.sequential.histories import pack
 from lvlmrec.report.evaluation import evaluation
 from lvlmrec.runs import evaluating
-from lvlmrec.runs.checkpoint import load_checkpoint
+from lvlmrec.runs.checkpoint import load_checkpoint, note_trials
 from lvlmrec.runs.evaluating import EvaluateConfig
 from lvlmrec.runs.loop import encode_catalogue
 from tests.toy import CPU, arguments, fitted, publish, train_config, walks, write_pairs
@@ -184,11 +184,11 @@ def test_a_baseline_whose_scores_are_all_equal_or_nan_ranks_every_target_last(
 def test_parameters_and_trials_are_told(evaluated: dict, trained: dict[str, str], tmp_path: Path) -> None:
     weights = load_file(Path(trained["dff"]) / "model.safetensors")
     assert evaluated["dff"]["parameters"] == sum(tensor.numel() for tensor in weights.values())
-    assert evaluated["dff"]["trials"] is None
-    searched = shutil.copytree(trained["id"], tmp_path / "searched")
-    told = json.loads((searched / "result.json").read_text()) | {"trials": 16}
-    (searched / "result.json").write_text(json.dumps(told))
-    assert evaluate(tmp_path, str(searched), baselines="[]")["trials"] == 16
+    assert evaluated["dff"]["trials"] == 1, "no search chose it"
+    searched = str(shutil.copytree(trained["id"], tmp_path / "searched"))
+    for trials in (16, 3):  # of two searches that chose it
+        note_trials(searched, trials)
+    assert evaluate(tmp_path, searched, baselines="[]")["trials"] == 16
 
 
 def test_the_tables_hold_every_run_slice_and_measure(evaluated: dict) -> None:
@@ -198,7 +198,7 @@ def test_the_tables_hold_every_run_slice_and_measure(evaluated: dict) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in overall.splitlines()[2:]}
     assert list(rows) == ["popularity", "item_knn", "markov", name]
     numbers = [result["validation"]["hr@10"], *result["test"].values()]
-    assert rows[name] == [f"{result['parameters']:,}", "?", *(f"{number:.4f}" for number in numbers)]
+    assert rows[name] == [f"{result['parameters']:,}", "1", *(f"{number:.4f}" for number in numbers)]
     assert rows["markov"][:2] == ["-", "-"]
     assert [line.split()[0] for line in by_slice.splitlines()[2:]] == list(result["slices"])
     assert by_slice.splitlines()[2].split()[1:] == [
@@ -315,6 +315,15 @@ def test_the_layer_weights_of_dff_sum_to_one(evaluated: dict) -> None:
     assert all(0 < weight < 1 for weight in weights.values())
     assert len(set(weights.values())) == 3, "they start equal: nothing was learned"
     assert evaluated["id"]["layer_weights"] == {}
+
+
+def test_baselines_are_validated_on_the_users_that_the_run_was(world: Path, tmp_path: Path) -> None:
+    uri = publish(*fitted(train_config(world, tmp_path, training__validation_users=20, training__epochs=1)))
+    result = evaluate(tmp_path, uri, baselines="[popularity]")
+    for measured in (result, result["baselines"]["popularity"]):
+        assert measured["validation_slices"]["overall"]["users"] == 20
+        assert measured["validation_slices"]["overall"]["hr@10"] == measured["validation"]["hr@10"]
+        assert measured["slices"]["overall"]["users"] == 150
 
 
 def test_the_result_is_kept_beside_the_ranks(evaluated: dict) -> None:

@@ -79,6 +79,7 @@ def test_a_part_of_another_name_starts_from_its_own_defaults(world: Path, tmp_pa
         ({"study__search": {"training.lr": []}}, r"study.search.training.lr: \[\] is not a list"),
         ({"study__search": {"training.lr": [1, 1]}}, "a value is given twice"),
         ({"study__search": {"seed": [1]}}, "study.search.seed: seed is the same"),
+        ({"study__search": {"training.validation_users": [0, 9]}}, "training.validation_users is the same for every"),
         ({"study__seeds": []}, r"study.seeds: \[\]"),
         ({"study__seeds": [1, 1]}, r"study.seeds: \[1, 1\]"),
         ({"study__reference": "A"}, "study.reference: 'A' is not one of ID, DFF"),

@@ -21,7 +21,7 @@ Fitted = list[list[str]]
 
 def measured(split: Split, folder: Path, **values: Any) -> dict[str, Any]:
     """The baselines' part of an evaluation's result."""
-    return evaluating._baselines(config.load(EvaluateConfig, [values]), split, str(folder), [10])
+    return evaluating._baselines(config.load(EvaluateConfig, [values]), split, split.validation(), str(folder), [10])
 
 
 @pytest.fixture
